@@ -1,0 +1,1 @@
+"""The functional core: who runs next, where, and at what predicted cost. No I/O, no clock, no chance."""
