@@ -1,0 +1,118 @@
+"""What the core is told and what it asks for: its whole outside world.
+
+Events are facts; the wire's own `Beat`, `Reward` and `Control` are events as they stand. Commands are wishes: the
+driver carries them out in order, and tells the core (`Refused`) what Redis would not accept.
+"""
+
+import msgspec
+
+from scheduler.wire import Beat, Control, Decision, Job, Request, Result, Reward
+
+
+class Arrived(msgspec.Struct, frozen=True, kw_only=True):
+    """A request was read from `requests`."""
+
+    request: Request
+    "As decoded and checked; its id is filled in."
+
+    entry: str
+    "Its entry id in `requests`."
+
+    enqueued_at: float
+    "The entry id's milliseconds, as unix seconds: the promise's clock started here."
+
+
+class Recovered(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that an earlier leader had read and that is not terminal yet."""
+
+    request: Request
+    "As in `Arrived`."
+
+    entry: str
+    "As in `Arrived`."
+
+    enqueued_at: float
+    "As in `Arrived`."
+
+    attempt: int = 0
+    "Attempts so far."
+
+    endpoint: str = ""
+    "Where it is assigned now; empty: it waits."
+
+    epoch: int = 0
+    "That endpoint's epoch at the assignment."
+
+    cancelled: bool = False
+    "Its tombstone is set."
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """Redis refused a move of this request: it is a duplicate, or already terminal. The core forgets it."""
+
+    id: str
+    "The request."
+
+    entry: str
+    "Which entry of it; a living request of the same id under another entry stays."
+
+    reason: str = ""
+    "In words."
+
+
+Event = Arrived | Recovered | Refused | Beat | Reward | Control
+
+
+class Assign(msgspec.Struct, frozen=True, kw_only=True):
+    """Append this job to the endpoint's stream and log the decision, in one fenced move."""
+
+    endpoint: str
+    job: Job
+    decision: Decision
+
+
+class Reclaim(msgspec.Struct, frozen=True, kw_only=True):
+    """Take a job back from an endpoint whose lease ran out; the request waits again. Fences its late writes."""
+
+    id: str
+    entry: str
+    endpoint: str
+    attempt: int
+    deadline_at: float | None
+    decision: Decision
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True):
+    """Write the terminal record of a request that no worker holds."""
+
+    entry: str
+    reply_to: str
+    result: Result
+    is_dead: bool = False
+    "Also keep its fields in `dead`."
+    request: Request | None = None
+    "The fields to keep there."
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True):
+    """Tell the endpoint's worker to end this attempt: it was cancelled."""
+
+    id: str
+    endpoint: str
+    attempt: int
+
+
+class Forget(msgspec.Struct, frozen=True, kw_only=True):
+    """Acknowledge an entry that repeats a living request, and write nothing."""
+
+    id: str
+    entry: str
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True):
+    """Log a decision that moves nothing."""
+
+    decision: Decision
+
+
+Command = Assign | Reclaim | Finish | Abort | Forget | Note

@@ -1,0 +1,52 @@
+"""A request's life as one table: which turn leads from which state to which.
+
+    queued ──read──> waiting ──assign──> assigned ──start──> running ──finish──> terminal
+                      │   ^ \\               │  ^                │
+            set_aside v   │  `──finish──>    │  └── (one lease: endpoint, epoch, attempt)
+                     set_aside  terminal     └──── reclaim / hand_back ────> waiting
+
+`queued` is seen in Redis only: nobody has read the entry yet. Setting aside is reversible, finishing is not.
+Any pair that is not in the table is a bug of ours and raises `AssertionError`.
+"""
+
+from typing import Literal
+
+State = Literal["queued", "waiting", "set_aside", "assigned", "running", "terminal"]
+Turn = Literal[
+    "read",  # the dispatcher has it
+    "set_aside",  # cannot make it on the present prediction; tested again at every step
+    "take_up",  # it can after all
+    "assign",  # handed over to an endpoint's stream
+    "start",  # admitted to the engine
+    "hand_back",  # the worker returns it: engine trouble or a drain
+    "reclaim",  # the worker's lease ran out
+    "finish",  # the one terminal record is written
+]
+
+NEXT: dict[tuple[State, Turn], State] = {
+    ("queued", "read"): "waiting",
+    ("queued", "finish"): "terminal",
+    ("waiting", "set_aside"): "set_aside",
+    ("waiting", "assign"): "assigned",
+    ("waiting", "finish"): "terminal",
+    ("set_aside", "take_up"): "waiting",
+    ("set_aside", "assign"): "assigned",
+    ("set_aside", "finish"): "terminal",
+    ("assigned", "start"): "running",
+    ("assigned", "hand_back"): "waiting",
+    ("assigned", "reclaim"): "waiting",
+    ("assigned", "finish"): "terminal",
+    ("running", "hand_back"): "waiting",
+    ("running", "reclaim"): "waiting",
+    ("running", "finish"): "terminal",
+}
+
+
+def after(state: State, turn: Turn) -> State:
+    """The state that this turn leads to.
+
+    >>> after("assigned", "reclaim")
+    'waiting'
+    """
+    assert (state, turn) in NEXT, f"no turn {turn!r} from state {state!r}"
+    return NEXT[state, turn]
