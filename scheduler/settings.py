@@ -1,0 +1,172 @@
+"""Every setting, with its default and its reason; `parse` makes them from TOML and the environment.
+
+A setting is a field here and nothing else: its place in the file, its environment variable, its check and
+its line in `headgate settings` all follow from the field, its type and the docstring under it.
+
+    [loop]
+    read_max = 512          # or HEADGATE_LOOP__READ_MAX=512, which wins
+
+Reading the file is the caller's work: the core touches no disk.
+"""
+
+from typing import Annotated
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from msgspec import Meta, Struct
+
+Seconds = Annotated[float, Meta(gt=0)]
+Milliseconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class RedisSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the log is kept, and who we are there."""
+
+    url: str = ""
+    """
+    redis://, rediss:// or unix:// address.
+
+    Empty: a private server is started beside us. In the file it may hold no password.
+    """
+
+    prefix: str = "hg"
+    "What every key begins with, so that several installations can share one Redis."
+
+    username: str = ""
+    "The ACL user; empty for Redis's default user."
+
+    password: str = ""
+    "The password. From the environment only (HEADGATE_REDIS_PASSWORD); refused in the file."
+
+    password_file: str = ""
+    "A file that holds the password and nothing else, as Kubernetes and Docker mount secrets."
+
+    tls_ca_file: str = ""
+    "The certificate authority for rediss://; empty for the system's."
+
+    @property
+    def login_url(self) -> str:
+        """The URL with the username and password in it: for connecting, never for printing."""
+        if not (self.username or self.password):
+            return self.url
+        return _with_login(self.url, quote(self.username, safe=""), quote(self.password, safe=""))
+
+    @property
+    def shown_url(self) -> str:
+        """The URL as it may be printed: a password in it is `***`."""
+        parts = urlsplit(self.url)
+        if parts.password is None:
+            return self.url
+        return _with_login(self.url, parts.username or "", "***")
+
+    def __repr__(self) -> str:
+        return f"RedisSettings(url={self.shown_url!r}, prefix={self.prefix!r})"
+
+
+class LoopSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn of the dispatcher: read all, receive all, decide once, send, acknowledge."""
+
+    read_max: Count = 256
+    """
+    Entries taken from Redis in one step.
+
+    More amortises the round trip; fewer decides sooner. 256 entries decode in well under a millisecond.
+    """
+
+    step_s: Seconds = 0.1
+    "The longest a step waits for news; a turn comes at least this often, so lost wake-ups cost no more."
+
+    snapshot_every_s: Seconds = 5.0
+    "How often the learnt state is saved for a warm start; a crash re-reads at most this much of the log."
+
+    retention_s: Annotated[float, Meta(ge=0)] = 3600.0
+    "How long finished entries stay readable for replay and explanation."
+
+
+class LeaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How soon silence counts as death. Shorter recovers sooner and mistakes a pause for a death sooner."""
+
+    leader_s: Seconds = 3.0
+    "A leader that has not renewed for this long is replaced; it renews three times in it."
+
+    worker_s: Seconds = 3.0
+    "A worker that has sent no beat for this long loses its jobs to others."
+
+    beat_s: Seconds = 1.0
+    "How often a worker says that it lives; at most half of `worker_s`, so one lost beat is forgiven."
+
+    def __post_init__(self) -> None:
+        if self.beat_s > self.worker_s / 2:
+            raise ValueError(
+                f"beat_s is {self.beat_s:g}, wanted at most half of worker_s ({self.worker_s:g})"
+            )
+
+
+class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one pool takes in before it says no."""
+
+    body_bytes: Count = 16 * 2**20
+    "The longest body accepted: a million tokens of text, or a few images."
+
+    inline_bytes: Annotated[int, Meta(ge=0)] = 1024
+    "A longer body rides as a claim check in a key of its own and never passes through the dispatcher."
+
+    body_ttl_s: Seconds = 86400.0
+    "How long a claim-checked body is kept for a request that never ends."
+
+    waiting_max: Count = 100_000
+    "Requests waiting in a pool; the next one is rejected with a time to come back."
+
+
+class Objective(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A promise with a name, so that clients need not repeat it. In milliseconds, as on the wire."""
+
+    priority: int = 0
+    "Higher first; negative may be shed."
+
+    ttft_ms: Milliseconds | None = None
+    "Time to first token, from the enqueue."
+
+    tpot_ms: Milliseconds | None = None
+    "Mean time per output token after the first."
+
+    deadline_ms: Milliseconds | None = None
+    "The whole answer, from the enqueue; past it the request expires."
+
+    weight: Annotated[float, Meta(gt=0)] = 1.0
+    "What keeping this promise is worth beside the others when not all can be kept."
+
+
+class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The sidecar beside one engine."""
+
+    drain_s: Annotated[float, Meta(ge=0)] = 30.0
+    "After SIGTERM, how long running requests may finish before they are handed back."
+
+    connect_s: Seconds = 5.0
+    "How long the engine may take to accept a connection before it counts as away."
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it. `Settings()` is what runs when nothing is set."""
+
+    pool: str = "default"
+    "The pool: one set of streams, one leader, one plan."
+
+    redis: RedisSettings = RedisSettings()
+    loop: LoopSettings = LoopSettings()
+    lease: LeaseSettings = LeaseSettings()
+    limits: LimitSettings = LimitSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+    policy: dict[str, object] = {}
+    "What decides, by name, and its own settings."
+
+    objectives: dict[str, Objective] = {}
+    "Named promises: [objectives.chat] serves requests that say `objective chat`."
+
+
+def _with_login(url: str, username: str, password: str) -> str:
+    parts = urlsplit(url)
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{username}:{password}@{place}"))
