@@ -1,0 +1,646 @@
+"""vLLM's v1 engine, one step at a time, without the model.
+
+A step takes one token from every decoding sequence, then fills what is left of the token
+budget with chunks of prompts: first of those that run, then of those that wait. Its time
+comes from a `Profile`.
+
+What makes it fast: decoding sequences are not touched in a step. They all advance
+together, so one counter stands for them; when each will end stands in a heap, and when
+each needs its next KV block depends only on the counter modulo the block size.
+
+Two deviations from vLLM, both invisible unless prompts under
+`long_prefill_token_threshold` exhaust a budget: decodes take their token before running
+prefills whatever their place in the list, and what a preempted sequence had already been
+given in the same step is not handed to another until the next.
+"""
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from scheduler.sim.kv import ANONYMOUS, BlockPool
+from scheduler.sim.noise import Noise
+from scheduler.sim.profile import Profile
+from scheduler.sim.sequence import Line, Sequence, Status
+
+
+class QueueFullError(Exception):
+    """The engine's admission limit refused a request; `reason` names the limit."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An engine's arguments, under vLLM's names where it has one."""
+
+    max_num_seqs: int = 256
+    "Sequences that run together."
+
+    max_num_batched_tokens: int = 2048
+    "New tokens of one step; at least `max_num_seqs`, as vLLM demands."
+
+    long_prefill_token_threshold: int = 0
+    "Tokens of one prompt in one step; 0 for no such limit."
+
+    chunked_prefill: bool = True
+    "Whether a prompt may be spread over steps; if not it must fit the budget whole."
+
+    block_size: int = 16
+    "Tokens of one KV block."
+
+    kv_tokens: int | None = None
+    "Tokens the KV cache holds; None for the profile's own figure."
+
+    prefix_caching: bool = True
+
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    "`priority` orders the waiting line and picks victims; it never preempts for a slot."
+
+    reserve_full_isl: bool = True
+    "Admit a prompt only when all of it fits the free blocks, not just its first chunk."
+
+    max_num_queued_reqs: int | None = None
+    "Requests that may wait; None for no limit."
+
+    max_num_queued_tokens: int | None = None
+    "Prompt tokens that may wait; None for no limit."
+
+    step_noise: float = 0.0
+    "Sigma of the log-normal factor on every step."
+
+    stall_probability: float = 0.0
+    "Chance of a step to stall."
+
+    stall_s: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, at least 1 wanted")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, "
+                f"at least max_num_seqs ({self.max_num_seqs}) wanted"
+            )
+
+
+class Counters:
+    """What an engine counts since its start; the emulated `/metrics` shows them."""
+
+    __slots__ = (
+        "generation_tokens",
+        "preemptions",
+        "prefix_hits",
+        "prefix_queries",
+        "prompt_tokens",
+        "steps",
+    )
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.prefix_queries = 0
+        "Tokens looked up in the prefix cache."
+        self.prefix_hits = 0
+        "Tokens found there."
+        self.preemptions = 0
+
+
+class Step(msgspec.Struct, kw_only=True):
+    """One turn of the engine, or several equal ones when `until` let it leap.
+
+    Everything in it becomes true at `ends[-1]`: tokens exist only when their step is over.
+    """
+
+    started_at: float
+
+    ends: list[float]
+    "When each step ended; one entry unless it leapt."
+
+    new_tokens: int
+    "Tokens computed in the (last) step."
+
+    decoded: list[Sequence]
+    "Each gained one token a step, in the order they began to decode."
+
+    prefilled: list[Sequence]
+    "Finished their prompt in this step and gained one token, mostly their first."
+
+    finished: list[Sequence]
+
+    scheduled: list[Sequence]
+    "Left the waiting line in this step."
+
+    preempted: list[Sequence]
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.ends)
+
+    @property
+    def ended_at(self) -> float:
+        return self.ends[-1]
+
+    @property
+    def duration_s(self) -> float:
+        return self.ends[-1] - self.started_at
+
+
+class Engine:
+    """A protocol object: facts go in with their time, steps come out with theirs.
+
+    1. `add` puts a sequence in the waiting line, or refuses it.
+    2. `step` admits it when a slot and blocks are free, and computes its prompt in chunks.
+    3. Its last chunk yields the first token; it joins the decodes.
+    4. `step` yields one token each until it ends, or preempts it back to 2.
+    5. `abort` ends it at any time and frees what it held.
+
+    Call `step` again at the `ended_at` of the last one; None means there is nothing to do
+    until the next `add` or `resume`.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        settings: EngineSettings,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self.profile = profile
+        self.settings = settings
+        kv_tokens = profile.kv_tokens if settings.kv_tokens is None else settings.kv_tokens
+        self.kv = BlockPool(kv_tokens // settings.block_size)
+        self.counters = Counters()
+        self.slowdown = 1.0
+        "Factor on every step's time; for fault injection."
+        self._noise = Noise(
+            rng,
+            sigma=settings.step_noise,
+            stall_probability=settings.stall_probability,
+            stall_s=settings.stall_s,
+        )
+        self._line = Line(by_priority=settings.scheduling_policy == "priority")
+        self._all: dict[str, Sequence] = {}
+        self._running: dict[str, Sequence] = {}
+        self._prefill: dict[str, Sequence] = {}
+        self._decode: dict[str, Sequence] = {}
+        # The number of decode steps so far, and by it: who ends, who needs a block.
+        self._clock = 0
+        self._ends: list[tuple[int, int, Sequence]] = []
+        self._needs = [0] * settings.block_size
+        # 1 between giving the decodes the blocks of a step and advancing the clock over it.
+        self._fed_ahead = 0
+        # Sum over decodes of (computed - clock) at joining: their context is one addition.
+        self._context_base = 0
+        self._quiet_steps_s: dict[int, float] = {}
+        self._is_admitting = True
+        self._is_frozen = False
+        # The head of the line cannot enter before something is freed.
+        self._is_blocked = False
+
+    # What can be asked.
+
+    @property
+    def n_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def n_waiting(self) -> int:
+        return self._line.count
+
+    @property
+    def kv_usage(self) -> float:
+        return self.kv.used / self.kv.capacity
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.kv.capacity * self.settings.block_size
+
+    @property
+    def is_frozen(self) -> bool:
+        return self._is_frozen
+
+    def __contains__(self, sequence_id: str) -> bool:
+        return sequence_id in self._all
+
+    # What can be told.
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a request in the waiting line.
+
+        Raises:
+            QueueFullError: a limit on waiting requests or tokens is reached.
+            ValueError: the id is taken, or the request could never fit the KV cache.
+        """
+        self._refuse_impossible(sequence)
+        self._refuse_overflow(sequence)
+        self._all[sequence.id] = sequence
+        self._line.push(sequence)
+        self._is_blocked = False
+
+    def abort(self, sequence_id: str) -> Sequence | None:
+        """End a request now and free all it held; None if the engine does not have it."""
+        sequence = self._all.get(sequence_id)
+        if sequence is None:
+            return None
+        if sequence.status is Status.WAITING:
+            self._line.forget(sequence)
+        else:
+            self._leave(sequence)
+        sequence.finish_reason = "abort"
+        self._retire(sequence)
+        return sequence
+
+    def abort_all(self) -> list[Sequence]:
+        """End every request, oldest first."""
+        aborted = [self.abort(sequence_id) for sequence_id in list(self._all)]
+        return [sequence for sequence in aborted if sequence is not None]
+
+    def pause(self, *, freeze: bool) -> None:
+        """Admit nobody; with `freeze` the running ones stand still too."""
+        self._is_admitting = False
+        self._is_frozen = freeze
+
+    def resume(self) -> None:
+        self._is_admitting = True
+        self._is_frozen = False
+        self._is_blocked = False
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing done, while any block is held."""
+        return self.kv.reset()
+
+    def step(self, now: float, until: float | None = None) -> Step | None:
+        """Run one step from `now`; None when there is nothing to run.
+
+        With `until`, a stretch in which nothing but decoding happens is run in one call:
+        up to the first sequence that ends, or the first step that ends at or after `until`.
+        `until` is the next moment at which the caller will `add` or `abort`.
+        """
+        if self._is_frozen:
+            return None
+        can_admit = self._is_admitting and not self._is_blocked and self._line.count > 0
+        if not (can_admit or self._running):
+            return None
+        if until is not None and self._decode and not (can_admit or self._prefill):
+            step = self._leap(now, until)
+            if step is not None:
+                return step
+        return self._turn(now)
+
+    # One step.
+
+    def _turn(self, now: float) -> Step | None:
+        step = Step(
+            started_at=now,
+            ends=[],
+            new_tokens=0,
+            decoded=[],
+            prefilled=[],
+            finished=[],
+            scheduled=[],
+            preempted=[],
+        )
+        self._feed_decodes(step)
+        chunks = self._feed_prefills(step)
+        if not (self._decode or chunks):
+            return self._turn_again(step)
+        ended_at = now + self._duration_s(chunks, step)
+        step.ends.append(ended_at)
+        self._advance_decodes(1, ended_at, step)
+        self._advance_prefills(chunks, ended_at, step)
+        self.counters.steps += 1
+        return step
+
+    def _turn_again(self, step: Step) -> Step | None:
+        """Everybody who ran was preempted: start over with all blocks free, in the same moment."""
+        self._fed_ahead = 0
+        if not step.preempted:
+            return None
+        again = self._turn(step.started_at)
+        if again is not None:
+            again.preempted[:0] = step.preempted
+        return again
+
+    def _feed_decodes(self, step: Step) -> None:
+        """Give every decode that crosses a block's edge its next block, preempting for it."""
+        phase = self._clock % self.settings.block_size
+        while self._needs[phase] > self.kv.free:
+            self._preempt(self._victim(), step)
+        self.kv.take(self._needs[phase])
+        self._fed_ahead = 1
+
+    def _feed_prefills(self, step: Step) -> list[tuple[Sequence, int]]:
+        """Who computes how many prompt tokens: the running first, then from the line."""
+        budget = self.settings.max_num_batched_tokens - len(self._decode)
+        chunks: list[tuple[Sequence, int]] = []
+        for sequence in list(self._prefill.values()):
+            if budget == 0:
+                break
+            chunk = self._chunk(sequence.total_tokens - sequence.computed, budget)
+            n_blocks = self._blocks(sequence.computed + chunk) - len(sequence.held)
+            if sequence.status is Status.PREFILL and self._make_room(sequence, n_blocks, step):
+                self._extend(sequence, chunk, n_blocks)
+                chunks.append((sequence, chunk))
+                budget -= chunk
+        if step.preempted:
+            return [pair for pair in chunks if pair[0].status is Status.PREFILL]
+        if self._is_admitting and not self._is_blocked:
+            self._admit(budget, chunks, step)
+        return chunks
+
+    def _admit(self, budget: int, chunks: list[tuple[Sequence, int]], step: Step) -> None:
+        """Take from the head of the line while slots, tokens and blocks last."""
+        while budget > 0 and (sequence := self._line.peek()) is not None:
+            if len(self._running) >= self.settings.max_num_seqs:
+                self._is_blocked = True
+                return
+            n_hits = self._hits(sequence)
+            cached = n_hits * self.settings.block_size
+            wanted = sequence.total_tokens - cached
+            if not self.settings.chunked_prefill and wanted > budget:
+                return
+            chunk = self._chunk(wanted, budget)
+            if not self._fits(sequence, n_hits, cached + chunk):
+                self._is_blocked = True
+                return
+            self._line.pop()
+            self._start(sequence, n_hits, step)
+            self._extend(sequence, chunk, self._blocks(cached + chunk) - n_hits)
+            chunks.append((sequence, chunk))
+            budget -= chunk
+
+    def _hits(self, sequence: Sequence) -> int:
+        """Cached leading blocks; never the whole text, since something must be computed."""
+        if not self.settings.prefix_caching:
+            return 0
+        limit = (sequence.total_tokens - 1) // self.settings.block_size
+        return self.kv.match(sequence.keys, limit)
+
+    def _fits(self, sequence: Sequence, n_hits: int, tokens: int) -> bool:
+        if self.settings.reserve_full_isl:
+            tokens = sequence.total_tokens
+        wanted = self._blocks(tokens) - n_hits
+        if wanted + n_hits <= self.kv.free:
+            return True  # even were all hits idle: spares counting them
+        return wanted + self.kv.idle(sequence.keys[:n_hits]) <= self.kv.free
+
+    def _start(self, sequence: Sequence, n_hits: int, step: Step) -> None:
+        hits = list(sequence.keys[:n_hits])
+        self.kv.hold(hits)
+        sequence.held = hits
+        sequence.sealed = n_hits
+        sequence.computed = n_hits * self.settings.block_size
+        sequence.status = Status.PREFILL
+        if sequence.scheduled_at is None:
+            sequence.scheduled_at = step.started_at
+            sequence.cached_tokens = sequence.computed
+            self.counters.prompt_tokens += sequence.prompt_tokens
+            if self.settings.prefix_caching:
+                self.counters.prefix_queries += sequence.prompt_tokens
+                self.counters.prefix_hits += sequence.computed
+        self._running[sequence.id] = sequence
+        self._prefill[sequence.id] = sequence
+        step.scheduled.append(sequence)
+
+    def _extend(self, sequence: Sequence, chunk: int, n_blocks: int) -> None:
+        """Hold the blocks of the next chunk, and let others share those it fills."""
+        self.kv.take(n_blocks)
+        sequence.held.extend([ANONYMOUS] * n_blocks)
+        self._seal(sequence, sequence.computed + chunk)
+
+    def _seal(self, sequence: Sequence, tokens: int) -> None:
+        n_full = min(tokens // self.settings.block_size, len(sequence.keys))
+        if self.settings.prefix_caching and n_full > sequence.sealed:
+            self.kv.seal(sequence.held, sequence.keys, sequence.sealed, n_full)
+            sequence.sealed = n_full
+
+    def _duration_s(self, chunks: list[tuple[Sequence, int]], step: Step) -> float:
+        n_decodes = len(self._decode)
+        new_tokens = n_decodes + sum(chunk for _, chunk in chunks)
+        attention = sum(
+            chunk * sequence.computed + chunk * chunk // 2 + 1 for sequence, chunk in chunks
+        )
+        step.new_tokens = new_tokens
+        step_s = self.profile.step_s(
+            n_decodes + len(chunks), new_tokens, attention, self._decode_context()
+        )
+        return self._noise.disturb(step_s) * self.slowdown
+
+    def _decode_context(self) -> int:
+        """KV tokens that the decodes read in the next step, their new ones included."""
+        return self._context_base + len(self._decode) * (self._clock + 1)
+
+    def _advance_decodes(self, n_steps: int, ended_at: float, step: Step) -> None:
+        self._fed_ahead = 0
+        if not self._decode:
+            return
+        step.decoded = list(self._decode.values())
+        self.counters.generation_tokens += n_steps * len(step.decoded)
+        self._clock += n_steps
+        ends = self._ends
+        while ends and ends[0][0] <= self._clock:
+            finish_step, _, sequence = heappop(ends)
+            if sequence.status is Status.DECODE and sequence.finish_step == finish_step:
+                self._leave(sequence)
+                self._finish(sequence, ended_at, step)
+
+    def _advance_prefills(
+        self, chunks: list[tuple[Sequence, int]], ended_at: float, step: Step
+    ) -> None:
+        for sequence, chunk in chunks:
+            sequence.computed += chunk
+            if sequence.computed < sequence.total_tokens:
+                continue
+            sequence.output_tokens += 1
+            self.counters.generation_tokens += 1
+            if sequence.first_token_at is None:
+                sequence.first_token_at = ended_at
+            step.prefilled.append(sequence)
+            if sequence.output_tokens >= sequence.stop_after:
+                self._leave(sequence)
+                self._finish(sequence, ended_at, step)
+            else:
+                self._join_decodes(sequence)
+        # Prefills seal blocks that the head of the line may share: ask it again.
+        if chunks:
+            self._is_blocked = False
+
+    # Many steps at once.
+
+    def _leap(self, now: float, until: float) -> Step | None:
+        """Decode until somebody ends or a step reaches `until`; None if blocks may run short."""
+        self._drop_stale_ends()
+        n_decodes = len(self._decode)
+        n_most = self._ends[0][0] - self._clock
+        ends = self._quiet_ends(now, until, n_most)
+        n_blocks = self._blocks_of_leap(len(ends))
+        if n_blocks > self.kv.free:
+            return None
+        self.kv.take(n_blocks)
+        step = Step(
+            started_at=now,
+            ends=ends,
+            new_tokens=n_decodes,
+            decoded=[],
+            prefilled=[],
+            finished=[],
+            scheduled=[],
+            preempted=[],
+        )
+        self._advance_decodes(len(ends), ends[-1], step)
+        self.counters.steps += len(ends)
+        return step
+
+    def _quiet_ends(self, now: float, until: float, n_most: int) -> list[float]:
+        """When each of the coming decode steps ends, if nothing else happens."""
+        n_decodes = len(self._decode)
+        floor_s = self._quiet_steps_s.get(n_decodes)
+        if floor_s is None:
+            floor_s = self.profile.step_s(n_decodes, n_decodes)
+            self._quiet_steps_s[n_decodes] = floor_s
+        slope_s = self.profile.decode_context_s
+        step_s = floor_s + slope_s * self._decode_context()
+        grow_s = slope_s * n_decodes
+        disturb, slowdown = self._disturbance(), self.slowdown
+        ends = []
+        for _ in range(n_most):
+            now += (step_s if disturb is None else disturb(step_s)) * slowdown
+            ends.append(now)
+            if now >= until:
+                break
+            step_s += grow_s
+        return ends
+
+    def _disturbance(self) -> Callable[[float], float] | None:
+        return None if self._noise.is_silent else self._noise.disturb
+
+    def _blocks_of_leap(self, n_steps: int) -> int:
+        size = self.settings.block_size
+        whole, rest = divmod(n_steps, size)
+        first = self._clock % size
+        wrapped = self._needs[first : first + rest] + self._needs[: max(0, first + rest - size)]
+        return whole * len(self._decode) + sum(wrapped)
+
+    def _drop_stale_ends(self) -> None:
+        """Preempted and aborted sequences leave their end in the heap."""
+        ends = self._ends
+        while ends[0][2].status is not Status.DECODE or ends[0][2].finish_step != ends[0][0]:
+            heappop(ends)
+
+    # Joining and leaving.
+
+    def _join_decodes(self, sequence: Sequence) -> None:
+        clock = self._clock
+        del self._prefill[sequence.id]
+        self._decode[sequence.id] = sequence
+        sequence.status = Status.DECODE
+        sequence.joined_step = clock
+        sequence.finish_step = clock + sequence.stop_after - sequence.output_tokens
+        self._context_base += sequence.computed - clock
+        self._needs[(clock - sequence.computed) % self.settings.block_size] += 1
+        heappush(self._ends, (sequence.finish_step, sequence.ticket, sequence))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the running ones: settle what it computed and free its blocks."""
+        del self._running[sequence.id]
+        n_owned = len(sequence.held)
+        if sequence.status is Status.DECODE:
+            self._settle(sequence)
+            del self._decode[sequence.id]
+            n_owned = max(n_owned, self._blocks(sequence.computed + self._fed_ahead))
+        else:
+            del self._prefill[sequence.id]
+        sequence.held.extend([ANONYMOUS] * (n_owned - len(sequence.held)))
+        self._seal(sequence, sequence.computed)
+        self.kv.release(sequence.held)
+        sequence.held = []
+        sequence.sealed = 0
+        self._is_blocked = False
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Bring the counts up to the clock and take it out of the sums."""
+        joined = sequence.joined_step
+        self._context_base -= sequence.computed - joined
+        self._needs[(joined - sequence.computed) % self.settings.block_size] -= 1
+        gained = self._clock - joined
+        sequence.computed += gained
+        sequence.output_tokens += gained
+
+    def _finish(self, sequence: Sequence, ended_at: float, step: Step) -> None:
+        sequence.finished_at = ended_at
+        step.finished.append(sequence)
+        self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        sequence.status = Status.FINISHED
+        del self._all[sequence.id]
+
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
+        """Free all it holds; its tokens are recomputed when it is admitted again."""
+        self._leave(sequence)
+        sequence.status = Status.WAITING
+        sequence.computed = 0
+        sequence.preemptions += 1
+        self.counters.preemptions += 1
+        self._line.push_front(sequence)
+        step.preempted.append(sequence)
+
+    def _victim(self) -> Sequence:
+        if self.settings.scheduling_policy == "priority":
+            return max(self._running.values(), key=lambda s: (s.priority, s.arrived_at, s.ticket))
+        return next(reversed(self._running.values()))
+
+    def _make_room(self, sequence: Sequence, n_blocks: int, step: Step) -> bool:
+        while self.kv.free < n_blocks:
+            victim = self._victim()
+            self._preempt(victim, step)
+            if victim is sequence:
+                return False
+        return True
+
+    # Small sums.
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.settings.block_size)
+
+    def _chunk(self, wanted: int, budget: int) -> int:
+        threshold = self.settings.long_prefill_token_threshold
+        if 0 < threshold < wanted:
+            wanted = threshold
+        return min(wanted, budget)
+
+    def _refuse_impossible(self, sequence: Sequence) -> None:
+        if sequence.id in self._all:
+            raise ValueError(f"sequence {sequence.id!r} is already in the engine")
+        tokens = sequence.prompt_tokens + sequence.stop_after
+        if tokens > self.kv_tokens:
+            raise ValueError(
+                f"sequence {sequence.id!r} grows to {tokens} tokens, "
+                f"the KV cache holds {self.kv_tokens}"
+            )
+        if not self.settings.chunked_prefill and tokens > self.settings.max_num_batched_tokens:
+            raise ValueError(
+                f"sequence {sequence.id!r} grows to {tokens} tokens; without chunked prefill "
+                f"at most max_num_batched_tokens ({self.settings.max_num_batched_tokens}) can run"
+            )
+
+    def _refuse_overflow(self, sequence: Sequence) -> None:
+        settings, line = self.settings, self._line
+        limit = settings.max_num_queued_reqs
+        if limit is not None and line.count >= limit:
+            raise QueueFullError(
+                "max_num_queued_reqs", f"{line.count} requests wait, the limit is {limit}"
+            )
+        limit = settings.max_num_queued_tokens
+        if limit is not None and line.tokens + sequence.prompt_tokens > limit:
+            raise QueueFullError(
+                "max_num_queued_tokens",
+                f"{line.tokens} tokens wait and {sequence.prompt_tokens} would join, "
+                f"the limit is {limit}",
+            )
