@@ -503,7 +503,11 @@ def check(request: Request, *, body_bytes: int, reply_root: str) -> None:
         WireError: names the field, the value found and the value wanted.
     """
     if not ID_PATTERN.fullmatch(request.id):
-        _refuse("id", request.id, "1 to 128 letters, digits or . _ : @ -, beginning with a letter or digit")
+        _refuse(
+            "id",
+            request.id,
+            "1 to 128 letters, digits or . _ : @ -, beginning with a letter or digit",
+        )
     if request.path not in PATHS:
         _refuse("path", request.path, " or ".join(PATHS))
     if len(request.body) > body_bytes:

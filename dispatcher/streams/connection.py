@@ -1,0 +1,335 @@
+"""The one file that knows redis-py: connect, call a function, batch calls, read streams, tell the time.
+
+Two traps of redis-py 8 are closed here: its default socket timeout of 5 s breaks blocking reads (the reading
+connection has none, a bound of our own instead), and it sends a command again after a lost reply (so every write
+goes through a function that recognises its own repetition).
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import redis.asyncio as aioredis
+import redis.exceptions as weather
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import ExponentialBackoff
+
+from scheduler.errors import StreamError
+
+FLOOR = (7, 0)
+"Functions and a group's lag came with Redis 7.0; every Valkey has them."
+
+REPLY_TIMEOUT_S = 5.0
+"The longest wait for an answer that does not block on the server."
+
+CLOCK_EVERY_S = 10.0
+"How often the offset to the server's clock is measured anew; quartz drifts by less than 1 ms in that time."
+
+Value = str | bytes | int | float
+Entry = tuple[str, dict[bytes, bytes]]
+"An entry's id and fields."
+
+
+class Where(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach a Redis: all that `connect` needs."""
+
+    url: str
+    """`redis://`, `rediss://` (TLS), `unix://`; `redis+sentinel://host:port,host:port/<master>/<db>`;
+    `redis+cluster://host:port,host:port` (`rediss+` for either with TLS)."""
+
+    username: str | None = None
+    "The ACL user; the URL's where None."
+
+    password: str | None = None
+    "Never logged; the URL's where None."
+
+    tls_ca_file: str | None = None
+    "CA bundle for TLS; the system's where None."
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One function call: its name without `hg_`, its keys, its arguments."""
+
+    function: str
+    keys: Sequence[str]
+    args: Sequence[Value]
+
+
+class Connection:
+    """A Redis that speaks our functions.
+
+    Raises `StreamError` from every method where Redis is away, refuses us, or is too old.
+    """
+
+    def __init__(self, client: Any, reader: Any, shown: str) -> None:
+        self._client = client
+        self._reader = reader
+        self._offset_s = 0.0
+        self._offset_at = float("-inf")
+        self.shown = shown
+        "The URL without its password, for messages."
+
+    @classmethod
+    async def connect(cls, where: Where) -> "Connection":
+        """Connect, check the version, load our functions and learn the server's clock."""
+        shown = _without_password(where.url)
+        try:
+            self = cls(_client(where, REPLY_TIMEOUT_S), _client(where, None), shown)
+        except (ValueError, weather.RedisError) as error:
+            raise StreamError(f"redis url {shown!r} is not usable: {error}") from None
+        try:
+            await self._check_version()
+            await self._load_functions()
+            await self.refresh_clock()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def close(self) -> None:
+        """Close every connection; calls under way fail."""
+        await self._client.aclose()
+        await self._reader.aclose()
+
+    def now(self) -> float:
+        """Unix seconds on the server's clock, which is the one that stamps the entries."""
+        return time.time() + self._offset_s
+
+    async def refresh_clock(self) -> None:
+        """Measure the offset to the server's clock anew, unless that was done lately."""
+        if time.monotonic() - self._offset_at < CLOCK_EVERY_S:
+            return
+        before = time.time()
+        seconds, micros = await self.command("TIME")
+        after = time.time()
+        self._offset_s = int(seconds) + int(micros) / 1e6 - (before + after) / 2
+        self._offset_at = time.monotonic()
+
+    async def call(self, function: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
+        """One function call's reply."""
+        with _Weather(self.shown):
+            return await self._client.fcall(f"hg_{function}", len(keys), *keys, *args)
+
+    async def batch(self, calls: Sequence[Call]) -> list[Any]:
+        """The replies of many calls in one round trip, in order; each is atomic, the batch is not.
+
+        A call that the server refuses with an error gives that error as its reply: a `StreamError`.
+        """
+        if not calls:
+            return []
+        with _Weather(self.shown):
+            async with self._client.pipeline(transaction=False) as pipe:
+                for call in calls:
+                    pipe.fcall(f"hg_{call.function}", len(call.keys), *call.keys, *call.args)
+                replies = await pipe.execute(raise_on_error=False)
+        return [_as_stream_error(reply, self.shown) for reply in replies]
+
+    async def command(self, *words: Value) -> Any:
+        """Any command's reply, as redis-py shapes it."""
+        with _Weather(self.shown):
+            return await self._client.execute_command(*words)
+
+    async def commands(self, many: Sequence[Sequence[Value]]) -> list[Any]:
+        """The replies of many commands in one round trip, in order."""
+        if not many:
+            return []
+        with _Weather(self.shown):
+            async with self._client.pipeline(transaction=False) as pipe:
+                for words in many:
+                    pipe.execute_command(*words)
+                return list(await pipe.execute())
+
+    async def add(
+        self, stream: str, fields: Mapping[str, Value], *, keep: int | None = None
+    ) -> str:
+        """Append one entry to a log (never to a work stream: a lost reply may repeat it). Returns its id."""
+        with _Weather(self.shown):
+            entry = await self._client.xadd(stream, dict(fields), maxlen=keep, approximate=True)
+        return str(entry, "ascii")
+
+    async def ensure_group(self, stream: str, group: str) -> None:
+        """Make the stream and its group, from the stream's beginning, unless they exist."""
+        with _Weather(self.shown):
+            try:
+                await self._client.xgroup_create(stream, group, id="0", mkstream=True)
+            except weather.ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+
+    async def read(
+        self, after: Mapping[str, str], *, count: int, block_s: float | None = None
+    ) -> dict[str, list[Entry]]:
+        """Entries after the given ids (`$`: only new ones), a list a stream; waits up to `block_s` for the first."""
+        return await self._blocked(
+            block_s,
+            lambda c, block: c.xread(dict(after), count=count, block=block),
+        )
+
+    async def read_group(
+        self,
+        group: str,
+        consumer: str,
+        streams: Sequence[str],
+        *,
+        count: int,
+        block_s: float | None,
+    ) -> dict[str, list[Entry]]:
+        """Entries that no consumer of the group has seen; they stay pending until acknowledged."""
+        return await self._blocked(
+            block_s,
+            lambda c, block: c.xreadgroup(
+                group, consumer, dict.fromkeys(streams, ">"), count=count, block=block
+            ),
+        )
+
+    async def entries(
+        self, stream: str, first: str = "-", last: str = "+", *, count: int | None = None
+    ) -> list[Entry]:
+        """Entries from `first` to `last`, both included, oldest first."""
+        with _Weather(self.shown):
+            return _entries(await self._client.xrange(stream, first, last, count=count))
+
+    async def claim(
+        self, stream: str, group: str, consumer: str, *, start: str, count: int
+    ) -> tuple[str, list[Entry]]:
+        """Take over pending entries of every consumer, from `start`; the cursor to go on from (`0-0`: all done)."""
+        with _Weather(self.shown):
+            reply = await self._client.xautoclaim(
+                stream, group, consumer, min_idle_time=0, start_id=start, count=count
+            )
+        return str(reply[0], "ascii"), _entries(reply[1])
+
+    async def _blocked(self, block_s: float | None, ask: Any) -> dict[str, list[Entry]]:
+        if block_s is None:
+            with _Weather(self.shown):
+                return _streams(await ask(self._client, None))
+        with _Weather(self.shown):
+            async with asyncio.timeout(
+                block_s + REPLY_TIMEOUT_S
+            ):  # a frozen server must not hold us for ever
+                return _streams(await ask(self._reader, max(1, round(block_s * 1000))))
+
+    async def _check_version(self) -> None:
+        with _Weather(self.shown):
+            info = await self._client.info("server")
+        info = (
+            next(iter(info.values())) if "redis_version" not in info else info
+        )  # a cluster answers by node
+        found = str(info["redis_version"])
+        if tuple(int(part) for part in found.split(".")[:2]) < FLOOR:
+            raise StreamError(f"redis at {self.shown} is {found}, wanted 7.0 or newer")
+
+    async def _load_functions(self) -> None:
+        code = resources.files("dispatcher.streams").joinpath("functions.lua").read_text()
+        with _Weather(self.shown):
+            await self._client.function_load(code, replace=True)
+
+
+class _Weather:
+    """Turns what redis-py raises into `StreamError`."""
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, weather.RedisError | TimeoutError | OSError):
+            raise StreamError(f"redis at {self._shown}: {error or kind}") from error
+
+
+def _as_stream_error(reply: Any, shown: str) -> Any:
+    return StreamError(f"redis at {shown}: {reply}") if isinstance(reply, Exception) else reply
+
+
+def _streams(reply: Any) -> dict[str, list[Entry]]:
+    """Both shapes of a read's reply: pairs (RESP2) and a map (RESP3)."""
+    if not reply:
+        return {}
+    named = reply.items() if isinstance(reply, dict) else reply
+    return {str(name, "utf-8"): _entries(entries) for name, entries in named}
+
+
+def _entries(reply: Any) -> list[Entry]:
+    if (
+        reply
+        and isinstance(reply[0], list)
+        and (not reply[0] or isinstance(reply[0][0], list | tuple))
+    ):
+        reply = reply[0]  # RESP3 nests a stream's entries once more
+    return [(str(entry, "ascii"), fields) for entry, fields in reply if fields is not None]
+
+
+def _client(where: Where, timeout_s: float | None) -> Any:
+    """A client for the URL; `timeout_s` None for the one that blocks."""
+    url = urlsplit(where.url)
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": REPLY_TIMEOUT_S,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 3),
+        "health_check_interval": 0,
+    }
+    if where.username is not None:
+        options["username"] = where.username
+    if where.password is not None:
+        options["password"] = where.password
+    secure = url.scheme.startswith("rediss")
+    if where.tls_ca_file is not None and secure:
+        options["ssl_ca_certs"] = where.tls_ca_file
+    if url.scheme in ("redis+sentinel", "rediss+sentinel"):
+        return _sentinel(url.netloc, url.path, options | ({"ssl": True} if secure else {}))
+    if url.scheme in ("redis+cluster", "rediss+cluster"):
+        auth, hosts = _hosts(url.netloc)
+        nodes = [ClusterNode(host, port) for host, port in hosts]
+        return RedisCluster(
+            startup_nodes=nodes, **(auth | options), **({"ssl": True} if secure else {})
+        )
+    if url.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError(
+            f"scheme is {url.scheme!r}, wanted redis, rediss, unix, redis+sentinel or redis+cluster"
+        )
+    return aioredis.Redis.from_url(where.url, **options)
+
+
+def _sentinel(netloc: str, path: str, options: dict[str, Any]) -> Any:
+    auth, hosts = _hosts(netloc)
+    name, _, db = path.strip("/").partition("/")
+    if not name:
+        raise ValueError("it names no master: wanted redis+sentinel://host:port/<master>[/<db>]")
+    watch = {"socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": REPLY_TIMEOUT_S}
+    return Sentinel(hosts, sentinel_kwargs=watch).master_for(
+        name, db=int(db or 0), **(auth | options)
+    )
+
+
+def _hosts(netloc: str) -> tuple[dict[str, str], list[tuple[str, int]]]:
+    """User and password, and the hosts, of `user:password@host:port,host:port`."""
+    login, _, rest = netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    auth = {key: word for key, word in (("username", user), ("password", password)) if word}
+    hosts = []
+    for part in rest.split(","):
+        host, _, port = part.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"host is {part!r}, wanted host:port")
+        hosts.append((host.strip("[]"), int(port)))
+    return auth, hosts
+
+
+def _without_password(url: str) -> str:
+    """The URL as it may be shown.
+
+    >>> _without_password("redis://me:secret@h:6379/0")
+    'redis://me:***@h:6379/0'
+    """
+    parts = urlsplit(url)
+    login, at, rest = parts.netloc.rpartition("@")
+    user, colon, _ = login.partition(":")
+    return parts._replace(netloc=f"{user}{colon}{'***' if colon else ''}{at}{rest}").geturl()

@@ -1,0 +1,147 @@
+"""The leading dispatcher's moves, each fenced by its epoch. Each builds one `Call`; a reply of -1 means deposed."""
+
+from dispatcher.streams.connection import Call
+from dispatcher.streams.producer import counted, milliseconds, score
+from scheduler import codec
+from scheduler.events import Arrived, Assign, Finish, Reclaim, Recovered
+from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
+from scheduler.wire import Dead, Decision, Tokens
+
+FENCED = -1
+"What every move here replies when a newer leader exists."
+
+DECISIONS_KEPT = 100_000
+"About how many decisions the log keeps; at 300 B each some 30 MB."
+
+
+def lead(keys: Keys, node: str, *, ttl_s: float, epoch: int = 0) -> Call:
+    """Take or, with one's own epoch, renew the lease. The reply is [epoch or 0, holder, until in ms]."""
+    return Call("lead", (keys.leader,), (node, milliseconds(ttl_s), epoch))
+
+
+def resign(keys: Keys, epoch: int) -> Call:
+    """End the lease at once, so that a standby need not wait for it to run out."""
+    return Call("resign", (keys.leader,), (epoch,))
+
+
+def save(keys: Keys, epoch: int, snapshot: bytes) -> Call:
+    """Keep the warm-start state."""
+    return Call("save", (keys.leader, keys.snapshot), (epoch, snapshot))
+
+
+def accept(keys: Keys, epoch: int, arrived: Arrived | Recovered, deadline_at: float | None) -> Call:
+    """Write down that the request is read. The reply is 1; 2: it is cancelled already; 0: a duplicate entry."""
+    request_id = arrived.request.id
+    names = (keys.leader, keys.request(request_id), keys.requests, keys.waiting)
+    return Call(
+        "accept", names, (epoch, DISPATCHER_GROUP, request_id, arrived.entry, score(deadline_at))
+    )
+
+
+def assign(keys: Keys, epoch: int, command: Assign) -> Call:
+    """Hand a job over. The reply is its entry in the endpoint's stream; 0: refused."""
+    job = command.job
+    names = (
+        keys.leader,
+        keys.request(job.id),
+        keys.jobs(command.endpoint),
+        keys.waiting,
+        keys.decisions,
+    )
+    return Call(
+        "assign",
+        names,
+        (
+            epoch,
+            job.id,
+            job.entry,
+            command.endpoint,
+            job.attempt,
+            DECISIONS_KEPT,
+            *counted(codec.encode(job)),
+            *counted(codec.encode(command.decision)),
+        ),
+    )
+
+
+def reclaim(keys: Keys, epoch: int, command: Reclaim) -> Call:
+    """Take a job back. The reply is 1; 0: it is no longer there, its reward is on the way."""
+    names = (
+        keys.leader,
+        keys.request(command.id),
+        keys.jobs(command.endpoint),
+        keys.waiting,
+        keys.decisions,
+    )
+    return Call(
+        "reclaim",
+        names,
+        (
+            epoch,
+            command.id,
+            command.endpoint,
+            command.attempt,
+            WORKER_GROUP,
+            score(command.deadline_at),
+            DECISIONS_KEPT,
+            *counted(codec.encode(command.decision)),
+        ),
+    )
+
+
+def conclude(keys: Keys, epoch: int, command: Finish, *, ttl_s: float) -> Call:
+    """Write the terminal record of a request that no worker holds. The reply is 1; 0: it was not ours to end."""
+    result = command.result
+    reply = command.reply_to or keys.results
+    names = (
+        keys.leader,
+        keys.request(result.id),
+        keys.requests,
+        keys.waiting,
+        reply,
+        keys.body(result.id),
+        keys.tokens(result.id),
+        keys.dead,
+    )
+    is_streamed = command.request is not None and command.request.stream
+    last = (
+        codec.encode(Tokens(attempt=result.attempt, index=0, end=result.outcome))
+        if is_streamed
+        else {}
+    )
+    return Call(
+        "conclude",
+        names,
+        (
+            epoch,
+            DISPATCHER_GROUP,
+            result.id,
+            command.entry,
+            result.outcome,
+            milliseconds(ttl_s),
+            int(reply != keys.results),
+            *counted(codec.encode(result)),
+            *counted(last),
+            *counted(_dead_fields(keys, command)),
+        ),
+    )
+
+
+def _dead_fields(keys: Keys, command: Finish) -> dict[str, str | bytes]:
+    if not command.is_dead:
+        return {}
+    result = command.result
+    dead = Dead(
+        dead_stream=keys.requests,
+        dead_entry=command.entry,
+        dead_reason=result.reason,
+        dead_outcome=result.outcome,
+    )
+    return codec.encode(dead) | (
+        codec.encode(command.request) if command.request is not None else {}
+    )
+
+
+def note(decision: Decision) -> dict[str, str | bytes]:
+    """A decision's fields, for a plain append to the log."""
+    return codec.encode(decision)

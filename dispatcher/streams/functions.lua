@@ -1,0 +1,277 @@
+#!lua name=headgate
+
+-- Every move that must be atomic or fenced. A move is refused by comparison inside the same script, never by a lock.
+-- Redis' clients may send a move again after a lost reply, so each one recognises its own repetition.
+--
+-- request:<id> is a hash: state entry attempt endpoint job tokens cancelled outcome result_stream result_entry
+--   state    queued | waiting | assigned | running | terminal
+--   attempt  the fence: a worker's late write carries an older one, or finds another state
+-- All keys arrive in KEYS and share one hash tag. A list of n fields travels as: n, field, value, ...
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+local function take(args, at) -- the field list at `at`, and where the next one begins
+  local n = tonumber(args[at])
+  local out = {}
+  for i = 1, n do out[i] = args[at + i] end
+  return out, at + n + 1
+end
+
+local function add(key, fields, keep)
+  if keep and keep > 0 then
+    return redis.call('XADD', key, 'MAXLEN', '~', keep, '*', unpack(fields))
+  end
+  return redis.call('XADD', key, '*', unpack(fields))
+end
+
+local function is_leader(key, epoch)
+  return redis.call('HGET', key, 'epoch') == epoch
+end
+
+local function holds(state, endpoint, attempt, want_endpoint, want_attempt)
+  return (state == 'assigned' or state == 'running') and endpoint == want_endpoint and attempt == want_attempt
+end
+
+-- Leadership -------------------------------------------------------------------------------------------------------
+
+-- KEYS leader / ARGV node ttl_ms epoch(0: none) -> {epoch or 0, holder, until}
+local function lead(keys, args)
+  local held = redis.call('HMGET', keys[1], 'node', 'epoch', 'until')
+  local now, epoch, till = now_ms(), tonumber(held[2] or 0), tonumber(held[3] or 0)
+  local mine = tonumber(args[3])
+  if mine > 0 and mine == epoch then
+    redis.call('HSET', keys[1], 'until', now + args[2])
+    return {epoch, args[1], now + args[2]}
+  end
+  if till > now then return {0, held[1], till} end
+  -- Time-based, so that a failover to a replica that missed a write can not hand an epoch out twice.
+  epoch = math.max(epoch + 1, now)
+  redis.call('HSET', keys[1], 'node', args[1], 'epoch', string.format('%d', epoch), 'until', now + args[2])
+  return {epoch, args[1], now + args[2]}
+end
+
+-- KEYS leader / ARGV epoch
+local function resign(keys, args)
+  if not is_leader(keys[1], args[1]) then return 0 end
+  redis.call('HSET', keys[1], 'until', 0)
+  return 1
+end
+
+-- KEYS leader snapshot / ARGV epoch data
+local function save(keys, args)
+  if not is_leader(keys[1], args[1]) then return -1 end
+  redis.call('SET', keys[2], args[2])
+  return 1
+end
+
+-- A client's moves -------------------------------------------------------------------------------------------------
+
+-- KEYS request requests body waiting / ARGV id limit body_ttl_ms claim score fields
+-- -> {1, entry} new; {0, entry} it exists; {-1, waiting} full
+local function submit(keys, args)
+  local entry = redis.call('HGET', keys[1], 'entry')
+  if entry then return {0, entry} end
+  local limit = tonumber(args[2])
+  if limit > 0 then
+    local waiting = redis.call('ZCARD', keys[4])
+    if waiting >= limit then return {-1, waiting} end
+  end
+  if args[4] ~= '' then redis.call('SET', keys[3], args[4], 'PX', args[3]) end
+  entry = add(keys[2], (take(args, 6)))
+  redis.call('HSET', keys[1], 'state', 'queued', 'entry', entry)
+  redis.call('ZADD', keys[4], args[5], args[1])
+  return {1, entry}
+end
+
+-- KEYS request controls / ARGV id fields -> 1 asked; 0 already terminal; -1 unknown
+local function cancel(keys, args)
+  local state = redis.call('HGET', keys[1], 'state')
+  if not state then return -1 end
+  if state == 'terminal' then return 0 end
+  redis.call('HSET', keys[1], 'cancelled', '1')
+  add(keys[2], (take(args, 2)))
+  return 1
+end
+
+-- KEYS dead request requests / ARGV dead_entry fields -> entry; 0 no such entry; -1 the request lives
+local function requeue(keys, args)
+  local state = redis.call('HGET', keys[2], 'state')
+  if state and state ~= 'terminal' then return -1 end
+  if redis.call('XDEL', keys[1], args[1]) == 0 then return 0 end
+  redis.call('DEL', keys[2])
+  return add(keys[3], (take(args, 2)))
+end
+
+-- The dispatcher's moves -------------------------------------------------------------------------------------------
+
+-- KEYS leader request requests waiting / ARGV epoch group id entry score
+-- -> 1 it is this entry's; 2 and its tombstone is set; 0 a duplicate, acknowledged; -1 fenced
+local function accept(keys, args)
+  if not is_leader(keys[1], args[1]) then return -1 end
+  local held = redis.call('HMGET', keys[2], 'entry', 'state', 'cancelled')
+  if held[1] and held[1] ~= args[4] or held[2] == 'terminal' then
+    redis.call('XACK', keys[3], args[2], args[4])
+    return 0
+  end
+  if not held[2] or held[2] == 'queued' then
+    redis.call('HSET', keys[2], 'state', 'waiting', 'entry', args[4])
+    redis.call('ZADD', keys[4], args[5], args[3])
+  end
+  return held[3] and 2 or 1
+end
+
+-- KEYS leader request jobs waiting decisions / ARGV epoch id entry endpoint attempt keep job decision
+-- -> the job's entry; 0 refused; -1 fenced
+local function assign(keys, args)
+  if not is_leader(keys[1], args[1]) then return -1 end
+  local held = redis.call('HMGET', keys[2], 'state', 'entry', 'endpoint', 'attempt', 'job', 'cancelled')
+  if holds(held[1], held[3], held[4], args[4], args[5]) then return held[5] end -- said before
+  if held[1] ~= 'waiting' or held[2] ~= args[3] or held[6] then return 0 end
+  local job, next = take(args, 7)
+  local entry = add(keys[3], job)
+  redis.call('HSET', keys[2], 'state', 'assigned', 'endpoint', args[4], 'attempt', args[5], 'job', entry)
+  redis.call('ZREM', keys[4], args[2])
+  add(keys[5], (take(args, next)), tonumber(args[6]))
+  return entry
+end
+
+-- KEYS leader request jobs waiting decisions / ARGV epoch id endpoint attempt group score keep decision
+-- -> 1 taken back; 0 there is nothing to take; -1 fenced
+local function reclaim(keys, args)
+  if not is_leader(keys[1], args[1]) then return -1 end
+  local held = redis.call('HMGET', keys[2], 'state', 'endpoint', 'attempt', 'job')
+  if not holds(held[1], held[2], held[3], args[3], args[4]) then
+    return held[1] == 'waiting' and held[3] == args[4] and 1 or 0
+  end
+  redis.call('XACK', keys[3], args[5], held[4])
+  redis.call('XDEL', keys[3], held[4])
+  redis.call('HSET', keys[2], 'state', 'waiting', 'endpoint', '', 'job', '')
+  redis.call('ZADD', keys[4], args[6], args[2])
+  add(keys[5], (take(args, 8)), tonumber(args[7]))
+  return 1
+end
+
+local function terminal(request, requests, waiting, reply, body, tokens, dead, how)
+  local entry = add(reply, how.result)
+  if how.is_private then redis.call('PEXPIRE', reply, how.ttl) end
+  redis.call('HSET', request, 'state', 'terminal', 'entry', how.entry, 'outcome', how.outcome,
+    'result_stream', reply, 'result_entry', entry)
+  redis.call('PEXPIRE', request, how.ttl)
+  redis.call('XACK', requests, how.group, how.entry)
+  redis.call('ZREM', waiting, how.id)
+  if #how.last > 0 then
+    add(tokens, how.last)
+    redis.call('PEXPIRE', tokens, how.ttl)
+  end
+  if #how.dead > 0 then add(dead, how.dead) else redis.call('DEL', body) end -- a dead request keeps its body for a requeue
+end
+
+-- KEYS leader request requests waiting reply body tokens dead
+-- ARGV epoch group id entry outcome ttl_ms is_private result last dead -> 1; 0 not its to end; -1 fenced
+local function conclude(keys, args)
+  if not is_leader(keys[1], args[1]) then return -1 end
+  local held = redis.call('HMGET', keys[2], 'state', 'entry')
+  if held[1] == 'terminal' or held[1] == 'assigned' or held[1] == 'running' or held[2] and held[2] ~= args[4] then
+    if held[2] ~= args[4] or held[1] == 'terminal' then redis.call('XACK', keys[3], args[2], args[4]) end
+    return 0
+  end
+  local how = {group = args[2], id = args[3], entry = args[4], outcome = args[5], ttl = args[6],
+    is_private = args[7] == '1'}
+  local next
+  how.result, next = take(args, 8)
+  how.last, next = take(args, next)
+  how.dead = take(args, next)
+  terminal(keys[2], keys[3], keys[4], keys[5], keys[6], keys[7], keys[8], how)
+  return 1
+end
+
+-- A worker's moves -------------------------------------------------------------------------------------------------
+
+-- KEYS endpoint / ARGV worker -> the new epoch
+local function join(keys, args)
+  local epoch = math.max(tonumber(redis.call('HGET', keys[1], 'epoch') or 0) + 1, now_ms())
+  redis.call('HSET', keys[1], 'epoch', string.format('%d', epoch), 'worker', args[1])
+  return epoch
+end
+
+-- KEYS endpoint beats / ARGV epoch keep ttl_ms glance beat -> 1; 0 a newer worker has joined
+local function beat(keys, args)
+  if redis.call('HGET', keys[1], 'epoch') ~= args[1] then return 0 end
+  local glance, next = take(args, 4)
+  redis.call('HSET', keys[1], unpack(glance))
+  redis.call('PEXPIRE', keys[1], args[3])
+  add(keys[2], (take(args, next)), tonumber(args[2]))
+  return 1
+end
+
+-- KEYS request / ARGV endpoint attempt -> 1 go; 2 cancelled meanwhile; 0 no longer yours
+local function start(keys, args)
+  local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt', 'cancelled')
+  if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
+  redis.call('HSET', keys[1], 'state', 'running')
+  return held[4] and 2 or 1
+end
+
+-- KEYS request tokens / ARGV endpoint attempt index pieces ttl_ms fields -> 1; 0 no longer yours
+local function tokens(keys, args)
+  local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt', 'tokens')
+  if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
+  if tonumber(held[4] or 0) > tonumber(args[3]) then return 1 end -- said before
+  add(keys[2], (take(args, 6)))
+  redis.call('PEXPIRE', keys[2], args[5])
+  redis.call('HSET', keys[1], 'tokens', args[3] + args[4])
+  return 1
+end
+
+-- KEYS request jobs requests waiting reply body tokens dead rewards
+-- ARGV endpoint attempt job worker_group group id entry outcome ttl_ms is_private keep result last dead reward
+-- -> 1; 0 no longer yours: nothing but the stale job's acknowledgement was written
+local function finish(keys, args)
+  local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt')
+  redis.call('XACK', keys[2], args[4], args[3])
+  redis.call('XDEL', keys[2], args[3])
+  if not holds(held[1], held[2], held[3], args[1], args[2]) then
+    return held[1] == 'terminal' and held[2] == args[1] and held[3] == args[2] and 1 or 0
+  end
+  local how = {group = args[5], id = args[6], entry = args[7], outcome = args[8], ttl = args[9],
+    is_private = args[10] == '1'}
+  local next
+  how.result, next = take(args, 12)
+  how.last, next = take(args, next)
+  how.dead, next = take(args, next)
+  terminal(keys[1], keys[3], keys[4], keys[5], keys[6], keys[7], keys[8], how)
+  add(keys[9], (take(args, next)), tonumber(args[11]))
+  return 1
+end
+
+-- KEYS request jobs waiting rewards / ARGV endpoint attempt job group id score keep reward -> 1; 0 no longer yours
+local function hand_back(keys, args)
+  local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt')
+  redis.call('XACK', keys[2], args[4], args[3])
+  redis.call('XDEL', keys[2], args[3])
+  if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
+  redis.call('HSET', keys[1], 'state', 'waiting', 'endpoint', '', 'job', '')
+  redis.call('ZADD', keys[3], args[6], args[5])
+  add(keys[4], (take(args, 8)), tonumber(args[7]))
+  return 1
+end
+
+redis.register_function('hg_lead', lead)
+redis.register_function('hg_resign', resign)
+redis.register_function('hg_save', save)
+redis.register_function('hg_submit', submit)
+redis.register_function('hg_cancel', cancel)
+redis.register_function('hg_requeue', requeue)
+redis.register_function('hg_accept', accept)
+redis.register_function('hg_assign', assign)
+redis.register_function('hg_reclaim', reclaim)
+redis.register_function('hg_conclude', conclude)
+redis.register_function('hg_join', join)
+redis.register_function('hg_beat', beat)
+redis.register_function('hg_start', start)
+redis.register_function('hg_tokens', tokens)
+redis.register_function('hg_finish', finish)
+redis.register_function('hg_hand_back', hand_back)

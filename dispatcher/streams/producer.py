@@ -1,0 +1,72 @@
+"""A client's moves: enqueue once, cancel, bring the dead back. Each builds one `Call`; nothing here waits."""
+
+from collections.abc import Mapping
+
+from dispatcher.streams.connection import Call, Value
+from scheduler import codec
+from scheduler.keys import Keys
+from scheduler.wire import Control, Request
+
+INLINE_BYTES = 1024
+"A body above this lies at `body:<id>`: Redis packs small entries tightly, and the dispatcher need not carry it."
+
+NEVER = "+inf"
+"The score of a request without a deadline in the sorted set `waiting`."
+
+
+def submit(
+    keys: Keys, request: Request, *, now: float, waiting_max: int, body_ttl_s: float
+) -> Call:
+    """Enqueue the request unless its id exists.
+
+    The reply is `[1, entry]` when enqueued, `[0, entry]` when the id exists already, `[-1, waiting]` when
+    `waiting_max` (0: no limit) already wait.
+    """
+    claim = request.body if len(request.body) > INLINE_BYTES else b""
+    fields = codec.encode(request)
+    if claim:
+        fields["body"] = b""
+    names = (keys.request(request.id), keys.requests, keys.body(request.id), keys.waiting)
+    deadline_at = request.deadline_at
+    if request.deadline_s is not None:
+        deadline_at = min(deadline_at or float("inf"), now + request.deadline_s)
+    return Call(
+        "submit",
+        names,
+        (
+            request.id,
+            waiting_max,
+            milliseconds(body_ttl_s),
+            claim,
+            score(deadline_at),
+            *counted(fields),
+        ),
+    )
+
+
+def cancel(keys: Keys, request_id: str, *, reason: str = "") -> Call:
+    """Set the tombstone and tell the dispatcher. The reply is 1; 0: already terminal; -1: unknown."""
+    fields = codec.encode(Control(action="cancel", id=request_id, reason=reason))
+    return Call("cancel", (keys.request(request_id), keys.controls), (request_id, *counted(fields)))
+
+
+def requeue(keys: Keys, dead_entry: str, request_id: str, fields: Mapping[str, Value]) -> Call:
+    """Enqueue a dead request's own fields anew. The reply is its entry; 0: no such entry; -1: it lives."""
+    names = (keys.dead, keys.request(request_id), keys.requests)
+    return Call("requeue", names, (dead_entry, *counted(fields)))
+
+
+def score(deadline_at: float | None) -> str:
+    """A deadline as a score in `waiting`: unix milliseconds."""
+    return NEVER if deadline_at is None else codec.text_number(deadline_at * 1e3)
+
+
+def counted(fields: Mapping[str, Value]) -> list[Value]:
+    """Fields as a function takes them: how many parts, then name, value, ..."""
+    parts = [part for pair in fields.items() for part in pair]
+    return [len(parts), *parts]
+
+
+def milliseconds(seconds: float) -> int:
+    """Seconds as a function's argument."""
+    return round(seconds * 1e3)

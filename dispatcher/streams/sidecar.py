@@ -1,0 +1,167 @@
+"""A worker's moves, each fenced by (endpoint, epoch, attempt). Each builds one `Call`; a reply of 0 means fenced."""
+
+import msgspec
+
+from dispatcher.streams.connection import Call
+from dispatcher.streams.producer import counted, milliseconds, score
+from scheduler import codec
+from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
+from scheduler.wire import Beat, Dead, Job, Result, Reward, Tokens
+
+BEATS_KEPT = 20_000
+"About how many heartbeats the log keeps: minutes of a large fleet."
+
+REWARDS_KEPT = 200_000
+"About how many rewards the log keeps, for learning again and for off-line evaluation."
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A job in a worker's hands: what the fence compares."""
+
+    endpoint: str
+    job: Job
+    job_entry: str
+    "Its entry in the endpoint's stream."
+
+
+def join(keys: Keys, endpoint: str, worker: str) -> Call:
+    """Become the endpoint's worker. The reply is the new epoch; any older worker is fenced from now on."""
+    return Call("join", (keys.endpoint(endpoint),), (worker,))
+
+
+def beat(keys: Keys, message: Beat, *, lease_s: float) -> Call:
+    """Say that the endpoint lives. The reply is 1; 0: a newer worker has joined in its name."""
+    fields = codec.encode(message)
+    glance = fields | {"seen_lease_ms": str(milliseconds(lease_s))}
+    # The glance outlives the lease, so that people can still see who died.
+    return Call(
+        "beat",
+        (keys.endpoint(message.endpoint), keys.beats),
+        (
+            message.epoch,
+            BEATS_KEPT,
+            milliseconds(600 * lease_s),
+            *counted(glance),
+            *counted(fields),
+        ),
+    )
+
+
+def start(keys: Keys, held: Held) -> Call:
+    """Ask, at the moment of admission, whether the job is still ours. The reply is 1; 2: cancelled; 0: not ours."""
+    return Call("start", (keys.request(held.job.id),), (held.endpoint, held.job.attempt))
+
+
+def tokens(keys: Keys, held: Held, message: Tokens, *, pieces: int, ttl_s: float) -> Call:
+    """Append to the token log, each index once. The reply is 1; 0: not ours."""
+    return Call(
+        "tokens",
+        (keys.request(held.job.id), keys.tokens(held.job.id)),
+        (
+            held.endpoint,
+            held.job.attempt,
+            message.index,
+            pieces,
+            milliseconds(ttl_s),
+            *counted(codec.encode(message)),
+        ),
+    )
+
+
+def finish(
+    keys: Keys,
+    held: Held,
+    result: Result,
+    reward: Reward,
+    *,
+    pieces: int,
+    ttl_s: float,
+    is_dead: bool = False,
+) -> Call:
+    """Result, reward, end of the token log and both acknowledgements, in one move. The reply is 1; 0: not ours.
+
+    `pieces` is how many pieces of text the token log holds.
+    """
+    job = held.job
+    reply = job.reply_to or keys.results
+    names = (
+        keys.request(job.id),
+        keys.jobs(held.endpoint),
+        keys.requests,
+        keys.waiting,
+        reply,
+        keys.body(job.id),
+        keys.tokens(job.id),
+        keys.dead,
+        keys.rewards,
+    )
+    last = (
+        codec.encode(Tokens(attempt=job.attempt, index=pieces, end=result.outcome))
+        if job.stream
+        else {}
+    )
+    return Call(
+        "finish",
+        names,
+        (
+            held.endpoint,
+            job.attempt,
+            held.job_entry,
+            WORKER_GROUP,
+            DISPATCHER_GROUP,
+            job.id,
+            job.entry,
+            result.outcome,
+            milliseconds(ttl_s),
+            int(reply != keys.results),
+            REWARDS_KEPT,
+            *counted(codec.encode(result)),
+            *counted(last),
+            *counted(_dead_fields(keys, held, result) if is_dead else {}),
+            *counted(codec.encode(reward)),
+        ),
+    )
+
+
+def hand_back(keys: Keys, held: Held, reward: Reward) -> Call:
+    """Give the job back to be tried elsewhere, and say what it cost. The reply is 1; 0: not ours."""
+    job = held.job
+    names = (keys.request(job.id), keys.jobs(held.endpoint), keys.waiting, keys.rewards)
+    return Call(
+        "hand_back",
+        names,
+        (
+            held.endpoint,
+            job.attempt,
+            held.job_entry,
+            WORKER_GROUP,
+            job.id,
+            score(job.deadline_at),
+            REWARDS_KEPT,
+            *counted(codec.encode(reward)),
+        ),
+    )
+
+
+def _dead_fields(keys: Keys, held: Held, result: Result) -> dict[str, str | bytes]:
+    """The dead request's own fields as a client would write them, so that a requeue can."""
+    job = held.job
+    dead = Dead(
+        dead_stream=keys.requests,
+        dead_entry=job.entry,
+        dead_reason=result.reason,
+        dead_outcome=result.outcome,
+    )
+    return codec.encode(dead) | {
+        "id": job.id,
+        "model": job.model,
+        "body": job.body,
+        "path": job.path,
+        "priority": str(job.priority),
+        "tenant": job.tenant,
+        "session": job.session,
+        "stream": "1" if job.stream else "0",
+        "reply_to": job.reply_to,
+        "max_attempts": str(job.max_attempts),
+        "prompt_tokens": str(job.prompt_tokens),
+    }
