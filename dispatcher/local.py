@@ -26,6 +26,7 @@ import msgspec
 
 from dispatcher.resp import Connection, Failure
 from scheduler.errors import SettingsError, StreamError
+from scheduler.settings import RedisSettings
 
 OLDEST = (7, 0)
 "Debian 12's own; the first with FUNCTION, a group's lag and XAUTOCLAIM's deleted ids."
@@ -255,6 +256,23 @@ def live(directory: Path) -> RunFile | None:
     except (FileNotFoundError, msgspec.DecodeError):
         return None
     return running if _process_id(running.url) == running.pid else None
+
+
+def known_url(redis: RedisSettings) -> str:
+    """The Redis that the settings name, with its login, else the private one that runs; none is started.
+
+    Raises:
+        StreamError: none is named and none runs.
+    """
+    if redis.url:
+        return redis.login_url
+    directory = state_directory(os.environ) / "redis"
+    running = live(directory)
+    if running is None:
+        raise StreamError(
+            f"no redis: none is given (--redis, HEADGATE_REDIS_URL) and none runs in {directory}"
+        )
+    return running.url
 
 
 def find_binary(environ: Mapping[str, str]) -> Path:

@@ -1,0 +1,149 @@
+"""`headgate`: the table of commands, what they share, and the one door their errors leave by.
+
+A command is a module `dispatcher/cli/<name>.py` with a Typer `app`, and a line in `COMMANDS`. The module is
+imported only when its name stands on the command line, so `headgate --help` costs the same however many there
+are and whatever they import. Other floors offer an app through the entry-point group `headgate.commands`;
+those are imported always and keep their heavy imports inside their functions.
+
+A command that takes a `Settings` parameter is handed the settings, and gains `--config`, `--redis` and
+`--pool`, which may stand before the command as well. A command may be `async`.
+"""
+
+import asyncio
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+
+from dispatcher.cli import given
+from dispatcher.cli.given import Given
+from scheduler.errors import HeadgateError
+from scheduler.settings import Settings
+
+COMMANDS = {
+    "settings": "Every setting as it stands here, with what it means, as TOML.",
+    "redis": "Talk to Redis by hand, on machines without redis-cli.",
+    "version": "What is installed here.",
+}
+"Name and line of help of each command of this floor; its module bears its name."
+
+FAULT = 2
+"The exit code of every error that is not a bug, the same as for a wrong option."
+
+Function = Callable[..., object]
+
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Settings file; else $HEADGATE_CONFIG, else ./headgate.toml."
+    ),
+]
+RedisOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="redis://, rediss:// or unix:// address; else a private server."
+    ),
+]
+PoolOption = Annotated[str | None, typer.Option(metavar="NAME", help="The pool to work with.")]
+
+SHARED = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+    for name, option in (("config", ConfigOption), ("redis", RedisOption), ("pool", PoolOption))
+]
+
+
+def main() -> None:
+    """The console script. A user's mistake is one line on stderr, never a traceback."""
+    try:
+        root(sys.argv[1:])(prog_name="headgate")
+    except* HeadgateError as group:
+        for error in _leaves(group):
+            print(f"headgate: {error}", file=sys.stderr)  # noqa: T201  stderr is talk
+    sys.exit(FAULT)  # reached only past an error: typer exits by itself
+
+
+def root(words: Sequence[str]) -> typer.Typer:
+    """The application, with the commands that these words name imported and the others as lines of help."""
+    app = typer.Typer(
+        no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
+    before = Given()
+
+    @app.callback()
+    def options(
+        config: ConfigOption = None, redis: RedisOption = None, pool: PoolOption = None
+    ) -> None:
+        """Durable, learned, deadline-aware dispatch of LLM requests: Redis Streams to vLLM fleets."""
+        nonlocal before
+        before = Given(config=config, redis=redis, pool=pool)
+
+    def load(own: Given) -> Settings:
+        return given.settings(own.over(before), os.environ)
+
+    is_completing = "_HEADGATE_COMPLETE" in os.environ
+    for name, summary in COMMANDS.items():
+        if name in words or is_completing:
+            _adopt(app, importlib.import_module(f"dispatcher.cli.{name}").app, load)
+        else:
+            app.command(name, help=summary)(_unnamed)
+    for entry in sorted(entry_points(group="headgate.commands")):
+        try:
+            _adopt(app, entry.load(), load)
+        except ImportError as error:
+            # One broken extension must not take `headgate` away from whoever wants to repair it.
+            typer.echo(f"headgate: commands of {entry.name!r} left out: {error}", err=True)
+    return app
+
+
+def _unnamed() -> None:
+    raise AssertionError("a command ran without its name among the words")
+
+
+def _adopt(app: typer.Typer, other: typer.Typer, load: Callable[[Given], Settings]) -> None:
+    for command in other.registered_commands:
+        assert command.callback is not None
+        command.callback = _with_settings(command.callback, load)
+        app.registered_commands.append(command)
+    app.registered_groups.extend(other.registered_groups)
+
+
+def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Function:
+    """The function as typer should see it: options in place of settings, and never a coroutine."""
+    parameters = inspect.signature(function, eval_str=True).parameters
+    wanted = [name for name, parameter in parameters.items() if parameter.annotation is Settings]
+    own = [parameter for name, parameter in parameters.items() if name not in wanted]
+    shared = SHARED if wanted else []
+
+    def run(**values: object) -> object:
+        said = {parameter.name: values.pop(parameter.name) for parameter in shared}
+        values |= {name: load(Given(**said)) for name in wanted}  # type: ignore[arg-type]
+        result = function(**values)
+        return _run_to_end(result) if inspect.iscoroutine(result) else result
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*own, *shared]]
+    )
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
+    return run
+
+
+def _run_to_end(coroutine: Coroutine[object, object, object]) -> object:
+    try:
+        import uvloop  # noqa: PLC0415  only what runs a loop pays for it
+    except ImportError:
+        return asyncio.run(coroutine)
+    return uvloop.run(coroutine)
+
+
+def _leaves(group: BaseExceptionGroup[HeadgateError]) -> Iterator[HeadgateError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
