@@ -5,6 +5,7 @@
     ├── WireError                theirs: an entry that cannot be read; set it aside and go on
     ├── StreamError              the weather: Redis away, too old, not ours; wait or stop
     │   └── FencedError          somebody newer holds the lease; whoever sees this stands down
+    ├── TraceError               theirs: a trace file with a wrong line (scheduler.sim.trace)
     ├── EngineError              an engine's answer that is no success; the worker retries or reports
     └── OutcomeError             a request that ended other than `completed`; raised by the client
         ├── RequestExpired

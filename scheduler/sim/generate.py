@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from scheduler.sim.workload import Arrival, Promise, Workload, merged, promised
+from scheduler.sim.workload import Arrival, Promise, Workload, merged, picked, promised
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -35,7 +35,7 @@ class Lengths(msgspec.Struct, frozen=True):
 
     >>> law = Lengths(points=((0.5, 100), (0.9, 1000)), least=1, most=10_000)
     >>> law.draw(np.random.default_rng(7), 3)
-    array([ 100,  171,   61])
+    array([100, 171,  61])
     """
 
     points: tuple[tuple[float, float], ...]
@@ -221,7 +221,7 @@ def _drawn(work: Work, duration_s: float, rng: np.random.Generator, block_tokens
     ]
     if work.turns:
         rows = _continued(rows, work, work.turns, rng=rng, block_tokens=block_tokens)
-        rows = [row for row in rows if row.at_s < duration_s]
+        rows = list(picked(rows, [i for i, row in enumerate(rows) if row.at_s < duration_s]))
     return promised(rows, work.promise)
 
 

@@ -11,6 +11,7 @@ so every line is checked and every size bounded.
 
 import gzip
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
+from scheduler.errors import HeadgateError
 from scheduler.sim.workload import Arrival, Workload
 
 FORMAT = 1
@@ -31,7 +33,7 @@ TOKENS_MAX = 100_000_000
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-class TraceError(ValueError):
+class TraceError(HeadgateError):
     """A trace file that is not what it says; the message names file and line."""
 
     def __init__(self, name: str, line: int, found: str) -> None:
@@ -81,10 +83,10 @@ def read(file: BinaryIO, *, name: str, rows_max: int = ROWS_MAX) -> Trace:
         TraceError: a line is too long, not JSON, of wrong type or range, out of
             order, or the header's row count is not met.
     """
-    lines = _lines(file, name)
-    header = _header(name, next(lines, (1, b""))[1])
+    numbered = lines(file, name)
+    header = _header(name, next(numbered, (1, b""))[1])
     arrivals: list[Arrival] = []
-    for number, line in lines:
+    for number, line in numbered:
         if len(arrivals) >= rows_max:
             raise TraceError(name, number, f"more rows than the limit of {rows_max}")
         arrivals.append(_row(name, number, line, header, arrivals))
@@ -122,15 +124,15 @@ def lengths(file: BinaryIO, *, name: str, rows_max: int = ROWS_MAX) -> NDArray[n
     Raises:
         TraceError: a column is missing or a value is no length.
     """
-    lines = ((n, line) for n, line in _lines(file, name) if not line.startswith(b"#"))
-    number, head = next(lines, (1, b""))
+    numbered = ((n, line) for n, line in lines(file, name) if not line.startswith(b"#"))
+    number, head = next(numbered, (1, b""))
     columns = head.decode("utf-8", "replace").split(",")
     for wanted in ("prompt", "output"):
         if wanted not in columns:
             raise TraceError(name, number, f"columns are {columns}, wanted {wanted!r} among them")
     places = (columns.index("prompt"), columns.index("output"))
     pairs: list[tuple[int, int]] = []
-    for line_number, line in lines:
+    for line_number, line in numbered:
         if len(pairs) >= rows_max:
             raise TraceError(name, line_number, f"more rows than the limit of {rows_max}")
         cells = line.split(b",")
@@ -159,8 +161,12 @@ def length(name: str, line: int, cells: Sequence[bytes], place: int) -> int:
     return int(cell)
 
 
-def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines without their ends; empty ones are passed over."""
+def lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a plain or gzip file, without their ends; empty ones are passed over.
+
+    Raises:
+        TraceError: a line is longer than LINE_BYTES_MAX, or the gzip data is broken.
+    """
     is_gzip = file.read(2) == GZIP_MAGIC
     file.seek(0)
     source: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=file) if is_gzip else file
@@ -169,7 +175,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
         number += 1
         try:
             line = source.readline(LINE_BYTES_MAX + 1)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise TraceError(name, number, f"the gzip data is broken: {error}") from error
         if not line:
             return

@@ -96,6 +96,9 @@ class Arrival(
 
 Workload = tuple[Arrival, ...]
 
+SPAN_LEAST_S = 1e-6
+"Rows closer together than a trace can say came all at once."
+
 
 class Promise(msgspec.Struct, frozen=True, kw_only=True):
     """What an arrival is promised; each field as in `Arrival`."""
@@ -118,7 +121,7 @@ def rate(arrivals: Sequence[Arrival]) -> float:
     if len(arrivals) < 2:
         return 0.0
     span_s = arrivals[-1].at_s - arrivals[0].at_s
-    return (len(arrivals) - 1) / span_s if span_s > 0 else 0.0
+    return (len(arrivals) - 1) / span_s if span_s >= SPAN_LEAST_S else 0.0
 
 
 def scaled(
@@ -138,7 +141,8 @@ def scaled(
             row and leaves the pauses between turns as they were, for closed loops.
 
     Raises:
-        ValueError: neither or both given, or a value that is not positive.
+        ValueError: neither or both given, a value that is not positive, or a rate asked of
+            rows that all come at once.
 
     >>> [a.at_s for a in scaled([Arrival(at_s=4.0, prompt_tokens=1, output_tokens=1)], factor=2.0)]
     [2.0]
@@ -157,7 +161,7 @@ def scaled(
         start_s = a.at_s if a.session is None else starts.setdefault(a.session, a.at_s)
         moved.append(structs.replace(a, at_s=start_s / speed + (a.at_s - start_s)))
     order = sorted(range(len(moved)), key=lambda row: (moved[row].at_s, row))
-    return _picked(moved, order)
+    return picked(moved, order)
 
 
 def sliced(arrivals: Sequence[Arrival], start_s: float, end_s: float) -> Workload:
@@ -172,7 +176,7 @@ def sliced(arrivals: Sequence[Arrival], start_s: float, end_s: float) -> Workloa
     if not 0 <= start_s < end_s:
         raise ValueError(f"slice is {start_s} to {end_s} s, wanted 0 <= start < end")
     rows = [row for row, a in enumerate(arrivals) if start_s <= a.at_s < end_s]
-    return tuple(structs.replace(a, at_s=a.at_s - start_s) for a in _picked(arrivals, rows))
+    return tuple(structs.replace(a, at_s=a.at_s - start_s) for a in picked(arrivals, rows))
 
 
 def limited(arrivals: Sequence[Arrival], n: int) -> Workload:
@@ -194,7 +198,7 @@ def limited(arrivals: Sequence[Arrival], n: int) -> Workload:
         key = ("row", row) if a.session is None else ("session", a.session)
         sessions.setdefault(key, []).append(row)
     groups = list(sessions.values())
-    return _picked(arrivals, _even_rows(groups, n))
+    return picked(arrivals, _even_rows(groups, n))
 
 
 def merged(*workloads: Sequence[Arrival]) -> Workload:
@@ -215,7 +219,24 @@ def merged(*workloads: Sequence[Arrival]) -> Workload:
         next_session += 1 + max((a.session for a in arrivals if a.session is not None), default=-1)
         next_block += 1 + max((max(a.blocks) for a in arrivals if a.blocks), default=-1)
     order = sorted(range(len(rows)), key=lambda row: (rows[row].at_s, row))
-    return _picked(rows, order)
+    return picked(rows, order)
+
+
+def picked(arrivals: Sequence[Arrival], rows: Sequence[int]) -> Workload:
+    """These rows in this order, parents pointing at their new places.
+
+    A row whose parent is not picked loses it, and the gap with it.
+    """
+    place = {old: new for new, old in enumerate(rows)}
+    picked = []
+    for old in rows:
+        a = arrivals[old]
+        if a.parent is not None:
+            parent = place.get(a.parent)
+            gap_s = None if parent is None else a.gap_s
+            a = structs.replace(a, parent=parent, gap_s=gap_s)
+        picked.append(a)
+    return tuple(picked)
 
 
 def _speed(arrivals: Sequence[Arrival], rate_per_s: float | None, factor: float | None) -> float:
@@ -227,7 +248,11 @@ def _speed(arrivals: Sequence[Arrival], rate_per_s: float | None, factor: float 
     if factor is not None:
         return factor
     present = rate(arrivals)
-    return wanted / present if present > 0 else 1.0
+    if present == 0:
+        raise ValueError(
+            f"{len(arrivals)} arrivals come all at once, wanted some span to scale to {wanted}/s"
+        )
+    return wanted / present
 
 
 def _even_rows(groups: list[list[int]], n: int) -> list[int]:
@@ -244,17 +269,3 @@ def _even_rows(groups: list[list[int]], n: int) -> list[int]:
         else:
             high = count - 1
     return sorted(best)
-
-
-def _picked(arrivals: Sequence[Arrival], rows: Sequence[int]) -> Workload:
-    """These rows in this order, parents pointing at the new places."""
-    place = {old: new for new, old in enumerate(rows)}
-    picked = []
-    for old in rows:
-        a = arrivals[old]
-        if a.parent is not None:
-            parent = place.get(a.parent)
-            gap_s = None if parent is None else a.gap_s
-            a = structs.replace(a, parent=parent, gap_s=gap_s)
-        picked.append(a)
-    return tuple(picked)
