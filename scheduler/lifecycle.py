@@ -1,9 +1,13 @@
 """A request's life as one table: which turn leads from which state to which.
 
-    queued ──read──> waiting ──assign──> assigned ──start──> running ──finish──> terminal
-                      │   ^ \\               │  ^                │
-            set_aside v   │  `──finish──>    │  └── (one lease: endpoint, epoch, attempt)
-                     set_aside  terminal     └──── reclaim / hand_back ────> waiting
+    queued --read--> waiting <--set_aside, take_up--> set_aside
+                      |   ^                               |
+               assign |   | reclaim, hand_back            | assign
+                      v   |                               |
+                     assigned <---------------------------+
+                      | start
+                      v
+                     running             and from every state: finish --> terminal
 
 `queued` is seen in Redis only: nobody has read the entry yet. Setting aside is reversible, finishing is not.
 Any pair that is not in the table is a bug of ours and raises `AssertionError`.
