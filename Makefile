@@ -1,0 +1,39 @@
+# Everything a person does here: make install, demo, test, check, clean.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Two test processes: each has its own Redis, and most of a test is waiting for real servers.
+JOBS ?= 2
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test check clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "Python's venv is missing: apt install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# A whole system on this machine: make demo, or make demo TRACE=file.jsonl.gz to replay a trace.
+demo: install
+	$(BIN)/headgate demo $(if $(TRACE),--trace '$(TRACE)')
+
+# make test ARGS='tests/unit -k settings' runs a part.
+test: install
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist build
+	find dispatcher scheduler workers tests -name __pycache__ -type d -prune -exec rm -rf {} +
