@@ -27,6 +27,7 @@ from scheduler.settings import Settings
 
 COMMANDS = {
     "settings": "Every setting as it stands here, with what it means, as TOML.",
+    "trace": "Workloads: get, make, convert and look at them.",
     "redis": "Talk to Redis by hand, on machines without redis-cli.",
     "version": "What is installed here.",
 }
