@@ -9,7 +9,7 @@ import inspect
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
-from typing import Annotated, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -195,6 +195,8 @@ def _type_name(wanted: object) -> str:
     """A type as a person says it: `int >= 1`, `number > 0 or nothing`."""
     if get_origin(wanted) in {Union, types.UnionType}:
         return " or ".join(_type_name(member) for member in get_args(wanted))
+    if get_origin(wanted) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(wanted))
     if get_origin(wanted) is not Annotated:
         name = getattr(wanted, "__name__", str(wanted))
         return {"float": "number", "str": "text", "NoneType": "nothing"}.get(name, name)

@@ -9,7 +9,7 @@ its line in `headgate settings` all follow from the field, its type and the docs
 Reading the file is the caller's work: the core touches no disk.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from msgspec import Meta, Struct
@@ -136,6 +136,9 @@ class Objective(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weight: Annotated[float, Meta(gt=0)] = 1.0
     "What keeping this promise is worth beside the others when not all can be kept."
 
+    max_queue_ms: Milliseconds | None = None
+    "A request that still has no endpoint after this long is rejected; absent: it waits."
+
 
 class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The sidecar beside one engine."""
@@ -145,6 +148,16 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     connect_s: Seconds = 5.0
     "How long the engine may take to accept a connection before it counts as away."
+
+
+class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is said on stderr. stdout carries results only."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    "The least that is said."
+
+    form: Literal["auto", "text", "json"] = "auto"
+    "`auto` is text on a terminal and JSON elsewhere."
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -158,6 +171,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lease: LeaseSettings = LeaseSettings()
     limits: LimitSettings = LimitSettings()
     worker: WorkerSettings = WorkerSettings()
+    log: LogSettings = LogSettings()
 
     policy: dict[str, object] = {}
     "What decides, by name, and its own settings."

@@ -23,7 +23,7 @@ import typer
 from dispatcher.cli import given
 from dispatcher.cli.given import Given
 from scheduler.errors import HeadgateError
-from scheduler.settings import Settings
+from scheduler.settings import LogSettings, Settings
 
 COMMANDS = {
     "settings": "Every setting as it stands here, with what it means, as TOML.",
@@ -122,7 +122,10 @@ def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Fun
 
     def run(**values: object) -> object:
         said = {parameter.name: values.pop(parameter.name) for parameter in shared}
-        values |= {name: load(Given(**said)) for name in wanted}  # type: ignore[arg-type]
+        if wanted:
+            settings = load(Given(**said))  # type: ignore[arg-type]
+            _configure_log(settings.log)
+            values |= dict.fromkeys(wanted, settings)
         result = function(**values)
         return _run_to_end(result) if inspect.iscoroutine(result) else result
 
@@ -132,6 +135,12 @@ def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Fun
     )
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     return run
+
+
+def _configure_log(settings: LogSettings) -> None:
+    from dispatcher.cli import log  # noqa: PLC0415  structlog costs what help has no use for
+
+    log.configure(settings)
 
 
 def _run_to_end(coroutine: Coroutine[object, object, object]) -> object:

@@ -54,7 +54,9 @@ class TestHelp:
         app = root.root([name])
 
         said = {c.callback.__name__: c.callback.__doc__ for c in app.registered_commands}
-        said |= {g.typer_instance.info.name: g.typer_instance.info.help for g in app.registered_groups}
+        said |= {
+            g.typer_instance.info.name: g.typer_instance.info.help for g in app.registered_groups
+        }
 
         assert said[name].splitlines()[0] == root.COMMANDS[name]
 
@@ -122,6 +124,34 @@ class TestSettings:
 
         assert 'pool = "chat"\n' in before.stdout
         assert before.stdout == after.stdout
+
+
+class TestLog:
+    @pytest.mark.parametrize(
+        ("environ", "said"),
+        [
+            pytest.param(
+                {}, '{"endpoint": "e7", "event": "late", "level": "info", ', id="json in a pipe"
+            ),
+            pytest.param({"HEADGATE_LOG__FORM": "text"}, "late ", id="text on request"),
+            pytest.param({"HEADGATE_LOG__LEVEL": "error"}, "", id="silenced"),
+        ],
+    )
+    def test_events_go_to_stderr(self, environ, said):
+        """stdout is results; an event is one line on stderr, in the form its reader wants."""
+        code = (
+            "import os, structlog; from dispatcher.cli import log; from scheduler.parsing import parse\n"
+            "log.configure(parse('', os.environ).log)\n"
+            "structlog.get_logger().info('late', endpoint='e7')"
+        )
+
+        ran = subprocess.run(
+            [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+        )
+
+        assert ran.stdout == ""
+        assert said in ran.stderr
+        assert bool(ran.stderr) == bool(said)
 
 
 class TestRedis:

@@ -97,6 +97,12 @@ class TestParse:
                 "lease: beat_s is 2, wanted at most half",
                 id="two fields",
             ),
+            pytest.param(
+                "[log]\nform = 'xml'",
+                {},
+                "log.form is 'xml', wanted 'auto' or 'text' or 'json'",
+                id="no such choice",
+            ),
             pytest.param("a =", {}, "not TOML: Invalid value", id="no TOML"),
             pytest.param(
                 "[redis]\nurl = 'redis://:s@h'",
