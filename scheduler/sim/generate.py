@@ -142,7 +142,7 @@ def generated(
 
 
 def moments(arrivals: Arrivals, *, duration_s: float, rng: np.random.Generator) -> Floats:
-    """float64[n], rising, seconds in [0, duration_s).
+    """float64[n], never falling, whole microseconds in [0, duration_s).
 
     The gaps are drawn at rate 1 and time is then bent by the integral of the rate, so a
     crowd packs the same process tighter instead of mixing in a second one.
@@ -164,7 +164,8 @@ def moments(arrivals: Arrivals, *, duration_s: float, rng: np.random.Generator) 
         base = drawn[-1] if drawn.size else 0.0
         drawn = np.concatenate([drawn, base + np.cumsum(rng.gamma(shape, 1 / shape, chunk))])
     at_s: Floats = np.interp(drawn[drawn < expected[-1]], expected, clock_s)
-    return at_s
+    # Whole microseconds: the last bits of a logarithm are the machine's, and files get shorter.
+    return np.floor(at_s * 1e6) / 1e6
 
 
 def replayed(
@@ -267,7 +268,7 @@ def _talk(first: Arrival, work: Work, turns: Turns, rng: np.random.Generator) ->
             return
         last = structs.replace(
             last,
-            at_s=last.at_s + gaps_s[turn],
+            at_s=round(last.at_s + gaps_s[turn], 6),
             prompt_tokens=prompt,
             output_tokens=outputs[turn],
             turn=turn + 1,
@@ -283,9 +284,12 @@ AZURE_CHAT_PROMPT = Lengths(
     points=(
         (0.05, 181),
         (0.1, 298),
-        (0.25, 398),
+        (0.2, 390),
+        (0.35, 431),
+        (0.4, 969),
         (0.5, 1020),
         (0.75, 1200),
+        (0.82, 1496),
         (0.9, 4075),
         (0.99, 4122),
     ),
@@ -293,7 +297,18 @@ AZURE_CHAT_PROMPT = Lengths(
     most=14_050,
 )
 AZURE_CHAT_OUTPUT = Lengths(
-    points=((0.05, 38), (0.25, 81), (0.5, 129), (0.75, 397), (0.9, 428), (0.99, 611)),
+    points=(
+        (0.01, 16),
+        (0.05, 38),
+        (0.25, 81),
+        (0.4, 102),
+        (0.5, 129),
+        (0.6, 211),
+        (0.65, 377),
+        (0.75, 397),
+        (0.9, 428),
+        (0.99, 611),
+    ),
     least=7,
     most=1000,
 )

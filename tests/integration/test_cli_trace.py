@@ -127,6 +127,16 @@ class TestGet:
         assert "azure23-conv" in result.output
 
 
+def test_a_failure_while_writing_leaves_no_scraps(tmp_path):
+    """Half a file never takes the name, nor does it stay beside it."""
+    out = tmp_path / "x.jsonl"
+
+    with pytest.raises(TypeError), download.replacing(out) as file:
+        file.writelines([b"half", "no bytes"])
+
+    assert not list(tmp_path.iterdir())
+
+
 class TestMake:
     def test_same_seed_same_file(self, tmp_path):
         """I6: two packed files of one seed are equal byte for byte."""

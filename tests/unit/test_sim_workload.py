@@ -153,11 +153,12 @@ def test_summary_counts_what_a_cache_would_serve():
     assert found.arrival_cv == pytest.approx(0.7286, abs=0.0001)
 
 
-def test_a_block_counts_only_behind_its_whole_prefix():
-    """A known block after an unknown one is no hit."""
+@pytest.mark.parametrize("later", [(9, 1), (1, 0), (2, 0, 1)])
+def test_a_block_counts_only_at_its_place_behind_its_whole_prefix(later):
+    """A known block after an unknown one, or at another position, is no hit."""
     rows = [
-        row(0.0, blocks=(0, 1), block_tokens=4, prompt_tokens=8),
-        row(1.0, blocks=(9, 1), block_tokens=4, prompt_tokens=8),
+        row(0.0, blocks=(0, 1), block_tokens=4, prompt_tokens=12),
+        row(1.0, blocks=later, block_tokens=4, prompt_tokens=12),
     ]
 
     assert prefix_share(rows) == 0.0
