@@ -1,8 +1,9 @@
 """The one file that knows redis-py: connect, call a function, batch calls, read streams, tell the time.
 
-Two traps of redis-py 8 are closed here: its default socket timeout of 5 s breaks blocking reads (the reading
-connection has none, a bound of our own instead), and it sends a command again after a lost reply (so every write
-goes through a function that recognises its own repetition).
+Three traps of redis-py 8 are closed here: its default socket timeout of 5 s breaks blocking reads (the reading
+connection has none, a bound of our own instead); it sends a command again after a lost reply (so every write goes
+through a function that recognises its own repetition); and a group's read sent again would leave what the lost
+reply held pending and unseen (so the reading connection never repeats, and who reads goes back to `history`).
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import redis.exceptions as weather
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 
 from scheduler.errors import StreamError
 
@@ -80,10 +81,10 @@ class Connection:
         """Connect, check the version, load our functions and learn the server's clock."""
         shown = _without_password(where.url)
         try:
-            self = cls(_client(where, REPLY_TIMEOUT_S), _client(where, None), shown)
+            self = cls(_client(where), _client(where, is_reader=True), shown)
         except (ValueError, weather.RedisError) as error:
             raise StreamError(f"redis url {shown!r} is not usable: {error}") from None
-        try:
+        try:  # one door: whatever fails here, nothing stays open
             await self._check_version()
             await self._load_functions()
             await self.refresh_clock()
@@ -113,8 +114,10 @@ class Connection:
 
     async def call(self, function: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
         """One function call's reply."""
-        with _Weather(self.shown):
-            return await self._client.fcall(f"hg_{function}", len(keys), *keys, *args)
+        [reply] = await self.batch([Call(function, keys, args)])
+        if isinstance(reply, StreamError):
+            raise reply
+        return reply
 
     async def batch(self, calls: Sequence[Call]) -> list[Any]:
         """The replies of many calls in one round trip, in order; each is atomic, the batch is not.
@@ -123,12 +126,20 @@ class Connection:
         """
         if not calls:
             return []
+        replies = await self._batch(calls)
+        if any(_is_unknown_function(reply) for reply in replies):
+            await (
+                self._load_functions()
+            )  # the server was restarted empty; every call may be said again
+            replies = await self._batch(calls)
+        return [_as_stream_error(reply, self.shown) for reply in replies]
+
+    async def _batch(self, calls: Sequence[Call]) -> list[Any]:
         with _Weather(self.shown):
             async with self._client.pipeline(transaction=False) as pipe:
                 for call in calls:
                     pipe.fcall(f"hg_{call.function}", len(call.keys), *call.keys, *call.args)
-                replies = await pipe.execute(raise_on_error=False)
-        return [_as_stream_error(reply, self.shown) for reply in replies]
+                return list(await pipe.execute(raise_on_error=False))
 
     async def command(self, *words: Value) -> Any:
         """Any command's reply, as redis-py shapes it."""
@@ -188,6 +199,45 @@ class Connection:
             ),
         )
 
+    async def history(
+        self, group: str, consumer: str, stream: str, *, after: str, count: int
+    ) -> list[Entry]:
+        """The consumer's own pending entries after an id: what it was given, also in a reply that was lost."""
+        with _Weather(self.shown):
+            reply = await self._client.xreadgroup(group, consumer, {stream: after}, count=count)
+        return _streams(reply).get(stream, [])
+
+    async def newest(self, stream: str, *, after: str, count: int) -> list[Entry]:
+        """The newest entries after an id, at most `count`, oldest first."""
+        with _Weather(self.shown):
+            found = await self._client.xrevrange(stream, "+", f"({after}", count=count)
+        return _entries(found)[::-1]
+
+    async def hashes(self, keys: Sequence[str], fields: Sequence[str]) -> list[list[bytes | None]]:
+        """These fields of each hash, in one round trip."""
+        return await self.commands([("HMGET", key, *fields) for key in keys])
+
+    async def consumers(self, stream: str, group: str) -> dict[str, tuple[int, float]]:
+        """Every consumer of the group: how many entries it holds, and for how many seconds it was silent."""
+        with _Weather(self.shown):
+            rows = await self._client.xinfo_consumers(stream, group)
+        return {
+            str(row["name"], "utf-8"): (int(row["pending"]), int(row["idle"]) / 1e3) for row in rows
+        }
+
+    async def take(
+        self, stream: str, group: str, consumer: str, *, other: str, count: int
+    ) -> list[Entry]:
+        """Take over another consumer's pending entries, the oldest `count`."""
+        with _Weather(self.shown):
+            rows = await self._client.xpending_range(
+                stream, group, "-", "+", count, consumername=other
+            )
+            ids = [row["message_id"] for row in rows]
+            if not ids:
+                return []
+            return _entries(await self._client.xclaim(stream, group, consumer, 0, ids))
+
     async def entries(
         self, stream: str, first: str = "-", last: str = "+", *, count: int | None = None
     ) -> list[Entry]:
@@ -245,6 +295,10 @@ class _Weather:
             raise StreamError(f"redis at {self._shown}: {error or kind}") from error
 
 
+def _is_unknown_function(reply: Any) -> bool:
+    return isinstance(reply, weather.ResponseError) and "Function not found" in str(reply)
+
+
 def _as_stream_error(reply: Any, shown: str) -> Any:
     return StreamError(f"redis at {shown}: {reply}") if isinstance(reply, Exception) else reply
 
@@ -267,35 +321,38 @@ def _entries(reply: Any) -> list[Entry]:
     return [(str(entry, "ascii"), fields) for entry, fields in reply if fields is not None]
 
 
-def _client(where: Where, timeout_s: float | None) -> Any:
-    """A client for the URL; `timeout_s` None for the one that blocks."""
+def _client(where: Where, *, is_reader: bool = False) -> Any:
+    """A client for the URL; the reader's waits without a timeout and never repeats."""
     url = urlsplit(where.url)
+    retry = Retry(NoBackoff(), 0) if is_reader else Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
     options: dict[str, Any] = {
-        "socket_timeout": timeout_s,
+        "socket_timeout": None if is_reader else REPLY_TIMEOUT_S,
         "socket_connect_timeout": REPLY_TIMEOUT_S,
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 3),
+        "retry": retry,
         "health_check_interval": 0,
     }
     if where.username is not None:
         options["username"] = where.username
     if where.password is not None:
         options["password"] = where.password
-    secure = url.scheme.startswith("rediss")
-    if where.tls_ca_file is not None and secure:
+    is_secure = url.scheme.startswith("rediss")
+    if is_secure and where.tls_ca_file is not None:
         options["ssl_ca_certs"] = where.tls_ca_file
-    if url.scheme in ("redis+sentinel", "rediss+sentinel"):
-        return _sentinel(url.netloc, url.path, options | ({"ssl": True} if secure else {}))
-    if url.scheme in ("redis+cluster", "rediss+cluster"):
-        auth, hosts = _hosts(url.netloc)
-        nodes = [ClusterNode(host, port) for host, port in hosts]
-        return RedisCluster(
-            startup_nodes=nodes, **(auth | options), **({"ssl": True} if secure else {})
-        )
+    kind = url.scheme.removeprefix("rediss").removeprefix("redis")
+    if kind in ("+sentinel", "+cluster"):
+        several = _sentinel if kind == "+sentinel" else _cluster
+        return several(url.netloc, url.path, options | ({"ssl": True} if is_secure else {}))
     if url.scheme not in ("redis", "rediss", "unix"):
         raise ValueError(
             f"scheme is {url.scheme!r}, wanted redis, rediss, unix, redis+sentinel or redis+cluster"
         )
     return aioredis.Redis.from_url(where.url, **options)
+
+
+def _cluster(netloc: str, _path: str, options: dict[str, Any]) -> Any:
+    auth, hosts = _hosts(netloc)
+    nodes = [ClusterNode(host, port) for host, port in hosts]
+    return RedisCluster(startup_nodes=nodes, **(auth | options))
 
 
 def _sentinel(netloc: str, path: str, options: dict[str, Any]) -> Any:
@@ -304,7 +361,8 @@ def _sentinel(netloc: str, path: str, options: dict[str, Any]) -> Any:
     if not name:
         raise ValueError("it names no master: wanted redis+sentinel://host:port/<master>[/<db>]")
     watch = {"socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": REPLY_TIMEOUT_S}
-    return Sentinel(hosts, sentinel_kwargs=watch).master_for(
+    sentinel: Any = Sentinel  # redis-py leaves it untyped
+    return sentinel(hosts, sentinel_kwargs=watch).master_for(
         name, db=int(db or 0), **(auth | options)
     )
 

@@ -1,11 +1,13 @@
 """The leading dispatcher's moves, each fenced by its epoch. Each builds one `Call`; a reply of -1 means deposed."""
 
-from dispatcher.streams.connection import Call
+from collections.abc import Mapping, Sequence
+
+from dispatcher.streams.connection import Call, Value
 from dispatcher.streams.producer import counted, milliseconds, score
 from scheduler import codec
-from scheduler.events import Arrived, Assign, Finish, Reclaim, Recovered
+from scheduler.events import Abort, Arrived, Assign, Finish, Reclaim, Recovered
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
-from scheduler.wire import Dead, Decision, Tokens
+from scheduler.wire import Control, Dead, Decision, Tokens
 
 FENCED = -1
 "What every move here replies when a newer leader exists."
@@ -57,6 +59,7 @@ def assign(keys: Keys, epoch: int, command: Assign) -> Call:
             job.entry,
             command.endpoint,
             job.attempt,
+            job.epoch,
             DECISIONS_KEPT,
             *counted(codec.encode(job)),
             *counted(codec.encode(command.decision)),
@@ -89,8 +92,18 @@ def reclaim(keys: Keys, epoch: int, command: Reclaim) -> Call:
     )
 
 
-def conclude(keys: Keys, epoch: int, command: Finish, *, ttl_s: float) -> Call:
-    """Write the terminal record of a request that no worker holds. The reply is 1; 0: it was not ours to end."""
+def conclude(
+    keys: Keys,
+    epoch: int,
+    command: Finish,
+    *,
+    ttl_s: float,
+    fields: Mapping[str, Value] | None = None,
+) -> Call:
+    """Write the terminal record of a request that no worker holds. The reply is 1; 0: it was not ours to end.
+
+    `fields` are the entry's own, as they were, where it could not be read: they go to `dead`.
+    """
     result = command.result
     reply = command.reply_to or keys.results
     names = (
@@ -122,12 +135,14 @@ def conclude(keys: Keys, epoch: int, command: Finish, *, ttl_s: float) -> Call:
             int(reply != keys.results),
             *counted(codec.encode(result)),
             *counted(last),
-            *counted(_dead_fields(keys, command)),
+            *counted(_dead_fields(keys, command, fields)),
         ),
     )
 
 
-def _dead_fields(keys: Keys, command: Finish) -> dict[str, str | bytes]:
+def _dead_fields(
+    keys: Keys, command: Finish, fields: Mapping[str, Value] | None
+) -> dict[str, Value]:
     if not command.is_dead:
         return {}
     result = command.result
@@ -137,11 +152,23 @@ def _dead_fields(keys: Keys, command: Finish) -> dict[str, str | bytes]:
         dead_reason=result.reason,
         dead_outcome=result.outcome,
     )
-    return codec.encode(dead) | (
-        codec.encode(command.request) if command.request is not None else {}
-    )
+    own = codec.encode(command.request) if command.request is not None else {}
+    return {**codec.encode(dead), **(fields or own)}
 
 
-def note(decision: Decision) -> dict[str, str | bytes]:
-    """A decision's fields, for a plain append to the log."""
-    return codec.encode(decision)
+def notes(keys: Keys, epoch: int, decisions: Sequence[Decision]) -> Call:
+    """Log decisions that move nothing, in one call. The reply is how many."""
+    parts = [part for decision in decisions for part in counted(codec.encode(decision))]
+    return Call("log", (keys.leader, keys.decisions), (epoch, DECISIONS_KEPT, *parts))
+
+
+def abort(keys: Keys, epoch: int, command: Abort) -> Call:
+    """Tell the endpoint's worker, on its own stream, to end an attempt. The reply is 1."""
+    control = Control(action="cancel", id=command.id, endpoint=command.endpoint)
+    parts = counted(codec.encode(control))
+    return Call("log", (keys.leader, keys.jobs(command.endpoint)), (epoch, 0, *parts))
+
+
+def retire(keys: Keys, consumer: str, *, idle_s: float) -> Call:
+    """Forget a consumer of `requests` that holds nothing and was silent for long. The reply is 1; 0: kept."""
+    return Call("retire", (keys.requests,), (DISPATCHER_GROUP, consumer, milliseconds(idle_s)))

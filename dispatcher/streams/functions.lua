@@ -3,7 +3,7 @@
 -- Every move that must be atomic or fenced. A move is refused by comparison inside the same script, never by a lock.
 -- Redis' clients may send a move again after a lost reply, so each one recognises its own repetition.
 --
--- request:<id> is a hash: state entry attempt endpoint job tokens cancelled outcome result_stream result_entry
+-- request:<id> is a hash: state entry attempt endpoint epoch job tokens cancelled outcome result_stream result_entry
 --   state    queued | waiting | assigned | running | terminal
 --   attempt  the fence: a worker's late write carries an older one, or finds another state
 -- All keys arrive in KEYS and share one hash tag. A list of n fields travels as: n, field, value, ...
@@ -123,18 +123,21 @@ local function accept(keys, args)
   return held[3] and 2 or 1
 end
 
--- KEYS leader request jobs waiting decisions / ARGV epoch id entry endpoint attempt keep job decision
+-- KEYS leader request jobs waiting decisions / ARGV epoch id entry endpoint attempt endpoint_epoch keep job decision
 -- -> the job's entry; 0 refused; -1 fenced
 local function assign(keys, args)
   if not is_leader(keys[1], args[1]) then return -1 end
   local held = redis.call('HMGET', keys[2], 'state', 'entry', 'endpoint', 'attempt', 'job', 'cancelled')
   if holds(held[1], held[3], held[4], args[4], args[5]) then return held[5] end -- said before
   if held[1] ~= 'waiting' or held[2] ~= args[3] or held[6] then return 0 end
-  local job, next = take(args, 7)
+  -- An attempt is handed over once: a repetition that comes after its return must not start it again.
+  if tonumber(held[4] or 0) >= tonumber(args[5]) then return 0 end
+  local job, next = take(args, 8)
   local entry = add(keys[3], job)
-  redis.call('HSET', keys[2], 'state', 'assigned', 'endpoint', args[4], 'attempt', args[5], 'job', entry)
+  redis.call('HSET', keys[2], 'state', 'assigned', 'endpoint', args[4], 'attempt', args[5],
+    'epoch', args[6], 'job', entry)
   redis.call('ZREM', keys[4], args[2])
-  add(keys[5], (take(args, next)), tonumber(args[6]))
+  add(keys[5], (take(args, next)), tonumber(args[7]))
   return entry
 end
 
@@ -173,7 +176,8 @@ end
 -- ARGV epoch group id entry outcome ttl_ms is_private result last dead -> 1; 0 not its to end; -1 fenced
 local function conclude(keys, args)
   if not is_leader(keys[1], args[1]) then return -1 end
-  local held = redis.call('HMGET', keys[2], 'state', 'entry')
+  local held = redis.call('HMGET', keys[2], 'state', 'entry', 'outcome')
+  if held[1] == 'terminal' and held[2] == args[4] and held[3] == args[5] then return 1 end -- said before
   if held[1] == 'terminal' or held[1] == 'assigned' or held[1] == 'running' or held[2] and held[2] ~= args[4] then
     if held[2] ~= args[4] or held[1] == 'terminal' then redis.call('XACK', keys[3], args[2], args[4]) end
     return 0
@@ -186,6 +190,32 @@ local function conclude(keys, args)
   how.dead = take(args, next)
   terminal(keys[2], keys[3], keys[4], keys[5], keys[6], keys[7], keys[8], how)
   return 1
+end
+
+-- Append to a log or to a worker's ear; repeated after a lost reply it may stand there twice, and harms nobody.
+-- KEYS leader stream / ARGV epoch keep(0: all) fields, fields, ... -> how many; -1 fenced
+local function log(keys, args)
+  if not is_leader(keys[1], args[1]) then return -1 end
+  local keep, next, n, fields = tonumber(args[2]), 3, 0, nil
+  while next <= #args do
+    fields, next = take(args, next)
+    add(keys[2], fields, keep)
+    n = n + 1
+  end
+  return n
+end
+
+-- KEYS stream / ARGV group consumer idle_ms -> 1 removed; 0 it is needed, or unknown
+local function retire(keys, args)
+  for _, row in ipairs(redis.call('XINFO', 'CONSUMERS', keys[1], args[1])) do
+    local is = {}
+    for i = 1, #row, 2 do is[row[i]] = row[i + 1] end
+    if is.name == args[2] and is.pending == 0 and is.idle > tonumber(args[3]) then
+      redis.call('XGROUP', 'DELCONSUMER', keys[1], args[1], args[2])
+      return 1
+    end
+  end
+  return 0
 end
 
 -- A worker's moves -------------------------------------------------------------------------------------------------
@@ -269,6 +299,8 @@ redis.register_function('hg_accept', accept)
 redis.register_function('hg_assign', assign)
 redis.register_function('hg_reclaim', reclaim)
 redis.register_function('hg_conclude', conclude)
+redis.register_function('hg_log', log)
+redis.register_function('hg_retire', retire)
 redis.register_function('hg_join', join)
 redis.register_function('hg_beat', beat)
 redis.register_function('hg_start', start)
