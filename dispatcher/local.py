@@ -88,8 +88,9 @@ class Server:
 
     1. Nothing happens before `with`, `async with` or `start()`.
     2. Under the directory's lock it joins a live server or starts one and writes `redis.json`.
-    3. Leaving stops what this object started, unless it `outlives`; `stop()` stops it in any case.
-    4. A parent that is killed takes its server with it (Linux), unless it `outlives`.
+    3. The next server in the same directory has the same data and, if it is still free, the same port.
+    4. Leaving stops what this object started, unless it `outlives`; `stop()` stops it in any case.
+    5. A parent that is killed takes its server with it (Linux), unless it `outlives`.
 
     Start it on a thread that lasts: the kernel ends the server when the *thread* that started it ends.
     """
@@ -165,14 +166,11 @@ class Server:
             return
         child, self._child = self._child, None
         with _locked(self._directory / "lock"):
-            is_live = live(self._directory) == running
             if child is not None:
                 _end(child)
-            elif is_live:
+            elif live(self._directory) == running:
                 os.kill(running.pid, signal.SIGTERM)
                 _await(lambda: _process_id(running.url) is None, STOP_S)
-            if is_live:
-                (self._directory / "redis.json").unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -200,8 +198,10 @@ class Server:
 
     def _started(self) -> RunFile:
         binary = self._binary or find_binary(os.environ)
-        for _ in range(PORT_TRIES):
-            running = self._spawn(binary)
+        before = _run_file(self._directory)
+        for attempt in range(PORT_TRIES):
+            port = _free_port(before.port if before and attempt == 0 else 0)
+            running = self._spawn(binary, port)
             if running is not None:
                 run_file = self._directory / "redis.json"
                 run_file.write_bytes(msgspec.json.encode(running))
@@ -212,9 +212,8 @@ class Server:
     def _log(self) -> Path:
         return self._directory / "redis.log"
 
-    def _spawn(self, binary: Path) -> RunFile | None:
+    def _spawn(self, binary: Path, port: int) -> RunFile | None:
         """One try; None when the server ended before it answered."""
-        port = _free_port()
         unix_socket = str(self._directory.resolve() / "redis.sock")
         if len(unix_socket.encode()) > SOCKET_PATH_BYTES:
             unix_socket = ""
@@ -251,11 +250,8 @@ def state_directory(environ: Mapping[str, str]) -> Path:
 
 def live(directory: Path) -> RunFile | None:
     """The server that runs in this directory, if one answers and is the one the run file names."""
-    try:
-        running = msgspec.json.decode((directory / "redis.json").read_bytes(), type=RunFile)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
-    return running if _process_id(running.url) == running.pid else None
+    running = _run_file(directory)
+    return running if running and _process_id(running.url) == running.pid else None
 
 
 def known_url(redis: RedisSettings) -> str:
@@ -357,10 +353,21 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _run_file(directory: Path) -> RunFile | None:
+    try:
+        return msgspec.json.decode((directory / "redis.json").read_bytes(), type=RunFile)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def _free_port(preferred: int) -> int:
+    """The preferred port if nobody listens there, else one that the kernel picks."""
+    for port in (preferred, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise StreamError("no free port on 127.0.0.1")
 
 
 def _process_id(url: str) -> int | None:

@@ -17,6 +17,9 @@ from scheduler.errors import SettingsError, StreamError
 DEFAULT_PORT = 6379
 CHUNK_BYTES = 65536
 
+CONNECT_S = 5.0
+"How long a server may take to accept; a reply may then take as long as its caller lets it."
+
 
 class Status(str):
     """A simple string, `OK` or `PONG`: printed bare where a bulk string is quoted."""
@@ -100,6 +103,7 @@ class Connection:
             self._socket = self._connected()
         except OSError as error:
             raise StreamError(f"redis at {self.address} does not answer: {error}") from error
+        self._socket.settimeout(self._timeout_s)
         try:
             self._greet()
         except BaseException:
@@ -149,14 +153,14 @@ class Connection:
         to = self.address
         if to.path:
             plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            plain.settimeout(self._timeout_s)
+            plain.settimeout(CONNECT_S)
             try:
                 plain.connect(to.path)
             except OSError:
                 plain.close()
                 raise
             return plain
-        plain = socket.create_connection((to.host, to.port), timeout=self._timeout_s)
+        plain = socket.create_connection((to.host, to.port), timeout=CONNECT_S)
         if not to.is_tls:
             return plain
         context = ssl.create_default_context(cafile=self._ca_file or None)

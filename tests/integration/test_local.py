@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,34 @@ class TestLife:
 
         assert local.live(tmp_path) is None
 
+    def test_of_many_starters_at_once_one_starts(self, tmp_path):
+        """The lock: the others wait, then join."""
+        servers = [Server(directory=tmp_path, outlives=True) for _ in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            pids = {server.pid for server in threads.map(Server.start, servers)}
+
+        starters = [server for server in servers if server.was_started_here]
+        assert (len(pids), len(starters)) == (1, 1)
+        starters[0].stop()
+
+    def test_a_restart_keeps_the_address(self, tmp_path):
+        """Clients that were connected find the server again where it was."""
+        with Server(directory=tmp_path) as before:
+            url = before.url
+        with Server(directory=tmp_path) as after:
+            assert after.url == url
+
+    def test_a_taken_address_is_given_up(self, tmp_path):
+        """Somebody else listens there now: another port, not a failure."""
+        with Server(directory=tmp_path / "a") as first:
+            taken = (tmp_path / "a" / "redis.json").read_bytes()
+            (tmp_path / "b").mkdir()
+            (tmp_path / "b" / "redis.json").write_bytes(
+                taken.replace(str(first.pid).encode(), b"1")
+            )
+            with Server(directory=tmp_path / "b") as second:
+                assert second.url != first.url
+
     def test_one_that_outlives_is_stopped_on_request(self, tmp_path):
         """It stays when its starter leaves, and whoever joins may stop it."""
         with Server(directory=tmp_path, outlives=True) as first:
@@ -113,7 +142,6 @@ class TestLife:
         joined.stop()
 
         assert local.live(tmp_path) is None
-        assert not (tmp_path / "redis.json").exists()
         first._child.wait()
 
     def test_a_stale_run_file_is_not_believed(self, tmp_path):
