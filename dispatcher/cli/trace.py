@@ -39,6 +39,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     licence: str
     url: str
     read: Callable[..., Trace]
+    grid_s: float | None = None
+    "The tick of the source's clock where it is coarse: `get` spreads rows inside it."
 
 
 AZURE = "https://raw.githubusercontent.com/Azure/AzurePublicDataset/master/data/"
@@ -61,8 +63,12 @@ SOURCES = {
         licence="Apache-2.0",
         url=MOONCAKE + "conversation_trace.jsonl",
         read=convert.mooncake,
+        grid_s=3.0,
     ),
 }
+
+SPREAD_SEED = 0
+"Any will do, as long as two downloads of one trace are equal."
 
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Where to; a name on .gz is packed.")
@@ -102,8 +108,12 @@ def get(
         found = source.read(raw, name=address)
     if not found.arrivals:
         raise DownloadError(f"{address} holds no request ({size} bytes), wanted a trace")
-    header = structs.replace(found.header, trace=name, source=address, licence=source.licence)
-    _save(Trace(header, found.arrivals), out or Path(f"{name}.jsonl.gz"))
+    made_up, rows = found.header.made_up, found.arrivals
+    if source.grid_s is not None:
+        rows = workload.spread(rows, source.grid_s, np.random.default_rng(SPREAD_SEED))
+        made_up = f"moment inside each {source.grid_s:g} s tick (uniform, seed {SPREAD_SEED})"
+    header = Header(trace=name, source=address, licence=source.licence, made_up=made_up)
+    _save(Trace(header, rows), out or Path(f"{name}.jsonl.gz"))
 
 
 @group.command()

@@ -71,7 +71,7 @@ def csv(file: BinaryIO, *, name: str) -> Trace:
 def mooncake(file: BinaryIO, *, name: str) -> Trace:
     """A Mooncake trace: milliseconds, lengths and prefix hashes of 512-token blocks.
 
-    Its clock has a grid of 3 s in places; rows on one tick stay together here.
+    Its clock ticks every 3 s and rows of one tick stay together here: see `workload.spread`.
     """
     decoder = msgspec.json.Decoder(_Mooncake)
     rows = []

@@ -201,6 +201,24 @@ def limited(arrivals: Sequence[Arrival], n: int) -> Workload:
     return picked(arrivals, _even_rows(groups, n))
 
 
+def spread(arrivals: Sequence[Arrival], grid_s: float, rng: np.random.Generator) -> Workload:
+    """The rows of a source with a coarse clock, each moved by chance within its tick.
+
+    Raises:
+        ValueError: the grid is not positive, or a row has a parent, which might come after it.
+    """
+    if not 0 < grid_s < np.inf:
+        raise ValueError(f"grid is {grid_s} s, wanted a positive number")
+    if any(a.parent is not None for a in arrivals):
+        raise ValueError("rows have parents, wanted rows without: spread before linking turns")
+    by_s = rng.uniform(0, grid_s, len(arrivals))
+    moved = (
+        structs.replace(a, at_s=round(a.at_s + float(by), 6))
+        for a, by in zip(arrivals, by_s, strict=True)
+    )
+    return tuple(sorted(moved, key=lambda a: a.at_s))
+
+
 def merged(*workloads: Sequence[Arrival]) -> Workload:
     """Several workloads at once, in order of time; sessions and blocks stay apart."""
     rows: list[Arrival] = []

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from scheduler.sim.workload import (
     rate,
     scaled,
     sliced,
+    spread,
 )
 
 
@@ -131,6 +133,16 @@ def test_merged_keeps_sessions_and_blocks_apart():
         if a.parent is not None:
             assert both[a.parent].session == a.session
             assert both[a.parent].turn == a.turn - 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "grid_s", "message"),
+    [(TALK, 3.0, "rows have parents"), (TALK[:2], 0.0, r"grid is 0\.0 s")],
+)
+def test_spread_refuses_what_it_would_break(rows, grid_s, message):
+    """A turn might overtake its parent, and a tick has a length."""
+    with pytest.raises(ValueError, match=message):
+        spread(rows, grid_s, np.random.default_rng(1))
 
 
 def test_promised_fills_every_row():
