@@ -11,6 +11,7 @@ from functools import cache
 from importlib import resources
 
 import msgspec
+import numpy as np
 
 
 class UnknownProfileError(ValueError):
@@ -113,6 +114,20 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         reading = c.ad * decode_context / 1e3 * (c.mx if is_mixed else 1.0)
         milliseconds = c.t0 + self.extra_ms_per_step + c.r * n_seqs + products + attention + reading
         return milliseconds / 1e3
+
+    def jittered(self, rng: np.random.Generator, spread: float) -> "Profile":
+        """The same hardware as another specimen: each coefficient times 1 - spread ... 1 + spread.
+
+        >>> load("h100").jittered(np.random.default_rng(0), 0.0) == load("h100")
+        True
+        """
+        names = Coefficients.__struct_fields__
+        factors = rng.uniform(1 - spread, 1 + spread, len(names)).tolist()
+        changed = {
+            name: getattr(self.coef, name) * factor
+            for name, factor in zip(names, factors, strict=True)
+        }
+        return msgspec.structs.replace(self, coef=Coefficients(**changed))
 
 
 ALIASES = {

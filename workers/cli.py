@@ -1,0 +1,133 @@
+"""The commands of the workers' floor; the root command line finds `app` by its entry point."""
+
+import asyncio
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+import uvloop
+
+from scheduler.sim.engine import EngineSettings
+from scheduler.sim.profile import UnknownProfileError
+from workers.emulator.server import Emulator, PortTakenError
+from workers.emulator.settings import EmulatorSettings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+USAGE_ERROR = 2
+"Exit code where the fault is in what was asked for."
+
+
+@app.callback()
+def workers() -> None:
+    """Beside an engine."""
+
+
+@app.command()
+def emulate(
+    *,
+    profile: Annotated[str, typer.Option(help="GPU and model: a100, h100, l40s, ...")] = "a100",
+    model: Annotated[str, typer.Option(help="Name to serve under.")] = "emulated",
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 0,
+    time_scale: Annotated[float, typer.Option(help="Times faster than the wall clock.")] = 1.0,
+    max_num_seqs: Annotated[int, typer.Option()] = EngineSettings().max_num_seqs,
+    max_num_batched_tokens: Annotated[int, typer.Option()] = (
+        EngineSettings().max_num_batched_tokens
+    ),
+    long_prefill_token_threshold: Annotated[int, typer.Option()] = 0,
+    block_size: Annotated[int, typer.Option()] = EngineSettings().block_size,
+    kv_tokens: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
+    max_model_len: Annotated[int | None, typer.Option()] = None,
+    scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority.")] = "fcfs",
+    max_num_queued_reqs: Annotated[int | None, typer.Option()] = None,
+    max_num_queued_tokens: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int, typer.Option(help="Of jitter, noise and stalls.")] = 0,
+    jitter: Annotated[float, typer.Option(help="Spread of the profile's coefficients.")] = 0.0,
+    step_noise: Annotated[float, typer.Option(help="Sigma of each step's log-normal.")] = 0.0,
+    stall_probability: Annotated[float, typer.Option(help="Of a stall in a step.")] = 0.0,
+    stall_s: Annotated[float, typer.Option()] = 0.2,
+    slowdown: Annotated[float, typer.Option(help="Factor on every step.")] = 1.0,
+    shutdown_timeout: Annotated[float, typer.Option(help="Wall seconds after SIGTERM.")] = 0.0,
+    prefix_caching: Annotated[bool, typer.Option()] = True,
+    frontend: Annotated[bool, typer.Option(help="Spend front-end time.")] = True,
+    enable_per_request_metrics: Annotated[bool, typer.Option()] = False,
+    enable_force_include_usage: Annotated[bool, typer.Option()] = False,
+    allow_faults: Annotated[bool, typer.Option(help="POST /emulator/fault.")] = False,
+    ready_file: Annotated[Path | None, typer.Option(help="Written when it serves.")] = None,
+) -> None:
+    """Run an emulated vLLM server.
+
+    Prints one JSON line with its url when it is ready; SIGTERM ends it as it ends vLLM.
+    """
+    try:
+        engine = msgspec.convert(
+            {
+                "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "long_prefill_token_threshold": long_prefill_token_threshold,
+                "block_size": block_size,
+                "kv_tokens": kv_tokens,
+                "prefix_caching": prefix_caching,
+                "scheduling_policy": scheduling_policy,
+                "max_num_queued_reqs": max_num_queued_reqs,
+                "max_num_queued_tokens": max_num_queued_tokens,
+                "step_noise": step_noise,
+                "stall_probability": stall_probability,
+                "stall_s": stall_s,
+            },
+            EngineSettings,
+        )
+        settings = EmulatorSettings(
+            profile=profile,
+            model=model,
+            host=host,
+            port=port,
+            time_scale=time_scale,
+            engine=engine,
+            max_model_len=max_model_len,
+            seed=seed,
+            jitter=jitter,
+            slowdown=slowdown,
+            frontend=frontend,
+            shutdown_timeout_s=shutdown_timeout,
+            enable_per_request_metrics=enable_per_request_metrics,
+            enable_force_include_usage=enable_force_include_usage,
+            allow_faults=allow_faults,
+        )
+        code = uvloop.run(_emulate(settings, ready_file))
+    except (PortTakenError, UnknownProfileError, msgspec.ValidationError, ValueError) as error:
+        typer.echo(f"headgate emulate: {error}", err=True)
+        raise typer.Exit(USAGE_ERROR) from error
+    if code:
+        # As after a crash: no farewell to anybody.
+        sys.stdout.flush()
+        os._exit(code)
+
+
+async def _emulate(settings: EmulatorSettings, ready_file: Path | None) -> int:
+    emulator = Emulator(settings, die=partial(os._exit, 1))  # as after kill -9
+    await emulator.start()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, emulator.terminate)
+    ready = msgspec.json.encode(
+        {"url": emulator.url, "model": settings.model, "profile": settings.profile}
+    ).decode()
+    typer.echo(ready)
+    if ready_file is not None:
+        _write_whole(ready_file, ready)
+    await emulator.gone.wait()
+    return emulator.exit_code
+
+
+def _write_whole(path: Path, line: str) -> None:
+    """Whoever waits for the file must not read half of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(f"{line}\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,410 @@
+"""The emulated server's routes and its life as a process.
+
+How vLLM 0.32 behaves where it is surprising, and this therefore too: streams refused by
+admission are a 200 with an error chunk; `/health` is 200 while paused, asleep and draining;
+a draining server answers new requests with 200 and no tokens.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self
+
+import msgspec
+from aiohttp import web
+
+from scheduler.sim.engine import QueueFullError
+from workers.emulator import faults
+from workers.emulator.answer import DONE, ENGINE_DEAD, Answer, framed_event
+from workers.emulator.protocol import Kind, RefusedError, error_body, understand
+from workers.emulator.service import PauseMode, Service
+from workers.emulator.settings import EmulatorSettings
+
+VERSION = "0.32.0"
+"The vLLM whose behaviour this follows."
+
+MAX_BODY_BYTES = 64 * 2**20
+"Room for the longest prompt of any profile as a list of ids."
+
+LINGER_S = 0.2
+"Wall seconds between the last answer and a closed port; the real one takes 2 to 7."
+
+CRASH_CLOSES_AFTER_S = 0.2
+"Wall seconds between an engine's death and a closed port: under 0.3 in the real one."
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class PortTakenError(OSError):
+    """The port asked for is in use."""
+
+
+class Emulator:
+    """A running emulated server.
+
+    1. `start`, or entering the context, binds the port; `url` is valid from then on.
+    2. `terminate` does what SIGTERM does to the real one.
+    3. `gone` is set when the server has closed its port, whatever the reason.
+    4. `stop`, or leaving the context, ends it at once.
+    """
+
+    def __init__(
+        self, settings: EmulatorSettings, *, die: Callable[[], None] | None = None
+    ) -> None:
+        """A server that does not serve yet.
+
+        Args:
+            settings: what it emulates.
+            die: what the fault `die` does to the process; by default it only cuts every
+                connection and closes the port, which is what the rest of the world sees.
+        """
+        self.settings = settings
+        self.url = ""
+        self._die = die
+        self.gone = asyncio.Event()
+        self.exit_code = 0
+        "What the process should exit with once `gone`."
+        self._n_in_server = 0
+        self._watch: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            PortTakenError: the port is in use.
+        """
+        self.service = Service(self.settings)
+        self._runner = web.AppRunner(
+            self._application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+        )
+        await self._runner.setup()
+        host = self.settings.host
+        site = web.TCPSite(self._runner, host, self.settings.port, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise PortTakenError(
+                f"port {self.settings.port} on {host} cannot be bound: {error.strerror}"
+            ) from error
+        port = self._runner.addresses[0][1]
+        self.url = f"http://{host}:{port}"
+        self._watch = asyncio.create_task(self._watch_for_death())
+
+    async def stop(self) -> None:
+        """End at once: connections are cut."""
+        for task in (self._watch, self._ending):
+            if task is not None:
+                task.cancel()
+        self._cut_all()
+        await self._close()
+
+    def terminate(self) -> None:
+        """SIGTERM: drain for the shutdown timeout, then abort what is left, then go."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    # Ends.
+
+    async def _end(self) -> None:
+        if self.settings.shutdown_timeout_s > 0:
+            await self.service.drain(self.settings.shutdown_timeout_s)
+        else:
+            self.service.life = "draining"
+            self.service.abort_all()
+        await asyncio.sleep(LINGER_S)
+        await self._close()
+
+    async def _watch_for_death(self) -> None:
+        crashed = asyncio.ensure_future(self.service.crashed.wait())
+        died = asyncio.ensure_future(self.service.died.wait())
+        try:
+            await asyncio.wait((crashed, died), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            crashed.cancel()
+            died.cancel()
+        self.exit_code = 1
+        if self.service.died.is_set():
+            if self._die is not None:
+                self._die()
+            self._cut_all()
+        else:
+            await asyncio.sleep(CRASH_CLOSES_AFTER_S)
+        await self._close()
+
+    def _cut_all(self) -> None:
+        """Break every connection without a word."""
+        server = self._runner.server
+        for connection in server.connections if server is not None else ():
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    async def _close(self) -> None:
+        if not self.gone.is_set():
+            self.service.close()
+            await self._runner.cleanup()
+            self.gone.set()
+
+    # Routes.
+
+    def _application(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app.add_routes(
+            [
+                web.post("/v1/completions", self._completions),
+                web.post("/v1/chat/completions", self._chat),
+                web.get("/v1/models", self._models),
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
+                web.get("/load", self._load),
+                web.get("/version", self._version),
+                web.post("/pause", self._pause),
+                web.post("/resume", self._do(lambda service: service.resume(), "resumed")),
+                web.get("/is_paused", self._is_paused),
+                web.post("/sleep", self._do(lambda service: service.sleep())),
+                web.post("/wake_up", self._do(lambda service: service.wake_up())),
+                web.get("/is_sleeping", self._is_sleeping),
+                web.post(
+                    "/reset_prefix_cache",
+                    self._do(lambda service: service.engine.reset_prefix_cache()),
+                ),
+                web.post("/inference/v1/abort_requests", self._abort_requests),
+            ]
+        )
+        if self.settings.allow_faults:
+            app.add_routes([web.post("/emulator/fault", self._fault)])
+        return app
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, "completion")
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, "chat")
+
+    async def _generate(self, request: web.Request, kind: Kind) -> web.StreamResponse:
+        self._n_in_server += 1
+        try:
+            return await self._answer(request, kind)
+        except RefusedError as error:
+            return _json(error.body(), status=error.status)
+        finally:
+            self._n_in_server -= 1
+
+    async def _answer(self, request: web.Request, kind: Kind) -> web.StreamResponse:
+        raw = await request.read()
+        fault = self.service.faults.take()
+        match fault:
+            case faults.HttpStatus(status=status):
+                raise RefusedError(status, "a fault was asked for", kind="EmulatedFault")
+            case faults.Garbage():
+                return web.Response(body=b"\x00<html>not what you wanted", content_type="text/html")
+            case faults.Silence():
+                await asyncio.Event().wait()
+                raise AssertionError("nobody sets that event")
+        ask = understand(
+            raw,
+            kind,
+            model=self.settings.model,
+            max_model_len=self.service.max_model_len,
+            priority_header=request.headers.get("X-Vllm-Priority"),
+        )
+        if self.settings.enable_force_include_usage:
+            ask = msgspec.structs.replace(ask, has_usage=True)
+        if self.service.life == "dead":
+            return _json(ENGINE_DEAD, status=500)
+        answer = self.service.open(ask, _external_id(request, kind), created=int(time.time()))
+        if isinstance(fault, faults.NoTokens) or self.service.life == "draining":
+            return await self._say_nothing(request, answer)
+        answer.plan(fault)
+        await asyncio.sleep(self.service.frontend_s())
+        if ask.is_stream:
+            return await self._stream(request, answer)
+        return await self._whole(request, answer)
+
+    async def _whole(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        try:
+            self._submit(answer)
+        except QueueFullError as error:
+            raise RefusedError(503, str(error), kind="ServiceUnavailableError") from error
+        try:
+            ending = await answer.done
+        finally:
+            self.service.abort(answer)
+        if ending == "error":
+            return _json(ENGINE_DEAD, status=500)
+        if ending == "cut":
+            _cut(request)
+        return _json(answer.body(ending))
+
+    async def _stream(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        response = await self._open_stream(request, answer)
+        try:
+            self._submit(answer)
+            if await answer.done == "cut":
+                _cut(request)
+        except QueueFullError as error:
+            body = error_body(503, str(error), kind="ServiceUnavailableError")
+            _write_all(request, framed_event(body), DONE)
+        finally:
+            self.service.abort(answer)
+        await response.write_eof()
+        return response
+
+    async def _say_nothing(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        """200 and no token: what a draining vLLM says to new requests."""
+        if not answer.ask.is_stream:
+            return _json(answer.body("empty"))
+        response = await self._open_stream(request, answer)
+        answer.end("empty")
+        await response.write_eof()
+        return response
+
+    async def _open_stream(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        """Send the headers; from then on the answer writes to the transport by itself."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client was gone before its stream began")
+
+        def write(framed: bytes) -> None:
+            if not transport.is_closing():
+                transport.write(framed)
+
+        answer.write = write
+        return response
+
+    def _submit(self, answer: Answer) -> None:
+        if answer.ask.kills_engine:
+            self.service.crash()
+            answer.end("error")
+            return
+        match self.service.life:
+            case "dead":
+                answer.end("error")
+                return
+            case "draining":
+                answer.end("empty")
+                return
+        try:
+            self.service.submit(answer)
+        except QueueFullError as error:
+            self.service.metrics.rejected[error.reason] += 1
+            raise
+
+    async def _models(self, _: web.Request) -> web.Response:
+        card = {
+            "id": self.settings.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "vllm",
+            "root": self.settings.model,
+            "parent": None,
+            "max_model_len": self.service.max_model_len,
+        }
+        return _json(msgspec.json.encode({"object": "list", "data": [card]}))
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=503 if self.service.life == "dead" else 200)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        text = self.service.metrics.render(
+            self.service.engine,
+            model=self.settings.model,
+            is_awake=not self.service.is_asleep,
+        )
+        return web.Response(body=text.encode(), headers={"Content-Type": METRICS_TYPE})
+
+    async def _load(self, _: web.Request) -> web.Response:
+        return _json(msgspec.json.encode({"server_load": self._n_in_server}))
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return _json(msgspec.json.encode({"version": VERSION}))
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        mode = request.query.get("mode", "abort")
+        try:
+            wanted = msgspec.convert(mode, PauseMode)
+        except msgspec.ValidationError:
+            message = f"mode is {mode!r}, one of abort, wait, keep wanted"
+            return _json(error_body(400, message, kind="BadRequestError"), status=400)
+        await self.service.pause(wanted)
+        return _json(b'{"status":"paused"}')
+
+    async def _is_paused(self, _: web.Request) -> web.Response:
+        return _json(msgspec.json.encode({"is_paused": self.service.is_paused}))
+
+    async def _is_sleeping(self, _: web.Request) -> web.Response:
+        return _json(msgspec.json.encode({"is_sleeping": self.service.is_asleep}))
+
+    async def _abort_requests(self, request: web.Request) -> web.Response:
+        try:
+            body = msgspec.json.decode(await request.read(), type=_AbortBody)
+        except msgspec.DecodeError as error:
+            return _json(error_body(400, str(error), kind="BadRequestError"), status=400)
+        self.service.abort_ids(body.request_ids)
+        return _json(b"{}")
+
+    async def _fault(self, request: web.Request) -> web.Response:
+        try:
+            fault = _fault_decoder.decode(await request.read())
+        except msgspec.DecodeError as error:
+            return _json(error_body(400, str(error), kind="BadRequestError"), status=400)
+        if isinstance(fault, faults.EngineFault):
+            self.service.strike(fault)
+        else:
+            self.service.faults.put(fault)
+        return _json(b"{}")
+
+    def _do(
+        self, act: Callable[[Service], object], status: str | None = None
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(_: web.Request) -> web.Response:
+            act(self.service)
+            return _json(msgspec.json.encode({"status": status})) if status else web.Response()
+
+        return handle
+
+
+class _AbortBody(msgspec.Struct, frozen=True):
+    request_ids: list[str]
+
+
+_fault_decoder = msgspec.json.Decoder(faults.Fault)
+
+
+def _external_id(request: web.Request, kind: Kind) -> str:
+    """The id `abort_requests` wants: completions carry the number of the prompt, chats do not."""
+    name = request.headers.get("X-Request-Id") or uuid.uuid4().hex
+    return f"cmpl-{name}-0" if kind == "completion" else f"chatcmpl-{name}"
+
+
+def _json(body: bytes, *, status: int = 200) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+def _cut(request: web.Request) -> None:
+    """Break the connection without a word."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
+def _write_all(request: web.Request, *parts: bytes) -> None:
+    if request.transport is not None:
+        request.transport.write(b"".join(parts))

@@ -1,0 +1,67 @@
+"""What an emulated server is told at its start, under vLLM's names where it has one."""
+
+import msgspec
+
+from scheduler.sim.engine import EngineSettings
+
+
+class EmulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One emulated server."""
+
+    profile: str = "a100"
+    "The GPU and model whose step times it takes: a name or alias of `scheduler.sim.profile`."
+
+    model: str = "emulated"
+    "The name it serves under; requests for any other get a 404."
+
+    host: str = "127.0.0.1"
+
+    port: int = 0
+    "0 picks a free one."
+
+    time_scale: float = 1.0
+    """
+    How much faster than the wall clock the engine lives.
+
+    At 10 a step of 30 ms takes 3. `/metrics` and per-request metrics speak of the engine's
+    own seconds, a client's clock of wall seconds.
+    """
+
+    engine: EngineSettings = EngineSettings()
+
+    max_model_len: int | None = None
+    "Longest prompt plus output, at most what the KV cache holds; None for just that."
+
+    seed: int = 0
+    "Of step noise, stalls and jitter."
+
+    jitter: float = 0.0
+    "Spread of the profile's coefficients: each is multiplied by 1 - jitter ... 1 + jitter."
+
+    slowdown: float = 1.0
+    "Factor on every step's time."
+
+    frontend: bool = True
+    "Whether a request spends the profile's front-end time before it reaches the engine."
+
+    shutdown_timeout_s: float = 0.0
+    "Wall seconds that running requests get after SIGTERM; 0 aborts them at once."
+
+    enable_per_request_metrics: bool = False
+    "Times of the request in its last chunk."
+
+    enable_prompt_tokens_details: bool = True
+    "`usage.prompt_tokens_details.cached_tokens`."
+
+    enable_force_include_usage: bool = False
+    "A usage chunk also where the client did not ask for one."
+
+    allow_faults: bool = False
+    "Whether `POST /emulator/fault` exists."
+
+    def __post_init__(self) -> None:
+        for name in ("time_scale", "slowdown"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, more than 0 wanted")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter is {self.jitter}, at least 0 and below 1 wanted")
