@@ -21,6 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff, NoBackoff
 
+from dispatcher.streams.clock import Clock
 from scheduler.errors import StreamError
 
 FLOOR = (7, 0)
@@ -28,9 +29,6 @@ FLOOR = (7, 0)
 
 REPLY_TIMEOUT_S = 5.0
 "The longest wait for an answer that does not block on the server."
-
-CLOCK_EVERY_S = 10.0
-"How often the offset to the server's clock is measured anew; quartz drifts by less than 1 ms in that time."
 
 Value = str | bytes | int | float
 Entry = tuple[str, dict[bytes, bytes]]
@@ -71,8 +69,7 @@ class Connection:
     def __init__(self, client: Any, reader: Any, shown: str) -> None:
         self._client = client
         self._reader = reader
-        self._offset_s = 0.0
-        self._offset_at = float("-inf")
+        self._clock = Clock()
         self.shown = shown
         "The URL without its password, for messages."
 
@@ -99,18 +96,15 @@ class Connection:
         await self._reader.aclose()
 
     def now(self) -> float:
-        """Unix seconds on the server's clock, which is the one that stamps the entries."""
-        return time.time() + self._offset_s
+        """Unix seconds on the server's clock, which is the one that stamps the entries; never goes back."""
+        return self._clock.now()
 
     async def refresh_clock(self) -> None:
         """Measure the offset to the server's clock anew, unless that was done lately."""
-        if time.monotonic() - self._offset_at < CLOCK_EVERY_S:
-            return
-        before = time.time()
-        seconds, micros = await self.command("TIME")
-        after = time.time()
-        self._offset_s = int(seconds) + int(micros) / 1e6 - (before + after) / 2
-        self._offset_at = time.monotonic()
+        if self._clock.is_stale:
+            asked_at = time.monotonic()
+            seconds, micros = await self.command("TIME")
+            self._clock.set(int(seconds) + int(micros) / 1e6, asked_at=asked_at)
 
     async def call(self, function: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
         """One function call's reply."""

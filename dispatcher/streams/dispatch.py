@@ -15,6 +15,9 @@ FENCED = -1
 DECISIONS_KEPT = 100_000
 "About how many decisions the log keeps; at 300 B each some 30 MB."
 
+DEAD_KEPT = 10_000
+"About how many dead entries are kept; whoever has more has not looked for long."
+
 
 def lead(keys: Keys, node: str, *, ttl_s: float, epoch: int = 0) -> Call:
     """Take or, with one's own epoch, renew the lease. The reply is [epoch or 0, holder, until in ms]."""
@@ -172,3 +175,8 @@ def abort(keys: Keys, epoch: int, command: Abort) -> Call:
 def retire(keys: Keys, consumer: str, *, idle_s: float) -> Call:
     """Forget a consumer of `requests` that holds nothing and was silent for long. The reply is 1; 0: kept."""
     return Call("retire", (keys.requests,), (DISPATCHER_GROUP, consumer, milliseconds(idle_s)))
+
+
+def bury(keys: Keys, epoch: int, fields: Mapping[str, Value]) -> Call:
+    """Set aside an entry that nobody waits for: a beat, reward or control that cannot be read."""
+    return Call("log", (keys.leader, keys.dead), (epoch, DEAD_KEPT, *counted(fields)))
