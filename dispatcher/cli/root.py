@@ -1,9 +1,9 @@
 """`headgate`: the table of commands, what they share, and the one door their errors leave by.
 
-A command is a module `dispatcher/cli/<name>.py` with a Typer `app`, and a line in `COMMANDS`. The module is
-imported only when its name stands on the command line, so `headgate --help` costs the same however many there
-are and whatever they import. Other floors offer an app through the entry-point group `headgate.commands`;
-those are imported always and keep their heavy imports inside their functions.
+A command is a module `dispatcher/cli/<name>.py` with a Typer `app`, and a line in `COMMANDS`. Other floors offer
+an app through the entry-point group `headgate.commands`; what it holds is read from its source. Either is
+imported only when a command of it stands on the command line, so `headgate --help` costs the same however many
+there are, whatever they import and whether or not they are broken.
 
 A command that takes a `Settings` parameter is handed the settings, and gains `--config`, `--redis` and
 `--pool`, which may stand before the command as well. A command may be `async`.
@@ -22,6 +22,7 @@ import typer
 
 from dispatcher.cli import given
 from dispatcher.cli.given import Given
+from dispatcher.cli.outline import outline
 from scheduler.errors import HeadgateError
 from scheduler.settings import LogSettings, Settings
 
@@ -93,11 +94,12 @@ def root(words: Sequence[str]) -> typer.Typer:
         else:
             app.command(name, help=summary)(_unnamed)
     for entry in sorted(entry_points(group="headgate.commands")):
-        try:
+        lines = outline(entry.module, entry.attr)
+        if lines.keys() & set(words) or is_completing:
             _adopt(app, entry.load(), load)
-        except ImportError as error:
-            # One broken extension must not take `headgate` away from whoever wants to repair it.
-            typer.echo(f"headgate: commands of {entry.name!r} left out: {error}", err=True)
+        else:
+            for name, summary in lines.items():
+                app.command(name, help=summary)(_unnamed)
     return app
 
 
@@ -106,15 +108,24 @@ def _unnamed() -> None:
 
 
 def _adopt(app: typer.Typer, other: typer.Typer, load: Callable[[Given], Settings]) -> None:
-    for command in other.registered_commands:
+    _give_settings(other, load)
+    app.registered_commands.extend(other.registered_commands)
+    app.registered_groups.extend(other.registered_groups)
+
+
+def _give_settings(app: typer.Typer, load: Callable[[Given], Settings]) -> None:
+    for command in app.registered_commands:
         assert command.callback is not None
         command.callback = _with_settings(command.callback, load)
-        app.registered_commands.append(command)
-    app.registered_groups.extend(other.registered_groups)
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            _give_settings(group.typer_instance, load)
 
 
 def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Function:
     """The function as typer should see it: options in place of settings, and never a coroutine."""
+    # An application may be built more than once in a process; each dresses the bare function.
+    function = getattr(function, "undressed", function)
     parameters = inspect.signature(function, eval_str=True).parameters
     wanted = [name for name, parameter in parameters.items() if parameter.annotation is Settings]
     own = [parameter for name, parameter in parameters.items() if name not in wanted]
@@ -129,6 +140,7 @@ def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Fun
         result = function(**values)
         return _run_to_end(result) if inspect.iscoroutine(result) else result
 
+    run.undressed = function  # type: ignore[attr-defined]
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*own, *shared]]

@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from dispatcher.cli import root
+from dispatcher.cli.outline import outline
 from dispatcher.cli.redis import dressed, in_json
 from dispatcher.resp import Connection, Failure, Status
 from scheduler.errors import StreamError
@@ -47,6 +48,18 @@ class TestHelp:
         assert all(f" {name} " in ran.stdout for name in root.COMMANDS)
         loaded = ran.stderr.split()
         assert not {"river", "numpy", "aiohttp", "redis"} & set(loaded)
+
+    def test_other_floors_are_read_not_imported(self, tmp_path, monkeypatch):
+        """A module that cannot even be imported is still told apart, named and explained."""
+        (tmp_path / "broken_floor.py").write_text(
+            "raise RuntimeError\napp = typer.Typer()\nother = typer.Typer()\n"
+            "@app.command()\nasync def run_it(x: int) -> None:\n    '''Run it.\n\n    At length.\n    '''\n"
+            "@app.command('short')\ndef long(): ...\n"
+            "@other.command()\ndef hidden(): ...\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+
+        assert outline("broken_floor", "app") == {"run-it": "Run it.", "short": ""}
 
     @pytest.mark.parametrize("name", root.COMMANDS)
     def test_the_table_says_what_the_command_says(self, name):
@@ -97,6 +110,28 @@ class TestDoor:
             root.main()
 
         assert (end.value.code, capsys.readouterr().err) == (2, "headgate: a\nheadgate: b\n")
+
+    def test_commands_of_a_group_are_handed_settings_too(self, capsys):
+        """However deep a command lies, it asks for `Settings` in the same way."""
+        app, group = typer.Typer(), typer.Typer(name="deep", help="Deep.")
+        app.add_typer(group)
+
+        @group.command()
+        def show(settings: Settings) -> None:
+            """Show."""
+            typer.echo(settings.pool)
+
+        @group.command()
+        def other() -> None:
+            """Another, so that the group stays one."""
+
+        extended = root.root([])
+        root._adopt(extended, app, lambda given: Settings(pool=given.pool))
+
+        with pytest.raises(SystemExit):
+            extended(["deep", "show", "--pool", "chat"])
+
+        assert capsys.readouterr().out == "chat\n"
 
     def test_ctrl_c_is_130(self, monkeypatch):
         """The shell's own code for an interrupted program."""
