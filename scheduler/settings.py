@@ -140,14 +140,104 @@ class Objective(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     "A request that still has no endpoint after this long is rejected; absent: it waits."
 
 
+class EngineAddress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One vLLM and what its worker should say of it; what is left out is asked of the engine."""
+
+    name: str
+    "The endpoint's name in the pool."
+
+    url: str
+    "Where it listens, such as http://127.0.0.1:8000."
+
+    hardware: str = ""
+    "Its class for the cost prior, such as a100; empty: learned from scratch."
+
+    roles: tuple[Literal["both", "prefill", "decode", "encode"], ...] = ("both",)
+    "What legs of a request it takes."
+
+    models: tuple[str, ...] = ()
+    "What it serves; empty: what /v1/models says."
+
+    max_num_seqs: Count = 256
+    "The engine's seats, as it was started; no metric tells them."
+
+    max_model_len: Annotated[int, Meta(ge=0)] = 0
+    "The longest context it serves; 0: what /v1/models says."
+
+    by_priority: bool = False
+    "Whether the engine was started with --scheduling-policy priority; then it is told each request's."
+
+    api_key_file: str = ""
+    "A file with the key that the engine was started with (--api-key); empty: none."
+
+
 class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The sidecar beside one engine."""
+    """The sidecar beside the engines of one machine."""
+
+    name: str = ""
+    "What the process calls itself; empty: host and process id."
+
+    engines: tuple[EngineAddress, ...] = ()
+    "The engines it stands beside, as [[worker.engines]] tables."
 
     drain_s: Annotated[float, Meta(ge=0)] = 30.0
     "After SIGTERM, how long running requests may finish before they are handed back."
 
     connect_s: Seconds = 5.0
-    "How long the engine may take to accept a connection before it counts as away."
+    "How long the engine may take to accept a connection or answer a probe before it counts as away."
+
+    first_token_s: Seconds = 120.0
+    "An engine silent for so long after it was given a request has lost it."
+
+    gap_s: Seconds = 30.0
+    "An engine silent for so long between two tokens has lost the request."
+
+    failures_max: Count = 3
+    "Requests failing one after the other before the engine counts as away, whatever /health says."
+
+    probe_s: Seconds = 1.0
+    "How often the engine's load is read, and an engine that is away is asked again."
+
+    held_max: Count = 1024
+    "Jobs taken from Redis and not finished; the rest stay in the stream."
+
+    tokens_s: Seconds = 0.02
+    """
+    How long tokens may gather before they are written.
+
+    One write carries the tokens of all requests; shorter is smoother, longer costs less of both CPUs.
+    """
+
+    news_s: Seconds = 0.02
+    "How long news (started, first tokens) may gather before a beat carries it."
+
+    step_s: Seconds | None = None
+    """
+    The longest decode step wanted, whatever was promised; absent: only promises bound the batch.
+
+    Shorter keeps more promises in overload and makes fewer tokens a second.
+    """
+
+    margin: Annotated[float, Meta(ge=0, lt=1)] = 0.05
+    "Part of every TPOT promise held back for what the step-time law does not know."
+
+    patience_s: Seconds = 5.0
+    "A held job older than this is admitted before all others."
+
+    buffer_bytes: Count = 64 * 2**20
+    "Text kept while Redis is away; beyond it the longest answers are given up."
+
+    keep_s: Seconds = 3600.0
+    "How long token logs and private results stay readable after the end."
+
+    metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    "Where /metrics, /healthz and /readyz are served; 0: nowhere."
+
+    def __post_init__(self) -> None:
+        names = [engine.name for engine in self.engines]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"engines has {min(twice)!r} twice, wanted each name once")
 
 
 class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,7 +247,7 @@ class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     "The least that is said."
 
     form: Literal["auto", "text", "json"] = "auto"
-    "`auto` is text on a terminal and JSON elsewhere."
+    "`text` for people, `json` for machines; `auto` is text on a terminal and json elsewhere."
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

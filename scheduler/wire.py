@@ -257,6 +257,9 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     chunks: str = ""
     "JSON list of the engine's own chunks where they carry more than text (tool calls, log probabilities)."
 
+    output_tokens: int = 0
+    "Tokens up to and with this entry, over all attempts, as the engine counts: what a later attempt goes on from."
+
     end: str = ""
     "The outcome, on the last entry only."
 

@@ -97,7 +97,7 @@ def _add_plain(table: Table | tomlkit.TOMLDocument, struct: msgspec.Struct, name
     if value is None:
         table.add(tomlkit.comment(f"{name} is not set"))
     else:
-        table.add(name, tomlkit.item(value))
+        table.add(name, tomlkit.item(msgspec.to_builtins(value)))
 
 
 def _explain(table: Table | tomlkit.TOMLDocument, doc: str) -> None:

@@ -1,0 +1,237 @@
+"""Who decodes together next.
+
+A decode step costs every member the same time, and that time grows with the KV tokens it reads, so one long
+request slows all. Held requests may join while the slowest promise in the batch still holds; the bound is a step
+time turned into KV tokens, not a count of seats. The rest wait outside, where their order can still change.
+
+The order among the held: who has waited past patience, then priority, then who can still keep its promise, then
+the most worth for the KV tokens and steps it will hold. The same functions serve the worker and the simulator.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.steptime import Law
+
+Floats: TypeAlias = NDArray[np.float64]
+
+CONSIDERED_MAX = 64
+"Held requests looked at in one call: bounded work, and no engine starts more than that in one step."
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A request inside the engine, as the worker sees it."""
+
+    context_tokens: int
+    "Prompt and output so far: what each step reads for it."
+
+    remaining_tokens: float
+    "Output still expected."
+
+    tpot_s: float = math.inf
+    "Its promise; `inf`: none."
+
+    banked_s: float = 0.0
+    "How far it is ahead of that promise: tokens so far times `tpot_s`, less the time they took."
+
+    prefill_tokens: float = 0.0
+    "Prompt tokens still to compute; 0 once it decodes."
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A request that waits outside the engine."""
+
+    prompt_tokens: int
+    "All of its prompt: what it will occupy."
+
+    uncached_tokens: float
+    "What of it must be computed."
+
+    output_tokens: float
+    "Output expected; no server knows the true one."
+
+    tpot_s: float = math.inf
+    "Its promise; `inf`: none."
+
+    due_at: float = math.inf
+    "When its first token must be there; `inf`: no promise."
+
+    held_at: float = 0.0
+    "Since when it waits here."
+
+    weight: float = 1.0
+    "What keeping its promise is worth."
+
+    priority: int = 0
+    "Higher first."
+
+    @property
+    def kv_seconds(self) -> float:
+        """KV tokens it holds, times the steps for which it holds them: its price, in token steps."""
+        return (self.prompt_tokens + self.output_tokens / 2) * max(self.output_tokens, 1.0)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What bounds the batch besides its members' promises."""
+
+    seats: int = 256
+    "The engine's `max_num_seqs`; never exceeded, whatever is predicted."
+
+    kv_tokens: float = math.inf
+    "The engine's KV capacity; beyond it the engine preempts, which costs more than waiting."
+
+    step_s: float = math.inf
+    "The operator's own cap on the step: fewer raw tokens a second for more promises kept."
+
+    margin: float = 0.05
+    "Part of every promise that is held back for what the law does not know."
+
+    patience_s: float = 5.0
+    "Who has waited longer goes first, and nobody overtakes it."
+
+    chunk_tokens: int = 2048
+    "Prompt tokens of one step (`max_num_batched_tokens`)."
+
+
+def admit(
+    running: Sequence[Member],
+    held: Sequence[Candidate],
+    law: Law,
+    limits: Limits,
+    now: float,
+) -> list[int]:
+    """Which of the held may enter the engine now, in the order of entering, as indices of `held`.
+
+    Never more than the seats. An empty batch always takes one, so nothing waits for ever; a member whose promise
+    cannot hold even alone binds nobody.
+
+    >>> law = Law(base_s=0.010, sequence_s=0.001, kv_s=0.0, prefill_s=0.0)
+    >>> chat = Candidate(prompt_tokens=10, uncached_tokens=0, output_tokens=10, tpot_s=0.0135)
+    >>> admit([], [chat] * 5, law, Limits(margin=0.0), now=0.0)
+    [0, 1, 2]
+    """
+    assert limits.seats > 0
+    room = limits.seats - len(running)
+    if room <= 0 or not held:
+        return []
+    joined: list[int] = []
+    load = _Load(running, law, limits)
+    line = order(held, load.prefill_tokens, law, now, patience_s=limits.patience_s)
+    for index in line[:CONSIDERED_MAX]:
+        if len(joined) == room:
+            break
+        candidate = held[index]
+        if load.batch == 0 or load.can_join(candidate, now):
+            load.join(candidate, now)
+            joined.append(index)
+        elif now - candidate.held_at > limits.patience_s:
+            break  # it has waited long enough: nobody passes it any more
+    return joined
+
+
+def order(
+    held: Sequence[Candidate], prefill_tokens: float, law: Law, now: float, *, patience_s: float
+) -> list[int]:
+    """Indices of the held in the order in which they should enter."""
+
+    def place(index: int) -> tuple[bool, float, bool, float, float, int]:
+        one = held[index]
+        is_patient = now - one.held_at <= patience_s
+        return (
+            is_patient,
+            -one.priority if is_patient else one.held_at,
+            not is_feasible(one, prefill_tokens, law, now),
+            -one.weight / one.kv_seconds,
+            one.held_at,
+            index,
+        )
+
+    return sorted(range(len(held)), key=place)
+
+
+def is_feasible(one: Candidate, prefill_tokens: float, law: Law, now: float) -> bool:
+    """Whether its first token can still come in time behind this much prefill."""
+    wait_s = law.base_s + law.prefill_s * (prefill_tokens + one.uncached_tokens)
+    return now + wait_s <= one.due_at
+
+
+def kv_budget(allowed_s: float, batch: int, law: Law) -> float:
+    """How many KV tokens a batch of this size may read and still step within `allowed_s`."""
+    left_s = allowed_s - law.base_s - law.sequence_s * batch
+    if left_s < -1e-12:
+        return -1.0
+    return math.inf if law.kv_s == 0.0 else max(left_s, 0.0) / law.kv_s
+
+
+class _Load:
+    """The batch as it would be: the running and those who have joined in this call."""
+
+    def __init__(self, running: Sequence[Member], law: Law, limits: Limits) -> None:
+        self._law, self._limits = law, limits
+        self._keep = 1.0 - limits.margin
+        self.batch = len(running)
+        columns = np.array(
+            [
+                (m.context_tokens, m.remaining_tokens, m.tpot_s, m.banked_s, m.prefill_tokens)
+                for m in running
+            ],
+            dtype=np.float64,
+        ).reshape(-1, 5)
+        self._context, self._remaining, self._tpot, self._banked, prefill = columns.T
+        self.prefill_tokens = float(prefill.sum())
+        self._read = float(self._context.sum())
+        self._reserved = float((self._context + self._remaining).sum())
+
+    def can_join(self, one: Candidate, now: float) -> bool:
+        """Whether every promise that can hold at all still holds with this one in the batch."""
+        peak = self._reserved + one.prompt_tokens + one.output_tokens
+        if peak > self._limits.kv_tokens:
+            return False
+        batch = self.batch + 1
+        # Contexts grow while the newcomer decodes; half of what it will say is the mean of that.
+        read = self._read + one.prompt_tokens + batch * one.output_tokens / 2
+        allowed_s = min(self._limits.step_s, self._own_s(one, now), self._members_s(one))
+        return read <= kv_budget(allowed_s, batch, self._law)
+
+    def join(self, one: Candidate, now: float) -> None:
+        self.batch += 1
+        self.prefill_tokens += one.uncached_tokens
+        self._read += one.prompt_tokens
+        self._reserved += one.prompt_tokens + one.output_tokens
+        self._context = np.append(self._context, float(one.prompt_tokens))
+        self._remaining = np.append(self._remaining, one.output_tokens)
+        is_lost = not is_feasible(one, self.prefill_tokens - one.uncached_tokens, self._law, now)
+        self._tpot = np.append(self._tpot, math.inf if is_lost else one.tpot_s)
+        self._banked = np.append(self._banked, 0.0)
+
+    def _own_s(self, one: Candidate, now: float) -> float:
+        """The longest step the newcomer itself can stand; `inf` where its promise is lost already."""
+        alone_s = self._law.step_s(1, one.prompt_tokens)
+        is_lost = not is_feasible(one, self.prefill_tokens, self._law, now)
+        return math.inf if is_lost or one.tpot_s < alone_s else one.tpot_s * self._keep
+
+    def _members_s(self, one: Candidate) -> float:
+        """The longest step that the members can stand, after the newcomer's prefill has stalled them.
+
+        A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who cannot keep
+        it even alone is set aside and binds nobody.
+        """
+        if not len(self._tpot):
+            return math.inf
+        law = self._law
+        stall_s = law.prefill_s * (self.prefill_tokens + one.uncached_tokens)
+        rest = np.maximum(self._remaining, 1.0)
+        bound = np.isfinite(self._tpot)
+        if not bound.any():
+            return math.inf
+        tpot, ahead = self._tpot[bound] * self._keep, self._banked[bound]
+        allowed = tpot + (ahead - stall_s) / rest[bound]
+        alone = law.base_s + law.sequence_s + law.kv_s * self._context[bound]
+        lost = tpot + ahead / rest[bound] < alone
+        allowed = allowed[~lost]
+        return float(allowed.min()) if len(allowed) else math.inf
