@@ -6,6 +6,7 @@
     ├── StreamError              the weather: Redis away, too old, not ours; wait or stop
     │   └── FencedError          somebody newer holds the lease; whoever sees this stands down
     ├── TraceError               theirs: a trace file with a wrong line (scheduler.sim.trace)
+    ├── UnknownRequestError      no request of that id, or its record's time is over; raised by the client
     ├── EngineError              an engine's answer that is no success; the worker retries or reports
     └── OutcomeError             a request that ended other than `completed`; raised by the client
         ├── RequestExpired
@@ -38,6 +39,10 @@ class StreamError(HeadgateError):
 
 class FencedError(StreamError):
     """A move was refused because a newer lease exists; nothing was written."""
+
+
+class UnknownRequestError(HeadgateError):
+    """There is no request of that id, or it ended so long ago that its record is gone."""
 
 
 class EngineError(HeadgateError):

@@ -1,0 +1,114 @@
+"""A request as its client holds it: wait for it, read its tokens, cancel it, ask where it stands."""
+
+import asyncio
+from collections.abc import AsyncIterator, Generator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dispatcher.client.completion import Completion, completion
+from dispatcher.client.standing import Standing
+from dispatcher.streams.connection import Entry
+from scheduler import codec
+from scheduler.wire import Result, Tokens
+
+if TYPE_CHECKING:
+    from dispatcher.client.client import Client
+
+BEGINNING = "0-0"
+"Before the first entry of any stream."
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """One entry of a token log."""
+
+    entry: str
+    "Where it lies in the log: give it to `pieces(after=...)` to go on behind it."
+
+    text: str
+    "Text since the piece before."
+
+    chunks: str = ""
+    "JSON list of the engine's own chunks where they carry more than text."
+
+
+class Handle:
+    """One request.
+
+    1. `await handle` gives its `Completion`, or raises the `OutcomeError` that says how it ended.
+    2. `async for text in handle` gives its text as it comes, from the beginning, then raises as above.
+    3. It knows its terminal record as soon as the client has read it; nothing is asked of Redis for that.
+    """
+
+    def __init__(self, client: "Client", request_id: str, ended: "asyncio.Future[Result]") -> None:
+        self.id = request_id
+        self._client = client
+        self._ended = ended
+
+    def __await__(self) -> Generator[object, None, Completion]:
+        return self._completion().__await__()
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self._texts()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its terminal record is here."""
+        return self._ended.done()
+
+    async def record(self) -> Result:
+        """Its terminal record, whatever the outcome."""
+        return await asyncio.shield(self._ended)  # one waiter's cancellation is not the others'
+
+    async def cancel(self, reason: str = "") -> bool:
+        """Ask for its end; whether there was still something to end."""
+        return await self._client.cancel(self.id, reason=reason)
+
+    async def status(self) -> Standing:
+        """Where it stands now."""
+        return await self._client.status(self.id)
+
+    async def pieces(self, *, after: str = BEGINNING) -> AsyncIterator[Piece]:
+        """The token log behind an entry, to its end, as it is written.
+
+        Each piece comes once, also when the request is tried again elsewhere meanwhile. Ends without a raise
+        whatever the outcome; a request that does not stream has no pieces.
+        """
+        stream = self._client.keys.tokens(self.id)
+        following = self._client.follower.follow(stream, after)
+        self._ended.add_done_callback(lambda _: following.news.set())
+        try:
+            while True:
+                for entry in following.take():
+                    after, tokens = entry[0], _tokens(entry)
+                    if tokens.text or tokens.chunks:
+                        yield Piece(after, tokens.text, tokens.chunks)
+                    if tokens.end:
+                        return
+                if self._ended.done():
+                    break
+                await following.news.wait()
+        finally:
+            self._client.follower.stop(following)
+        # The record and the log's end are written in one move, so what is there now is all there will be.
+        for entry in await self._client.connection.entries(stream, f"({after}"):
+            tokens = _tokens(entry)
+            if tokens.text or tokens.chunks:
+                yield Piece(entry[0], tokens.text, tokens.chunks)
+
+    async def _completion(self) -> Completion:
+        return completion(await self.record())
+
+    async def _texts(self) -> AsyncIterator[str]:
+        has_text = False
+        async for piece in self.pieces():
+            if piece.text:
+                has_text = True
+                yield piece.text
+        answer = await self
+        if not has_text and answer.text:  # it was not asked to stream
+            yield answer.text
+
+
+def _tokens(entry: Entry) -> Tokens:
+    return codec.decode(Tokens, entry[1])

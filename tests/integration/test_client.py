@@ -1,0 +1,325 @@
+"""The client on a real server: nothing is missed, nothing is sent twice, every end is told as what it is."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+from played import Played
+
+from dispatcher.client import BlockingClient, Client, follower
+from dispatcher.client.completion import completion
+from scheduler.errors import (
+    RequestCancelled,
+    RequestFailed,
+    RequestRejected,
+    StreamError,
+    UnknownRequestError,
+    WireError,
+)
+from scheduler.settings import LimitSettings
+from scheduler.wire import Outcome, Result
+
+
+@pytest.fixture
+async def played(redis_url, pool):
+    """The servers' parts, running."""
+    parts = await Played.start(redis_url, pool)
+    running = asyncio.create_task(parts.run())
+    yield parts
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    await parts.close()
+
+
+@pytest.fixture
+async def client(redis_url, pool):
+    """A client nobody else is."""
+    async with Client(redis=redis_url, pool=pool, name="tester") as one:
+        yield one
+
+
+def says(text, **more):
+    return {"model": "llama", "prompt": text} | more
+
+
+class TestSubmit:
+    async def test_the_answer_comes_back(self, played, client):
+        """Awaiting a handle gives the parsed answer and what Headgate knows of it."""
+        handle = await client.submit(says("hello river"), ttft_s=0.5)
+
+        answer = await handle
+
+        assert (answer.text, answer.endpoint, answer.ttft_s) == ("hello river ", "a100-0", 0.25)
+        assert answer.usage == {"completion_tokens": 2}
+        assert (await handle.status()).outcome == "completed"
+
+    async def test_a_result_before_the_wait_is_there(self, played, client):
+        """The reply stream is read from before the submit, so a quick answer is not missed."""
+        handles = [await client.submit(says(f"n{n}")) for n in range(20)]
+        async for handle in client.results(handles):
+            assert handle.is_done
+
+        assert [(await handle).text for handle in handles] == [f"n{n} " for n in range(20)]
+
+    async def test_the_same_id_is_one_request(self, played, client):
+        """A second submit under an id gives the first one's answer, also when it has ended."""
+        first = await (await client.submit(says("one"), id="same"))
+
+        again = await (await client.submit(says("two"), id="same"))
+
+        assert (first.text, again.text) == ("one ", "one ")
+        assert len(await client.connection.entries(client.keys.requests)) == 1
+
+    async def test_a_long_body_is_not_in_the_entry(self, played, client):
+        """Above 1 KB the body rides beside the stream, and the answer is none the wiser."""
+        text = "word " * 1000
+
+        answer = await (await client.submit(says(text)))
+
+        [(_, fields)] = await client.connection.entries(client.keys.requests)
+        assert fields[b"body"] == b""
+        assert fields[b"prompt_tokens"] == b"1250"
+        assert len(fields[b"blocks"].split()) == 9
+        assert answer.text == text
+
+    async def test_many_in_one_round_trip(self, played, client):
+        """More than a batch; each gets its own answer."""
+        handles = await client.submit_many(says(f"n{n}") for n in range(300))
+
+        assert {(await handle).text for handle in handles} == {f"n{n} " for n in range(300)}
+
+    async def test_a_full_queue_says_when_to_come_back(self, redis_url, pool):
+        """Refused at the door by an exact count; one of many is refused without harm to the others."""
+        limits = LimitSettings(waiting_max=2)
+        async with Client(redis=redis_url, pool=pool, limits=limits) as client:
+            await client.submit_many([says("a"), says("b")])
+
+            with pytest.raises(RequestRejected) as refused:
+                await client.submit(says("c"))
+            [turned_away] = await client.submit_many([says("d")])
+
+            assert refused.value.retry_after_s > 0
+            assert (await turned_away.record()).outcome == "rejected"
+
+    @pytest.mark.parametrize(
+        ("body", "wishes", "message"),
+        [
+            pytest.param(b"{", {}, "'body' is no JSON", id="no json"),
+            pytest.param(b"[]", {}, "wanted an object", id="no object"),
+            pytest.param({}, {}, "'model' is None", id="no model"),
+            pytest.param({"model": "m"}, {"ttft_s": -1.0}, "'ttft_ms' is '-1000'", id="promise"),
+            pytest.param({"model": "m"}, {"id": "a b"}, "'id' is 'a b'", id="id"),
+            pytest.param({"model": "m"}, {"path": "/x"}, "'path' is '/x'", id="path"),
+        ],
+    )
+    async def test_what_can_never_be_served_is_refused_here(self, body, wishes, message):
+        """The same rules as the dispatcher's, before anything is sent."""
+        with pytest.raises(WireError, match=message):
+            Client(redis="redis://nowhere", name="x").request(body, **wishes)
+
+
+class TestEnds:
+    async def test_every_bad_end_has_its_type(self, played, client):
+        """A failed request raises its own error, with the reason of the record."""
+        handle = await client.submit(says("x"), tenant="fail")
+
+        with pytest.raises(RequestFailed, match="as the test wants") as failed:
+            await handle
+
+        assert failed.value.request_id == handle.id
+
+    async def test_cancel(self, played, client):
+        """Asking twice is fine; after the end there is nothing to cancel; an unknown id is said so."""
+        handle = await client.submit(says("x"), tenant="hold")
+        await played.is_holding.wait()
+
+        assert await handle.cancel()
+        assert (await handle.status()).is_cancelled
+        await played.finish(played.held[0], outcome="cancelled")
+        with pytest.raises(RequestCancelled):
+            await handle
+        assert not await handle.cancel()
+        with pytest.raises(UnknownRequestError, match="'nobody'"):
+            await client.cancel("nobody")
+
+    async def test_closing_tells_who_waits(self, redis_url, pool):
+        """A closed client's handles do not wait for ever."""
+        async with Client(redis=redis_url, pool=pool) as client:
+            handle = await client.submit(says("x"))
+        with pytest.raises(StreamError, match="closed"):
+            await handle
+
+
+class TestStream:
+    async def test_pieces_come_as_they_are_written(self, played, client):
+        """The first piece is here before the last is written; joined they are the answer."""
+        handle = await client.submit(says("a b c"), stream=True, tenant="hold")
+        await played.is_holding.wait()
+        [held] = played.held
+        texts = aiter(handle)
+
+        await played.say(held, 0, "first ")
+        assert await anext(texts) == "first "
+        await played.say(held, 1, "second ")
+        assert await anext(texts) == "second "
+        await played.finish(held, pieces=2)
+
+        assert [text async for text in texts] == []
+
+    async def test_the_log_can_be_read_again_from_any_place(self, played, client):
+        """From the beginning after the end, and behind any piece."""
+        handle = await client.submit(says("a b c"), stream=True)
+        await handle
+
+        pieces = [piece async for piece in handle.pieces()]
+        rest = [piece.text async for piece in handle.pieces(after=pieces[0].entry)]
+
+        assert "".join(piece.text for piece in pieces) == "a b c "
+        assert rest == ["b ", "c "]
+
+    async def test_a_bad_end_is_raised_after_the_last_piece(self, played, client):
+        """What came is given first, then how it ended."""
+        handle = await client.submit(says("x"), stream=True, tenant="hold")
+        await played.is_holding.wait()
+        await played.say(played.held[0], 0, "half ")
+        await played.finish(played.held[0], outcome="failed", pieces=1)
+        came = []
+
+        with pytest.raises(RequestFailed):  # noqa: PT012  the loop is the statement
+            async for text in handle:
+                came.append(text)  # noqa: PERF401  the raise must not lose it
+
+        assert came == ["half "]
+
+    async def test_a_request_without_a_log_gives_its_answer_at_once(self, played, client):
+        """Iterating is right for both kinds."""
+        handle = await client.submit(says("a b"))
+
+        assert [text async for text in handle] == ["a b "]
+
+    async def test_more_streams_than_readers(self, played, client):
+        """Forty logs are followed by eight connections, none forgotten."""
+        handles = [await client.submit(says("a b c"), stream=True) for _ in range(40)]
+
+        async def whole(handle):
+            return "".join([text async for text in handle])
+
+        assert set(await asyncio.gather(*map(whole, handles))) == {"a b c "}
+        assert len(client.follower._readers) <= follower.READERS_MAX
+
+
+class TestAttach:
+    async def test_after_the_end(self, played, client, redis_url, pool):
+        """Another process finds the record where the hash says it lies."""
+        await (await client.submit(says("done"), id="r1"))
+
+        async with Client(redis=redis_url, pool=pool) as other:
+            assert (await (await other.attach("r1"))).text == "done "
+
+    async def test_before_the_end(self, played, client, redis_url, pool):
+        """Another process waits on the first one's reply stream; two of them, two requests, one reader."""
+        first = await client.submit(says("one"), id="r1", tenant="hold")
+        await client.submit(says("two"), id="r2", tenant="hold")
+        await played.is_holding.wait()
+        async with Client(redis=redis_url, pool=pool) as other:
+            handles = [await other.attach("r1"), await other.attach("r2"), await other.attach("r2")]
+
+            await played.holds(2)
+            for held in played.held:
+                await played.finish(held)
+
+            assert [(await handle).text for handle in handles] == ["one ", "two ", "two "]
+        assert (await first).text == "one "
+
+    async def test_one_that_a_hand_added(self, redis_url, pool, client):
+        """An entry without id and reply stream is found by its entry id, its record on the shared stream."""
+        parts = await Played.start(redis_url, pool)
+        entry = await client.connection.add(
+            client.keys.requests, {"id": "by-hand", "model": "llama", "body": '{"prompt":"hi"}'}
+        )
+        assert (await client.status(entry)).state == "queued"
+        await parts.turn()
+
+        assert (await (await client.attach("by-hand"))).text == "hi "
+        await parts.close()
+
+    async def test_nobody_knows_it(self, client):
+        """An id that never was is an error, not an endless wait."""
+        with pytest.raises(UnknownRequestError, match="'never'"):
+            await client.attach("never")
+
+    async def test_a_client_of_the_same_name_goes_on(self, played, redis_url, pool):
+        """A client that died between submit and answer: its successor gets the answer once."""
+        async with Client(redis=redis_url, pool=pool, name="job-7") as first:
+            await first.submit(says("kept"), id="r1", tenant="hold")
+            await played.is_holding.wait()
+        async with Client(redis=redis_url, pool=pool, name="job-7") as second:
+            handle = await second.submit(says("kept"), id="r1", tenant="hold")
+            await played.finish(played.held[0])
+
+            assert (await handle).text == "kept "
+        assert len(await played.connection.entries(played.keys.requests)) == 1
+
+
+class TestWeather:
+    async def test_a_cut_connection_misses_nothing(self, played, client):
+        """Every connection killed while it waits: it reads on from where it was."""
+        handle = await client.submit(says("x"), tenant="hold")
+        await played.is_holding.wait()
+        await client.connection.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+        await played.finish(played.held[0])
+
+        assert (await handle).text == "x "
+
+
+class TestBlocking:
+    async def test_the_same_without_a_loop(self, played, redis_url, pool):
+        """Submit, stream, results, attach and errors from a thread."""
+
+        def work():
+            with BlockingClient(Client(redis=redis_url, pool=pool)) as client:
+                handle = client.submit(says("a b"), stream=True)
+                assert list(handle) == ["a ", "b "]
+                assert handle.result().text == "a b "
+                assert client.attach(handle.id).record(timeout_s=5).outcome == "completed"
+                many = client.submit_many([says("c"), says("d")])
+                assert {h.result().text for h in client.results(many)} == {"c ", "d "}
+                with pytest.raises(RequestFailed):
+                    client.submit(says("e"), tenant="fail").result()
+                held = client.submit(says("f"), tenant="hold")
+                with pytest.raises(TimeoutError):
+                    held.result(timeout_s=0.01)
+                return client.status(held.id)
+
+        assert (await asyncio.to_thread(work)).outcome == ""
+
+
+def test_the_import_is_light():
+    """Applications import the client: redis and msgspec, none of the fleet's own weight."""
+    code = (
+        "import sys, dispatcher.client;"
+        "print(*({m.partition('.')[0] for m in sys.modules} "
+        "& {'river', 'numpy', 'aiohttp', 'typer', 'rich', 'structlog', 'uvloop', 'pandas'}))"
+    )
+
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert ran.stdout.strip() == ""
+
+
+def test_every_outcome_becomes_an_error_or_an_answer():
+    """No outcome of the wire is without its type."""
+    for outcome in get_args(Outcome):
+        record = Result(id="r", outcome=outcome, reason="why", retry_after_s=2.0)
+        if outcome == "completed":
+            assert completion(record).text == ""
+            continue
+        with pytest.raises(Exception, match="why") as raised:
+            completion(record)
+        assert raised.value.outcome == outcome
+        assert raised.value.retry_after_s == 2.0
