@@ -3,24 +3,19 @@
 import asyncio
 import os
 import signal
-import sys
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-import uvloop
 
-from scheduler.sim.engine import EngineSettings
-from scheduler.sim.profile import UnknownProfileError
-from workers.emulator.server import Emulator, PortTakenError
+from scheduler.errors import SettingsError
+from scheduler.sim.arguments import EngineSettings
 from workers.emulator.settings import EmulatorSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-
-USAGE_ERROR = 2
-"Exit code where the fault is in what was asked for."
 
 
 @app.callback()
@@ -60,7 +55,7 @@ def emulate(
     enable_force_include_usage: Annotated[bool, typer.Option()] = False,
     allow_faults: Annotated[bool, typer.Option(help="POST /emulator/fault.")] = False,
     ready_file: Annotated[Path | None, typer.Option(help="Written when it serves.")] = None,
-) -> None:
+) -> Coroutine[object, object, None]:
     """Run an emulated vLLM server.
 
     Prints one JSON line with its url when it is ready; SIGTERM ends it as it ends vLLM.
@@ -100,17 +95,14 @@ def emulate(
             enable_force_include_usage=enable_force_include_usage,
             allow_faults=allow_faults,
         )
-        code = uvloop.run(_emulate(settings, ready_file))
-    except (PortTakenError, UnknownProfileError, msgspec.ValidationError, ValueError) as error:
-        typer.echo(f"headgate emulate: {error}", err=True)
-        raise typer.Exit(USAGE_ERROR) from error
-    if code:
-        # As after a crash: no farewell to anybody.
-        sys.stdout.flush()
-        os._exit(code)
+    except ValueError as error:  # msgspec's too
+        raise SettingsError(str(error)) from error
+    return _emulate(settings, ready_file)
 
 
-async def _emulate(settings: EmulatorSettings, ready_file: Path | None) -> int:
+async def _emulate(settings: EmulatorSettings, ready_file: Path | None) -> None:
+    from workers.emulator.server import Emulator  # noqa: PLC0415  aiohttp only where it serves
+
     emulator = Emulator(settings, die=partial(os._exit, 1))  # as after kill -9
     await emulator.start()
     loop = asyncio.get_running_loop()
@@ -123,7 +115,8 @@ async def _emulate(settings: EmulatorSettings, ready_file: Path | None) -> int:
     if ready_file is not None:
         _write_whole(ready_file, ready)
     await emulator.gone.wait()
-    return emulator.exit_code
+    if emulator.exit_code:
+        raise typer.Exit(emulator.exit_code)
 
 
 def _write_whole(path: Path, line: str) -> None:

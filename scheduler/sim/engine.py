@@ -16,140 +16,15 @@ given in the same step is not handed to another until the next.
 
 from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Literal
 
-import msgspec
 import numpy as np
 
+from scheduler.sim.arguments import EngineSettings
 from scheduler.sim.kv import ANONYMOUS, BlockPool
 from scheduler.sim.noise import Noise
 from scheduler.sim.profile import Profile
 from scheduler.sim.sequence import Line, Sequence, Status
-
-
-class QueueFullError(Exception):
-    """The engine's admission limit refused a request; `reason` names the limit."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An engine's arguments, under vLLM's names where it has one."""
-
-    max_num_seqs: int = 256
-    "Sequences that run together."
-
-    max_num_batched_tokens: int = 2048
-    "New tokens of one step; at least `max_num_seqs`, as vLLM demands."
-
-    long_prefill_token_threshold: int = 0
-    "Tokens of one prompt in one step; 0 for no such limit."
-
-    chunked_prefill: bool = True
-    "Whether a prompt may be spread over steps; if not it must fit the budget whole."
-
-    block_size: int = 16
-    "Tokens of one KV block."
-
-    kv_tokens: int | None = None
-    "Tokens the KV cache holds; None for the profile's own figure."
-
-    prefix_caching: bool = True
-
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    "`priority` orders the waiting line and picks victims; it never preempts for a slot."
-
-    reserve_full_isl: bool = True
-    "Admit a prompt only when all of it fits the free blocks, not just its first chunk."
-
-    max_num_queued_reqs: int | None = None
-    "Requests that may wait; None for no limit."
-
-    max_num_queued_tokens: int | None = None
-    "Prompt tokens that may wait; None for no limit."
-
-    step_noise: float = 0.0
-    "Sigma of the log-normal factor on every step."
-
-    stall_probability: float = 0.0
-    "Chance of a step to stall."
-
-    stall_s: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, at least 1 wanted")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, "
-                f"at least max_num_seqs ({self.max_num_seqs}) wanted"
-            )
-
-
-class Counters:
-    """What an engine counts since its start; the emulated `/metrics` shows them."""
-
-    __slots__ = (
-        "generation_tokens",
-        "preemptions",
-        "prefix_hits",
-        "prefix_queries",
-        "prompt_tokens",
-        "steps",
-    )
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.prompt_tokens = 0
-        self.generation_tokens = 0
-        self.prefix_queries = 0
-        "Tokens looked up in the prefix cache."
-        self.prefix_hits = 0
-        "Tokens found there."
-        self.preemptions = 0
-
-
-class Step(msgspec.Struct, kw_only=True):
-    """One turn of the engine, or several equal ones when `until` let it leap.
-
-    Everything in it becomes true at `ends[-1]`: tokens exist only when their step is over.
-    """
-
-    started_at: float
-
-    ends: list[float]
-    "When each step ended; one entry unless it leapt."
-
-    new_tokens: int
-    "Tokens computed in the (last) step."
-
-    decoded: list[Sequence]
-    "Each gained one token a step, in the order they began to decode."
-
-    prefilled: list[Sequence]
-    "Finished their prompt in this step and gained one token, mostly their first."
-
-    finished: list[Sequence]
-
-    scheduled: list[Sequence]
-    "Left the waiting line in this step."
-
-    preempted: list[Sequence]
-
-    @property
-    def n_steps(self) -> int:
-        return len(self.ends)
-
-    @property
-    def ended_at(self) -> float:
-        return self.ends[-1]
-
-    @property
-    def duration_s(self) -> float:
-        return self.ends[-1] - self.started_at
+from scheduler.sim.step import Counters, QueueFullError, Step
 
 
 class Engine:

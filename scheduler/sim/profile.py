@@ -13,9 +13,7 @@ from importlib import resources
 import msgspec
 import numpy as np
 
-
-class UnknownProfileError(ValueError):
-    """A profile was asked for that the package does not have."""
+from scheduler.errors import SettingsError
 
 
 class Coefficients(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -146,13 +144,13 @@ def load(name: str) -> Profile:
     """The profile of a full name or an alias.
 
     Raises:
-        UnknownProfileError: there is no such profile; the message lists those there are.
+        SettingsError: there is no such profile; the message lists those there are.
     """
     profiles = _shipped()
     profile = profiles.get(ALIASES.get(name, name))
     if profile is None:
         known = ", ".join([*ALIASES, *profiles])
-        raise UnknownProfileError(f"profile {name!r} is not one of: {known}")
+        raise SettingsError(f"profile {name!r} is not one of: {known}")
     return profile
 
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.sim import profile
-from scheduler.sim.engine import Engine, EngineSettings
+from scheduler.sim.arguments import EngineSettings
+from scheduler.sim.engine import Engine
 from scheduler.sim.sequence import Sequence
 
 A100 = profile.load("a100")

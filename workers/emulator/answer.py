@@ -6,7 +6,7 @@ switch and three calls more for each.
 """
 
 import asyncio
-from typing import Literal, TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -15,8 +15,9 @@ from workers.emulator.faults import Abort, Cut, ErrorChunk, Hang, NoDone, Stream
 from workers.emulator.protocol import Ask, error_body
 
 if TYPE_CHECKING:
-    from scheduler.sim.sequence import Sequence
     from collections.abc import Callable
+
+    from scheduler.sim.sequence import Sequence
 
 Ending = Literal["stop", "length", "abort", "error", "cut", "empty"]
 "How an answer ended: vLLM's reasons, an engine's death, a broken connection, or no token at all."

@@ -7,8 +7,9 @@ with a weight here, and would be 256 locked calls there.
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
-from scheduler.sim.engine import Engine, Step
+from scheduler.sim.engine import Engine
 from scheduler.sim.sequence import Sequence
+from scheduler.sim.step import Step
 
 # vLLM's own buckets (vllm/v1/metrics/loggers.py).
 TTFT_BUCKETS = (

@@ -8,8 +8,9 @@ steps: it hands out several at once, and errors do not add up.
 import asyncio
 from collections.abc import Callable
 
-from scheduler.sim.engine import Engine, Step
+from scheduler.sim.engine import Engine
 from scheduler.sim.sequence import Sequence
+from scheduler.sim.step import Step
 
 STEPS_A_TURN = 64
 "Steps delivered before the loop may see to its sockets; 64 take about a millisecond."

@@ -15,7 +15,8 @@ from typing import Self
 import msgspec
 from aiohttp import web
 
-from scheduler.sim.engine import QueueFullError
+from scheduler.errors import SettingsError
+from scheduler.sim.step import QueueFullError
 from workers.emulator import faults
 from workers.emulator.answer import DONE, ENGINE_DEAD, Answer, framed_event
 from workers.emulator.protocol import Kind, RefusedError, error_body, understand
@@ -35,10 +36,6 @@ CRASH_CLOSES_AFTER_S = 0.2
 "Wall seconds between an engine's death and a closed port: under 0.3 in the real one."
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-class PortTakenError(OSError):
-    """The port asked for is in use."""
 
 
 class Emulator:
@@ -74,7 +71,7 @@ class Emulator:
         """Bind and serve.
 
         Raises:
-            PortTakenError: the port is in use.
+            SettingsError: the port cannot be bound.
         """
         self.service = Service(self.settings)
         self._runner = web.AppRunner(
@@ -87,7 +84,7 @@ class Emulator:
             await site.start()
         except OSError as error:
             await self._runner.cleanup()
-            raise PortTakenError(
+            raise SettingsError(
                 f"port {self.settings.port} on {host} cannot be bound: {error.strerror}"
             ) from error
         port = self._runner.addresses[0][1]

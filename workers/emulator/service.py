@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 
 from scheduler.sim import profile
-from scheduler.sim.engine import Engine, Step
+from scheduler.sim.engine import Engine
 from scheduler.sim.sequence import Sequence
+from scheduler.sim.step import Step
 from workers.emulator.answer import Answer
 from workers.emulator.faults import Crash, Die, EngineFault, FaultLine, Freeze, Slow, Thaw
 from workers.emulator.metrics import Metrics

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from scheduler.sim.engine import EngineSettings
+from scheduler.sim.arguments import EngineSettings
 
 
 class EmulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
