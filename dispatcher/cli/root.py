@@ -27,6 +27,7 @@ from scheduler.errors import HeadgateError
 from scheduler.settings import LogSettings, Settings
 
 COMMANDS = {
+    "dispatcher": "Dispatch a pool's requests; a second one stands by.",
     "settings": "Every setting as it stands here, with what it means, as TOML.",
     "trace": "Workloads: get, make, convert and look at them.",
     "redis": "Talk to Redis by hand, on machines without redis-cli.",

@@ -219,6 +219,19 @@ class Connection:
             str(row["name"], "utf-8"): (int(row["pending"]), int(row["idle"]) / 1e3) for row in rows
         }
 
+    async def delivered(self, stream: str, group: str) -> str:
+        """The last entry that was given to any consumer of the group."""
+        with _Weather(self.shown):
+            groups = await self._client.xinfo_groups(stream)
+        found = next(row for row in groups if row["name"] == group.encode())
+        return str(found["last-delivered-id"], "ascii")
+
+    async def oldest_pending(self, stream: str, group: str) -> str:
+        """The oldest entry that some consumer holds; empty: none."""
+        with _Weather(self.shown):
+            summary = await self._client.xpending(stream, group)
+        return str(summary["min"] or b"", "ascii")
+
     async def take(
         self, stream: str, group: str, consumer: str, *, other: str, count: int
     ) -> list[Entry]:

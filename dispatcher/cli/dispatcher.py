@@ -1,0 +1,83 @@
+"""`headgate dispatcher`: one process that leads its pool or stands by to."""
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from dispatcher import local, node
+from dispatcher.node import Node
+from dispatcher.streams.connection import Connection, Where
+from scheduler.settings import Settings
+
+app = typer.Typer()
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """The line that says a dispatcher runs."""
+
+    event: str = "ready"
+    role: str = "dispatcher"
+    node: str
+    pool: str
+    metrics_port: int
+
+
+@app.command()
+async def dispatcher(
+    settings: Settings,
+    name: Annotated[
+        str,
+        typer.Option(
+            "--node", metavar="NAME", help="This process's own name; default: host and process id."
+        ),
+    ] = "",
+    *,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="For /healthz, /readyz, /metrics; 0: a free one.")
+    ] = 0,
+    ready_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write the ready line as well.")
+    ] = None,
+) -> None:
+    """Dispatch a pool's requests to its endpoints; a second process stands by.
+
+    Prints one line of JSON when it runs. SIGTERM: resigns at once and exits 0.
+    """
+    where = Where(
+        url=local.known_url(settings.redis), tls_ca_file=settings.redis.tls_ca_file or None
+    )
+    connection = await Connection.connect(where)
+    try:
+        one = Node(connection, settings, name=name or node.own_name())
+        async with one.pages.served(metrics_port) as port:
+            _say(
+                Ready(node=name or node.own_name(), pool=settings.pool, metrics_port=port),
+                ready_file,
+            )
+            await _until_told(one)
+    finally:
+        await connection.close()
+
+
+def _say(ready: Ready, ready_file: Path | None) -> None:
+    line = msgspec.json.encode(ready).decode()
+    typer.echo(line)
+    if ready_file is not None:
+        ready_file.write_text(line + "\n")
+
+
+async def _until_told(one: Node) -> None:
+    """Run until SIGTERM or SIGINT, or until the node fails."""
+    loop = asyncio.get_running_loop()
+    running = asyncio.ensure_future(one.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, running.cancel)
+    try:
+        await running
+    except asyncio.CancelledError:
+        if not running.cancelled():
+            raise

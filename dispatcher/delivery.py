@@ -1,0 +1,99 @@
+"""Calls said until Redis answers them: what was decided is never lost to the weather.
+
+an answer            it is done, or refused, and the caller learns which
+no answer            Redis is away: everything is said again, ever more patiently; each call knows its repetition
+a passing complaint  loading, read-only after a failover, out of memory: that call is said again
+any other complaint  the caller's to judge; only this call fails
+fenced               a newer leader exists: whoever learns of it stands down
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from dispatcher.streams import dispatch
+from dispatcher.streams.connection import Call, Connection
+from scheduler.errors import FencedError, StreamError
+
+BATCH_MAX = 512
+"Calls in one round trip: about 5 ms of the server's time, so that others are served between."
+
+BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+"Between tries; the last one for as long as it takes. A restarted Redis is back within 0.1 s to a few seconds."
+
+PASSING = (
+    "LOADING",
+    "READONLY",
+    "OOM",
+    "MISCONF",
+    "NOREPLICAS",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+    "BUSY",
+)
+"Complaints that end by themselves or by an operator's hand; nothing about the call is wrong."
+
+log = structlog.get_logger()
+
+
+class Delivery:
+    """Says the calls of one reign."""
+
+    def __init__(
+        self, connection: Connection, *, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_wait` is called whenever Redis must be waited for: who waits is not stuck."""
+        self._connection = connection
+        self._on_wait = on_wait
+        self.round_trips = 0
+        "How often Redis was asked."
+
+    async def send(self, calls: Sequence[Call]) -> list[object]:
+        """Every call's reply, in order; a `StreamError` where the server complained about that call itself.
+
+        Raises:
+            FencedError: a newer leader exists. Calls after the first refused one were refused as well.
+        """
+        replies: list[object] = []
+        for at in range(0, len(calls), BATCH_MAX):
+            replies += await self._send(calls[at : at + BATCH_MAX])
+        return replies
+
+    async def _send(self, calls: Sequence[Call]) -> list[object]:
+        replies: list[object] = [None] * len(calls)
+        unsaid = list(range(len(calls)))
+        tries = 0
+        while True:
+            answers = await self._ask([calls[at] for at in unsaid])
+            for at, answer in zip(unsaid, answers, strict=True):
+                replies[at] = answer
+            if dispatch.FENCED in answers:
+                raise FencedError("a newer leader exists")
+            unsaid = [at for at, answer in zip(unsaid, answers, strict=True) if _is_passing(answer)]
+            if not unsaid:
+                return replies
+            log.warning(
+                "redis_waits", calls=len(unsaid), tries=tries, reason=str(replies[unsaid[0]])
+            )
+            self._on_wait()
+            await asyncio.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
+            tries += 1
+
+    async def _ask(self, calls: Sequence[Call]) -> list[object]:
+        self.round_trips += 1
+        try:
+            return list(await self._connection.batch(calls))
+        except StreamError as error:
+            return [_Away(str(error))] * len(calls)
+
+
+class _Away(StreamError):
+    """No answer at all."""
+
+
+def _is_passing(answer: object) -> bool:
+    if isinstance(answer, _Away):
+        return True
+    return isinstance(answer, StreamError) and any(word in str(answer) for word in PASSING)

@@ -1,0 +1,321 @@
+"""The live loop: read all, receive all, decide once, send, acknowledge.
+
+One reign of one leader. Two blocked reads fill a bounded inbox; each turn empties it, asks the core once, and sends
+all that follows in one pipeline. What Redis refuses is told to the core before the next turn. Whoever is fenced
+leaves by `FencedError`; what was read and not carried out stays pending in Redis for the next leader.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+
+from dispatcher.delivery import BACKOFF_S, Delivery
+from dispatcher.intake import Intake, Unreadable
+from dispatcher.metrics import Meter
+from dispatcher.moves import Move, Moves
+from dispatcher.recovery import FORMAT, Recovery, Saved
+from dispatcher.streams.connection import Connection, Entry
+from scheduler.core import Scheduler
+from scheduler.errors import FencedError, StreamError
+from scheduler.events import (
+    Arrived,
+    Assign,
+    Command,
+    Event,
+    Finish,
+    Forget,
+    Reclaim,
+    Refused,
+)
+from scheduler.keys import DISPATCHER_GROUP, Keys
+from scheduler.settings import LoopSettings
+from scheduler.wire import Control
+
+BLOCK_S = 1.0
+"How long one read waits on the server; a stop or a changed cursor waits for it at most."
+
+INBOX_MAX = 8
+"Reads that may wait for the next turn; then the readers wait, and Redis keeps the rest."
+
+TURN_MIN_S = 0.001
+"Between two turns that news does not call for."
+
+TROUBLE_S = 0.1
+"Before a turn that follows a call the server would not do, so that a lasting complaint is not a hot loop."
+
+STRAYS_EVERY_S = 1.0
+"Between two looks at what other consumers hold."
+
+log = structlog.get_logger()
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """What one read brought."""
+
+    stream: str
+    entries: Sequence[Entry]
+
+
+class Loop:
+    """Drives one core under one epoch."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        core: Scheduler,
+        *,
+        node: str,
+        settings: LoopSettings,
+        reader: Intake,
+        moves: Moves,
+        recovery: Recovery,
+        delivery: Delivery,
+        meter: Meter,
+    ) -> None:
+        """`node` is our consumer name in the group of `requests`."""
+        self._connection = connection
+        self._keys = keys
+        self._core = core
+        self._node = node
+        self._settings = settings
+        self._reader = reader
+        self._moves = moves
+        self._recovery = recovery
+        self._delivery = delivery
+        self._meter = meter
+        self._inbox: asyncio.Queue[Batch] = asyncio.Queue(INBOX_MAX)
+        self._cursors: dict[str, str] = {}
+        "The last entry of each log that the core has received."
+        self._trouble = False
+        self._strays_at = 0.0
+        self._delivered = "0-0"
+        "Up to which entry `requests` had been given out when this reign began."
+
+    async def take_over(self, *, beats_since: float) -> bool:
+        """Bring the core up to what Redis holds; whether it started warm."""
+        await self._connection.ensure_group(self._keys.requests, DISPATCHER_GROUP)
+        self._delivered = await self._connection.delivered(self._keys.requests, DISPATCHER_GROUP)
+        saved = await self._recovery.saved()
+        is_warm = saved is not None and self._core.restore(saved.core)
+        past = await self._recovery.past(saved if is_warm else None, beats_since=beats_since)
+        self._cursors = past.cursors
+        unreadable = self._receive(past.events)
+        async for found in self._recovery.claim_all():
+            unreadable += self._receive(found)
+        await self._carry([], unreadable, [])
+        return is_warm
+
+    async def run(self) -> None:
+        """Turn until cancelled or fenced."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read_requests())
+            tasks.create_task(self._read_logs())
+            while True:
+                await self._turn(await self._news())
+                if self._connection.now() >= self._strays_at:
+                    await self._look_for_strays()
+
+    def saved(self) -> Saved:
+        """The state to keep for the next leader's warm start."""
+        return Saved(
+            format=FORMAT,
+            at=self._connection.now(),
+            rewards=self._cursors[self._keys.rewards],
+            core=msgspec.structs.replace(self._core.snapshot(), requests=()),
+        )
+
+    # One turn
+
+    async def _news(self) -> list[Batch]:
+        """All that was read, as soon as there is something; nothing, when the core wants to be woken."""
+        try:
+            async with asyncio.timeout(self._pause_s()):
+                batches = [await self._inbox.get()]
+        except TimeoutError:
+            return []
+        while not self._inbox.empty():
+            batches.append(self._inbox.get_nowait())
+        return batches
+
+    def _pause_s(self) -> float:
+        wakeup_at = self._core.wakeup_at()
+        longest_s = self._settings.step_s
+        if wakeup_at is None:
+            return longest_s
+        shortest_s = TROUBLE_S if self._trouble else TURN_MIN_S
+        return min(longest_s, max(shortest_s, wakeup_at - self._connection.now()))
+
+    async def _turn(self, batches: Sequence[Batch]) -> None:
+        self._trouble = False
+        events, arrived, unreadable = self._decoded(batches)
+        self._receive(events)
+        with self._meter.deciding():
+            commands = self._core.decide(self._connection.now())
+        await self._carry(arrived, unreadable, commands)
+
+    def _decoded(
+        self, batches: Sequence[Batch]
+    ) -> tuple[list[Event], list[Arrived], list[Unreadable]]:
+        """Events in the order requests, rewards, beats, controls: causes before what they cause."""
+        by_stream: dict[str, list[Entry]] = {}
+        for batch in batches:
+            by_stream.setdefault(batch.stream, []).extend(batch.entries)
+        read = [self._reader.request(entry) for entry in by_stream.pop(self._keys.requests, [])]
+        arrived = [event for event in read if isinstance(event, Arrived)]
+        unreadable = [event for event in read if isinstance(event, Unreadable)]
+        events: list[Event] = list(arrived)
+        for stream in (self._keys.rewards, self._keys.beats, self._keys.controls):
+            entries = by_stream.get(stream)
+            if not entries:
+                continue
+            for entry in entries:
+                fact = self._reader.fact(stream, entry)
+                (unreadable if isinstance(fact, Unreadable) else events).append(fact)  # type: ignore[arg-type]
+            self._cursors[stream] = entries[-1][0]
+        return events, arrived, unreadable
+
+    def _receive(self, events: Sequence[Event | Unreadable]) -> list[Unreadable]:
+        """Tell the core; what is unreadable is handed back."""
+        now = self._connection.now()
+        for event in events:
+            if not isinstance(event, Unreadable):
+                self._meter.event(event, now)
+                self._core.receive(event, now)
+        return [event for event in events if isinstance(event, Unreadable)]
+
+    async def _look_for_strays(self) -> None:
+        """Between two turns, so that no reward can come between the look and the telling."""
+        self._strays_at = self._connection.now() + STRAYS_EVERY_S
+        try:
+            found = await self._recovery.strays()
+        except FencedError:
+            raise
+        except StreamError as error:
+            log.warning("strays_not_seen", reason=str(error))
+            return
+        await self._carry([], self._receive(found), [])
+
+    # What follows from it
+
+    async def _carry(
+        self,
+        arrived: Sequence[Arrived],
+        unreadable: Sequence[Unreadable],
+        commands: Sequence[Command],
+    ) -> None:
+        """Carry out a turn, and tell the core what came otherwise than it wished."""
+        now = self._connection.now()
+        self._meter.unreadable += len(unreadable)
+        moves = self._moves.of(arrived, unreadable, commands, now)
+        replies = await self._delivery.send([move.call for move in moves])
+        self._meter.commands(commands)
+        refused = [
+            move
+            for move, reply in zip(moves, replies, strict=True)
+            if not self._is_done(move, reply)
+        ]
+        if refused:
+            await self._explain(refused)
+
+    def _is_done(self, move: Move, reply: object) -> bool:
+        """Whether the reply is what the core expects; complaints are said aloud."""
+        if isinstance(reply, StreamError):
+            log.error("move_failed", function=move.call.function, reason=str(reply))
+            self._trouble = True
+            return move.subject is None
+        if isinstance(move.subject, Arrived) and reply == 2:
+            self._receive([Control(action="cancel", id=move.subject.request.id)])
+        if isinstance(move.subject, Forget):
+            return reply == 0  # else Redis knows it under this very entry: the dead came back
+        return move.subject is None or reply != 0
+
+    async def _explain(self, refused: Sequence[Move]) -> None:
+        """Redis knows better: the core forgets these requests, and learns anew where the living ones stand."""
+        unreadable: list[Unreadable] = []
+        for move in refused:
+            subject = move.subject
+            if isinstance(subject, Unreadable):
+                await self._delivery.send(
+                    [self._moves.refuse(subject, self._connection.now(), own_id=True)]
+                )
+                continue
+            request_id, entry = _whose(subject)
+            reason = f"redis refused to {move.call.function} it"
+            self._receive([Refused(id=request_id, entry=entry, reason=reason)])
+            self._meter.refusals[move.call.function] += 1
+            if not isinstance(subject, Arrived):  # a duplicate entry has nothing more to tell
+                unreadable += self._receive(await self._recovery.entry(entry))
+        assert not unreadable, "what was read once can be read again"
+
+    # Reading
+
+    async def _read_requests(self) -> None:
+        """New entries, each once; after a failure first what the lost reply may have held."""
+        requests, last, is_sure, tries = self._keys.requests, self._delivered, True, 0
+        while True:
+            try:
+                if is_sure:
+                    read = await self._connection.read_group(
+                        DISPATCHER_GROUP,
+                        self._node,
+                        [requests],
+                        count=self._settings.read_max,
+                        block_s=BLOCK_S,
+                    )
+                    entries = read.get(requests, [])
+                else:
+                    await self._connection.ensure_group(requests, DISPATCHER_GROUP)
+                    entries = await self._connection.history(
+                        DISPATCHER_GROUP,
+                        self._node,
+                        requests,
+                        after=last,
+                        count=self._settings.read_max,
+                    )
+                    is_sure = not entries
+                tries = 0
+            except StreamError as error:
+                is_sure = False
+                tries = await _wait_out(error, tries)
+                continue
+            if entries:
+                last = entries[-1][0]
+                await self._inbox.put(Batch(requests, entries))
+
+    async def _read_logs(self) -> None:
+        """Rewards, beats and controls, each from its own cursor."""
+        cursors, tries = dict(self._cursors), 0
+        while True:
+            try:
+                read = await self._connection.read(
+                    cursors, count=self._settings.read_max, block_s=BLOCK_S
+                )
+                tries = 0
+            except StreamError as error:
+                tries = await _wait_out(error, tries)
+                continue
+            for stream, entries in read.items():
+                cursors[stream] = entries[-1][0]
+                await self._inbox.put(Batch(stream, entries))
+
+
+async def _wait_out(error: StreamError, tries: int) -> int:
+    log.warning("redis_waits", tries=tries, reason=str(error))
+    await asyncio.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
+    return tries + 1
+
+
+def _whose(subject: Arrived | Assign | Reclaim | Finish | Forget | None) -> tuple[str, str]:
+    match subject:
+        case Arrived():
+            return subject.request.id, subject.entry
+        case Assign():
+            return subject.job.id, subject.job.entry
+        case Reclaim() | Forget():
+            return subject.id, subject.entry
+        case Finish():
+            return subject.result.id, subject.entry
+    raise AssertionError(f"nobody is behind {subject!r}")

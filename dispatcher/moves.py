@@ -1,0 +1,124 @@
+"""The core's wishes as fenced calls, in the order in which they must happen.
+
+Every call recognises its own repetition, so all of them may be said again until Redis answers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from dispatcher import intake
+from dispatcher.intake import Intake, Unreadable
+from dispatcher.streams import dispatch
+from dispatcher.streams.connection import Call
+from scheduler import slo
+from scheduler.errors import WireError
+from scheduler.events import Abort, Arrived, Assign, Command, Finish, Forget, Note, Reclaim
+from scheduler.keys import Keys
+from scheduler.settings import Objective
+from scheduler.wire import Decision
+
+NOTES_MAX = 128
+"Decisions logged by one call; keeps the server's longest single script under a millisecond."
+
+Subject = Arrived | Unreadable | Assign | Reclaim | Finish | Forget | None
+"Whom a call is about; None where a refusal would mean nothing."
+
+
+class Move(msgspec.Struct, frozen=True):
+    """A call under way, and whom it is about."""
+
+    call: Call
+    subject: Subject
+
+
+class Moves:
+    """Makes the calls of one reign."""
+
+    def __init__(
+        self,
+        keys: Keys,
+        epoch: int,
+        reader: Intake,
+        *,
+        objectives: Mapping[str, Objective],
+        retention_s: float,
+    ) -> None:
+        """`epoch` fences every call; terminal records are kept for `retention_s`."""
+        self._keys = keys
+        self._epoch = epoch
+        self._reader = reader
+        self._objectives = objectives
+        self._retention_s = retention_s
+
+    def of(
+        self,
+        arrived: Sequence[Arrived],
+        unreadable: Sequence[Unreadable],
+        commands: Sequence[Command],
+        now: float,
+    ) -> list[Move]:
+        """Everything of one step: first what was read is written down, then why, then what follows from it."""
+        repeated = {command.entry: command for command in commands if isinstance(command, Forget)}
+        moves = [Move(self.accept(event), repeated.get(event.entry, event)) for event in arrived]
+        moves += [self._bury(entry, now) for entry in unreadable]
+        decisions = [command.decision for command in commands if isinstance(command, Note)]
+        moves += [
+            Move(dispatch.notes(self._keys, self._epoch, part), None)
+            for part in _parts(decisions, NOTES_MAX)
+        ]
+        moves += [
+            move for command in commands for move in (self._carry(command),) if move is not None
+        ]
+        return moves
+
+    def accept(self, event: Arrived) -> Call:
+        """Write down that it is read, with its place among the waiting."""
+        return dispatch.accept(self._keys, self._epoch, event, self._deadline_at(event))
+
+    def refuse(self, entry: Unreadable, now: float, *, own_id: bool = False) -> Call:
+        """The one record of a request that cannot be read.
+
+        Under its entry's `own_id` where the id that it says belongs to another request.
+        """
+        finish = self._reader.refusal(entry, now)
+        if own_id:
+            result = msgspec.structs.replace(finish.result, id=entry.entry)
+            finish = msgspec.structs.replace(finish, result=result)
+        return self._conclude(finish, intake.kept_fields(entry))
+
+    def _bury(self, entry: Unreadable, now: float) -> Move:
+        if entry.stream == self._keys.requests:
+            return Move(self.refuse(entry, now), entry)
+        return Move(dispatch.bury(self._keys, self._epoch, intake.dead(entry)), None)
+
+    def _carry(self, command: Command) -> Move | None:
+        match command:
+            case Assign():
+                return Move(dispatch.assign(self._keys, self._epoch, command), command)
+            case Reclaim():
+                return Move(dispatch.reclaim(self._keys, self._epoch, command), command)
+            case Finish():
+                return Move(self._conclude(command), command)
+            case Abort():
+                return Move(dispatch.abort(self._keys, self._epoch, command), None)
+            case Forget() | Note():
+                return (
+                    None  # `accept` acknowledges what repeats a living request; notes went together
+                )
+
+    def _conclude(self, command: Finish, fields: Mapping[str, str | bytes] | None = None) -> Call:
+        return dispatch.conclude(
+            self._keys, self._epoch, command, ttl_s=self._retention_s, fields=fields
+        )
+
+    def _deadline_at(self, event: Arrived) -> float | None:
+        try:
+            return slo.promise(event.request, event.enqueued_at, self._objectives).deadline_at
+        except WireError:
+            return None  # the core ends it as invalid in this same step
+
+
+def _parts(decisions: Sequence[Decision], size: int) -> Iterator[Sequence[Decision]]:
+    for at in range(0, len(decisions), size):
+        yield decisions[at : at + size]

@@ -1,0 +1,223 @@
+"""One dispatcher process: a standby that becomes the leader, and a leader that stands down.
+
+1. connect            Redis may be away: a standby waits
+2. win the lease      `leader`
+3. take over          `recovery`: what was learned, who lives, where every request stands
+4. reign              `loop` turns, `upkeep` tidies, `leader` renews
+5. stand down         fenced: back to 2; stopped: save, resign and leave
+"""
+
+import asyncio
+import os
+import socket
+import time
+
+import msgspec
+import numpy as np
+import structlog
+
+from dispatcher.delivery import Delivery
+from dispatcher.intake import Intake
+from dispatcher.leader import Lease
+from dispatcher.loop import Loop
+from dispatcher.metrics import Exposition, Meter
+from dispatcher.moves import Moves
+from dispatcher.recovery import Recovery
+from dispatcher.streams.connection import Connection
+from dispatcher.upkeep import Upkeep
+from dispatcher.web import Pages
+from scheduler import policies
+from scheduler.core import CoreSettings, Scheduler
+from scheduler.errors import FencedError, SettingsError, StreamError
+from scheduler.keys import Keys
+from scheduler.policies import Policy, Urgency
+from scheduler.settings import Settings
+from scheduler.view import View
+
+STUCK_S = 10.0
+"A loop that has neither turned nor waited for Redis for so long is stuck: restart it."
+
+BEATS_BACK = 2.0
+"At a takeover beats of so many leases ago are read: older ones speak of endpoints that are lost."
+
+log = structlog.get_logger()
+
+
+class Node:
+    """One process of the dispatcher, for one pool."""
+
+    def __init__(self, connection: Connection, settings: Settings, *, name: str) -> None:
+        """`name` must be this process's own: entries are claimed and the lease is held under it."""
+        self._connection = connection
+        self._settings = settings
+        self._name = name
+        self._keys = Keys(settings.redis.prefix, settings.pool)
+        self._core_settings = core_settings(settings)
+        self._lease = Lease(connection, self._keys, node=name, ttl_s=settings.lease.leader_s)
+        self._meter = Meter()
+        self._core: Scheduler | None = None
+        self._delivery = Delivery(connection, on_wait=self._meter.beat)
+        self._is_leader = False
+
+    async def run(self) -> None:
+        """Stand by and lead, in turn, until cancelled."""
+        while True:
+            epoch = await self._lease.win()
+            try:
+                await self._reign(epoch)
+            except* (FencedError, StreamError) as group:
+                log.warning("stood_down", epoch=epoch, reasons=[str(e) for e in _leaves(group)])
+            finally:
+                self._core, self._is_leader = None, False
+            await asyncio.sleep(0)
+
+    @property
+    def pages(self) -> Pages:
+        """What the web face says of this node."""
+        exposition = Exposition(self._meter, self, pool=self._settings.pool)
+        return Pages(unhealthy=self._unhealthy, unready=self._unready, metrics=exposition.text)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this node leads."""
+        return self._is_leader
+
+    @property
+    def round_trips(self) -> int:
+        """How often this process asked Redis to move something."""
+        return self._delivery.round_trips
+
+    def view(self) -> View | None:
+        """The core's account; None for a standby."""
+        return self._core.view(self._connection.now()) if self._core is not None else None
+
+    async def _reign(self, epoch: int) -> None:
+        began_at = time.monotonic()
+        core = Scheduler(self._core_settings, np.random.default_rng(epoch))
+        loop = self._loop(core, epoch)
+        upkeep = self._upkeep(epoch)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._lease.keep(epoch))
+                lease_s = self._settings.lease.worker_s
+                is_warm = await loop.take_over(
+                    beats_since=self._connection.now() - BEATS_BACK * lease_s
+                )
+                self._core, self._is_leader = core, True
+                self._meter.reigns += 1
+                self._meter.beat()
+                log.info("leads", epoch=epoch, is_warm=is_warm, after_s=time.monotonic() - began_at)
+                tasks.create_task(loop.run())
+                tasks.create_task(upkeep.run())
+                tasks.create_task(self._save(loop, upkeep))
+        except asyncio.CancelledError:
+            await self._keep_learned(loop, upkeep)
+            raise
+        finally:
+            await self._lease.resign(epoch)
+            log.info("resigned", epoch=epoch)
+
+    async def _save(self, loop: Loop, upkeep: Upkeep) -> None:
+        while True:
+            await asyncio.sleep(self._settings.loop.snapshot_every_s)
+            try:
+                await upkeep.save(loop.saved())
+            except FencedError:
+                raise
+            except StreamError as error:
+                log.warning("snapshot_not_saved", reason=str(error))
+
+    async def _keep_learned(self, loop: Loop, upkeep: Upkeep) -> None:
+        if not self._is_leader:
+            return  # before the takeover's end there is nothing worth more than what is kept
+        try:
+            await upkeep.save(loop.saved())
+        except StreamError as error:
+            log.warning("snapshot_not_saved", reason=str(error))
+
+    def _loop(self, core: Scheduler, epoch: int) -> Loop:
+        settings = self._settings
+        reader = Intake(self._keys, body_bytes=settings.limits.body_bytes)
+        moves = Moves(
+            self._keys,
+            epoch,
+            reader,
+            objectives=settings.objectives,
+            retention_s=settings.loop.retention_s,
+        )
+        recovery = Recovery(
+            self._connection,
+            self._keys,
+            node=self._name,
+            reader=reader,
+            moves=moves,
+            delivery=self._delivery,
+        )
+        return Loop(
+            self._connection,
+            self._keys,
+            core,
+            node=self._name,
+            settings=settings.loop,
+            reader=reader,
+            moves=moves,
+            recovery=recovery,
+            delivery=self._delivery,
+            meter=self._meter,
+        )
+
+    def _upkeep(self, epoch: int) -> Upkeep:
+        return Upkeep(
+            self._connection,
+            self._keys,
+            epoch,
+            node=self._name,
+            retention_s=self._settings.loop.retention_s,
+        )
+
+    def _unhealthy(self) -> str:
+        silent_s = time.monotonic() - self._meter.turned_at
+        if self._is_leader and silent_s > STUCK_S:
+            return f"the loop has not turned for {silent_s:.1f} s"
+        return ""
+
+    def _unready(self) -> str:
+        silent_s = self._connection.now() - self._lease.asked_at
+        if silent_s > self._settings.lease.leader_s:
+            return f"redis at {self._connection.shown} has not answered for {silent_s:.1f} s"
+        return ""
+
+
+def own_name() -> str:
+    """A name that no other living process of this fleet has, and that people recognise."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def core_settings(settings: Settings) -> CoreSettings:
+    """The core's part of the settings.
+
+    Raises:
+        SettingsError: the policy is unknown or misses a setting of its own.
+    """
+    return CoreSettings(
+        policy=_policy(settings.policy),
+        objectives=settings.objectives,
+        lease_s=settings.lease.worker_s,
+        waiting_max=settings.limits.waiting_max,
+    )
+
+
+def _policy(table: dict[str, object]) -> Policy:
+    if not table:
+        return Urgency()
+    try:
+        return msgspec.convert(table, policies.union())
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"policy is {table!r}: {error}") from None
+
+
+def _leaves(group: BaseExceptionGroup[Exception]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

@@ -1,0 +1,180 @@
+"""What a new leader must know: where every request stands that somebody read before it.
+
+    1. `learned`   the last snapshot, if it can still be read; else a cold start
+    2. `history`   rewards since the snapshot, wishes about endpoints, the beats of the last seconds
+    3. `claim_all` every pending entry of `requests`, whoever read it, with where its hash says that it stands
+    4. `strays`    again and again: what a frozen old leader's blocked read still swallowed
+
+A request in a living worker's hands stays there: only its endpoint's lease decides about it.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+
+from dispatcher.delivery import Delivery
+from dispatcher.intake import Intake, Unreadable, stamped_at
+from dispatcher.moves import Moves
+from dispatcher.streams import dispatch
+from dispatcher.streams.connection import Call, Connection, Entry
+from scheduler.events import Arrived, Event, Recovered
+from scheduler.keys import DISPATCHER_GROUP, Keys
+from scheduler.view import Snapshot
+from scheduler.wire import Control
+
+CLAIM_COUNT = 500
+"Pending entries claimed in one call; about 3 ms of the server's time."
+
+REPLAY_MAX = 5_000
+"Rewards learned again at a takeover, newest: half a second; older ones are worth little."
+
+CONTROLS_KEPT = 10_000
+"Wishes kept, and read again at a takeover to know who is drained."
+
+FORMAT = 1
+"Of the snapshot's envelope."
+
+STANDING = ("state", "attempt", "endpoint", "epoch", "cancelled")
+
+
+class Saved(msgspec.Struct, frozen=True, kw_only=True):
+    """What the key `snapshot` holds, as JSON."""
+
+    format: int = FORMAT
+    at: float
+    "When, on Redis' clock."
+    rewards: str
+    "The last entry of `rewards` that is in it."
+    core: Snapshot
+
+
+class Past(msgspec.Struct, frozen=True):
+    """Facts from before this reign, and from which entry of each stream to read on."""
+
+    events: list[Event | Unreadable]
+    cursors: dict[str, str]
+
+
+class Recovery:
+    """Reads back what Redis holds, under one leader's epoch."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        node: str,
+        reader: Intake,
+        moves: Moves,
+        delivery: Delivery,
+    ) -> None:
+        """`node` is the name under which entries are claimed."""
+        self._connection = connection
+        self._keys = keys
+        self._node = node
+        self._reader = reader
+        self._moves = moves
+        self._delivery = delivery
+
+    async def saved(self) -> Saved | None:
+        """The last snapshot; None where there is none that we can read."""
+        data = await self._connection.command("GET", self._keys.snapshot)
+        try:
+            found = msgspec.json.decode(data or b"", type=Saved)
+        except msgspec.DecodeError:
+            return None
+        return found if found.format == FORMAT else None
+
+    async def past(self, saved: Saved | None, *, beats_since: float) -> Past:
+        """Rewards that the snapshot does not know, wishes about endpoints, and beats since a moment."""
+        keys, newest = self._keys, self._connection.newest
+        beats_after = f"{round(max(0.0, beats_since) * 1e3)}-0"
+        read = {
+            # Endpoints first: a reward teaches, and a wish reaches, only whom the core knows.
+            keys.beats: await newest(keys.beats, after=beats_after, count=REPLAY_MAX),
+            keys.rewards: await newest(
+                keys.rewards, after=saved.rewards if saved else "0-0", count=REPLAY_MAX
+            ),
+            keys.controls: await newest(keys.controls, after="0-0", count=CONTROLS_KEPT),
+        }
+        before = {keys.rewards: saved.rewards if saved else "0-0", keys.beats: beats_after}
+        events = [
+            self._reader.fact(stream, entry) for stream, found in read.items() for entry in found
+        ]
+        return Past(
+            events=[event for event in events if not _is_cancel(event)],
+            cursors={
+                stream: found[-1][0] if found else before.get(stream, "0-0")
+                for stream, found in read.items()
+            },
+        )
+
+    async def claim_all(self) -> AsyncIterator[list[Recovered | Unreadable]]:
+        """Every pending entry, oldest first, a part at a time."""
+        start = "0-0"
+        while True:
+            start, entries = await self._connection.claim(
+                self._keys.requests, DISPATCHER_GROUP, self._node, start=start, count=CLAIM_COUNT
+            )
+            yield await self.recall(entries)
+            if start == "0-0":
+                return
+
+    async def strays(self) -> list[Recovered | Unreadable]:
+        """What other consumers hold: entries that an old leader's blocked read took after its end."""
+        found: list[Recovered | Unreadable] = []
+        consumers = await self._connection.consumers(self._keys.requests, DISPATCHER_GROUP)
+        for name, (pending, _) in consumers.items():
+            if name != self._node and pending:
+                entries = await self._connection.take(
+                    self._keys.requests,
+                    DISPATCHER_GROUP,
+                    self._node,
+                    other=name,
+                    count=CLAIM_COUNT,
+                )
+                found += await self.recall(entries)
+        return found
+
+    async def entry(self, entry_id: str) -> list[Recovered | Unreadable]:
+        """How one request stands, by its entry."""
+        found = await self._connection.entries(self._keys.requests, entry_id, entry_id)
+        return await self.recall(found)
+
+    async def recall(self, entries: Sequence[Entry]) -> list[Recovered | Unreadable]:
+        """Where these requests stand; duplicates and those that have ended are left out."""
+        read = [self._reader.request(entry) for entry in entries]
+        arrived = [event for event in read if isinstance(event, Arrived)]
+        accepted = await self._delivery.send([self._moves.accept(event) for event in arrived])
+        living = [event for event, reply in zip(arrived, accepted, strict=True) if reply in (1, 2)]
+        standings = await self._connection.hashes(
+            [self._keys.request(event.request.id) for event in living], STANDING
+        )
+        recovered = [
+            _recovered(event, standing) for event, standing in zip(living, standings, strict=True)
+        ]
+        return [*recovered, *(event for event in read if isinstance(event, Unreadable))]
+
+
+def saving(keys: Keys, epoch: int, saved: Saved) -> Call:
+    """The fenced call that keeps a snapshot."""
+    return dispatch.save(keys, epoch, msgspec.json.encode(saved))
+
+
+def _recovered(event: Arrived, standing: Sequence[bytes | None]) -> Recovered:
+    state, attempt, endpoint, epoch, cancelled = standing
+    is_held = state in (b"assigned", b"running")
+    return Recovered(
+        request=event.request,
+        entry=event.entry,
+        enqueued_at=stamped_at(event.entry),
+        attempt=int(attempt or 0),
+        endpoint=(endpoint or b"").decode() if is_held else "",
+        epoch=int(epoch or 0) if is_held else 0,
+        cancelled=bool(cancelled),
+    )
+
+
+def _is_cancel(event: Event | Unreadable) -> bool:
+    """Whether it is a wish that the requests' own tombstones know."""
+    return isinstance(event, Control) and event.action == "cancel"

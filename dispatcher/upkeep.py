@@ -1,0 +1,94 @@
+"""What a leader does beside its turns: keep the learned state, cut the logs, set the clock.
+
+Nothing here is urgent: what fails is said aloud and tried again the next time.
+"""
+
+import asyncio
+
+import structlog
+
+from dispatcher import recovery
+from dispatcher.intake import stamped_at
+from dispatcher.recovery import CONTROLS_KEPT, Saved
+from dispatcher.streams import dispatch
+from dispatcher.streams.connection import Connection
+from dispatcher.streams.dispatch import DEAD_KEPT
+from scheduler.errors import FencedError, StreamError
+from scheduler.keys import DISPATCHER_GROUP, Keys
+
+TRIM_EVERY_S = 10.0
+"Between two cuts; a cut without work costs microseconds."
+
+IDLE_S = 3600.0
+"A consumer that holds nothing and was silent for so long belongs to a node that is gone."
+
+log = structlog.get_logger()
+
+
+class Upkeep:
+    """Keeps one pool's house under one epoch."""
+
+    def __init__(
+        self, connection: Connection, keys: Keys, epoch: int, *, node: str, retention_s: float
+    ) -> None:
+        """Logs are kept for `retention_s`."""
+        self._connection = connection
+        self._keys = keys
+        self._epoch = epoch
+        self._node = node
+        self._retention_s = retention_s
+
+    async def run(self) -> None:
+        """Trim and set the clock until cancelled."""
+        while True:
+            try:
+                await self._connection.refresh_clock()
+                await self.trim()
+                await self._retire()
+            except StreamError as error:
+                log.warning("upkeep_failed", reason=str(error))
+            await asyncio.sleep(TRIM_EVERY_S)
+
+    async def save(self, saved: Saved) -> None:
+        """Keep a snapshot.
+
+        Raises:
+            FencedError: a newer leader exists; its snapshot stays.
+        """
+        call = recovery.saving(self._keys, self._epoch, saved)
+        reply = await self._connection.call(call.function, call.keys, call.args)
+        if reply == dispatch.FENCED:
+            raise FencedError("a newer leader exists")
+
+    async def trim(self) -> None:
+        """Cut what is older than the retention; of `requests` nothing that is unread or unfinished."""
+        keys = self._keys
+        before = f"{round((self._connection.now() - self._retention_s) * 1e3)}-0"
+        logs = (keys.rewards, keys.beats, keys.results, keys.decisions)
+        words = [("XTRIM", log_, "MINID", "~", before) for log_ in logs]
+        words += [
+            ("XTRIM", keys.controls, "MAXLEN", "~", str(CONTROLS_KEPT)),
+            ("XTRIM", keys.dead, "MAXLEN", "~", str(DEAD_KEPT)),
+            ("XTRIM", keys.requests, "MINID", "~", await self._done_before(before)),
+        ]
+        await self._connection.commands(words)
+
+    async def _done_before(self, before: str) -> str:
+        """The earliest of: the retention's edge, the oldest unfinished entry, the first unread one."""
+        requests = self._keys.requests
+        delivered = await self._connection.delivered(requests, DISPATCHER_GROUP)
+        oldest = await self._connection.oldest_pending(requests, DISPATCHER_GROUP)
+        edges = [before, delivered, *([oldest] if oldest else [])]
+        return min(edges, key=lambda edge: (stamped_at(edge), int(edge.partition("-")[2])))
+
+    async def _retire(self) -> None:
+        """Forget consumers of nodes that are gone for good."""
+        known = await self._connection.consumers(self._keys.requests, DISPATCHER_GROUP)
+        gone = [
+            name
+            for name, (pending, silent_s) in known.items()
+            if name != self._node and not pending and silent_s > IDLE_S
+        ]
+        await self._connection.batch(
+            [dispatch.retire(self._keys, name, idle_s=IDLE_S) for name in gone]
+        )
