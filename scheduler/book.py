@@ -1,0 +1,119 @@
+"""Where every living request stands, kept in one place so that no account can disagree with another.
+
+A request is in exactly one of three places: in the lines (it waits), with an endpoint (and then in the ledger), or
+gone. Each move below is one turn of the lifecycle and changes all accounts together (I1).
+"""
+
+import heapq
+
+from scheduler.fleet import Fleet
+from scheduler.ledger import Ledger, Line
+from scheduler.lifecycle import Turn
+from scheduler.order import Lines
+from scheduler.state import Endpoint, Ticket
+
+
+class Book:
+    """Tickets, lines, fleet and ledger: the core's whole memory of the present."""
+
+    def __init__(self, finished_max: int) -> None:
+        """Remember the last `finished_max` ids that ended, to know a late duplicate."""
+        self.tickets: dict[str, Ticket] = {}
+        self.lines = Lines()
+        self.fleet = Fleet()
+        self.ledger = Ledger()
+        self.finished: dict[str, str] = {}
+        self._finished_max = finished_max
+        self._ends: list[tuple[float, str]] = []
+
+    def read(self, ticket: Ticket) -> None:
+        """A request is here and waits."""
+        assert ticket.id not in self.tickets, f"request {ticket.id!r} lives already"
+        ticket.turn("read")
+        self.tickets[ticket.id] = ticket
+        self._wait(ticket)
+
+    def assign(self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float) -> None:
+        """An endpoint is to have it: the account is made in the step of the choice."""
+        self.lines.remove(ticket)
+        ticket.turn("assign")
+        ticket.attempt += 1
+        self._hold(ticket, endpoint, line, now)
+
+    def recover(self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float) -> None:
+        """It was assigned by an earlier leader, and its attempt counts as it stands."""
+        assert ticket.id not in self.tickets, f"request {ticket.id!r} lives already"
+        ticket.turn("read")
+        ticket.turn("assign")
+        self.tickets[ticket.id] = ticket
+        self._hold(ticket, endpoint, line, now)
+
+    def start(self, ticket: Ticket) -> None:
+        """Its engine has it. Said twice, it does no harm."""
+        if ticket.state == "assigned":
+            ticket.turn("start")
+
+    def first_token(self, ticket: Ticket, now: float) -> None:
+        """Its prefill is done."""
+        self.start(ticket)
+        self.ledger.first_token(self._slot(ticket), ticket.id, now)
+
+    def give_back(self, ticket: Ticket, turn: Turn, now: float) -> None:
+        """It waits again, with its original arrival."""
+        self._let_go(ticket, now)
+        ticket.turn(turn)
+        self._wait(ticket)
+
+    def finish(self, ticket: Ticket, now: float) -> None:
+        """It has its terminal record and is remembered only by id."""
+        if ticket.is_held:
+            self._let_go(ticket, now)
+        else:
+            self.lines.remove(ticket)
+        ticket.turn("finish")
+        del self.tickets[ticket.id]
+        self.remember(ticket.id, ticket.entry)
+
+    def remember(self, request_id: str, entry: str) -> None:
+        """This id has ended; a later entry of it is a duplicate."""
+        self.finished[request_id] = entry
+        if len(self.finished) > self._finished_max:
+            del self.finished[next(iter(self.finished))]
+
+    def ended(self, now: float, limit: int) -> list[Ticket]:
+        """At most `limit` waiting requests whose time has run out, in the order in which it did."""
+        found: dict[str, Ticket] = {}
+        while self._ends and self._ends[0][0] <= now and len(found) < limit:
+            _, request_id = heapq.heappop(self._ends)
+            ticket = self.tickets.get(request_id)
+            if ticket is not None and not ticket.is_held and _end(ticket) <= now:
+                found[request_id] = ticket
+        return list(found.values())
+
+    def next_end_at(self) -> float | None:
+        """When the next one may run out of time; early is possible, late is not."""
+        return self._ends[0][0] if self._ends else None
+
+    def _wait(self, ticket: Ticket) -> None:
+        self.lines.add(ticket)
+        if _end(ticket) < float("inf"):
+            heapq.heappush(self._ends, (_end(ticket), ticket.id))
+
+    def _hold(self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float) -> None:
+        ticket.endpoint = endpoint.name
+        endpoint.held[ticket.id] = ticket
+        self.ledger.commit(endpoint.slot, ticket.id, line, now)
+
+    def _let_go(self, ticket: Ticket, now: float) -> None:
+        self.ledger.release(self._slot(ticket), ticket.id, now)
+        del self.fleet.endpoints[ticket.endpoint].held[ticket.id]
+        ticket.endpoint = ""
+
+    def _slot(self, ticket: Ticket) -> int:
+        return self.fleet.endpoints[ticket.endpoint].slot
+
+
+def _end(ticket: Ticket) -> float:
+    """When it may wait no longer: its deadline, or its objective's longest queue before any attempt."""
+    ends = [ticket.promise.deadline_at, None if ticket.attempt else ticket.promise.refuse_at]
+    return min((end for end in ends if end is not None), default=float("inf"))

@@ -1,0 +1,538 @@
+"""The core: facts in, wishes out, and time only as an argument.
+
+How a request is decided:
+    1. `receive(Arrived)`   its promise is made out and it stands in line (`slo`, `order`)
+    2. `receive(Beat)`      says what each endpoint can take and what it has begun (`fleet`, `ledger`)
+    3. `decide`             plans the most urgent onto the endpoints, in predicted seconds (`plan`, `cost`, `predict`)
+    4. `Assign`             only what starts within the commit window leaves; the ledger knows at once (`assign`)
+    5. `receive(Reward)`    it is finished or waits again, and the predictor has learned one completion more
+
+Three drivers use it: the live loop, the simulator's heap and the replayer. The same facts at the same times give
+the same commands, byte for byte (I5, I6).
+"""
+
+import itertools
+
+import msgspec
+import numpy as np
+
+from scheduler import assign, intake, ledger, view
+from scheduler.book import Book
+from scheduler.events import Arrived, Command, Event, Recovered, Refused
+from scheduler.fleet import Fleet
+from scheduler.outbox import Ending, Outbox
+from scheduler.plan import Choice, Planner, PlanSettings, Room
+from scheduler.policies import AnyPolicy, Policy, Urgency
+from scheduler.predict import Predictor
+from scheduler.prefix import BLOCK_TOKENS, Index
+from scheduler.settings import Objective
+from scheduler.state import Endpoint, Floats, Ticket
+from scheduler.view import Snapshot, View
+from scheduler.wire import Beat, Control, Reward
+
+RETEST_MAX = 64
+"How many of those set aside are tested again in one step; the rest keep."
+
+FILL_MAX = 16
+"How many of those set aside are offered what is idle in one step."
+
+TICK_S = 0.01
+"The core never asks to be woken sooner: predictions are no finer."
+
+
+class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the core is told once."""
+
+    policy: AnyPolicy | Policy = Urgency()
+    "Who goes first."
+
+    objectives: dict[str, Objective] = {}
+    "Named promises."
+
+    plan: PlanSettings = PlanSettings()
+    "How far the plan looks and how early it binds."
+
+    lease_s: float = 3.0
+    "An endpoint not heard from for this long loses what it holds."
+
+    waiting_max: int = 100_000
+    "One more is rejected, with a time to come back."
+
+    max_attempts: int = 3
+    "How often a request may be tried that does not say."
+
+    unknown_model_grace_s: float = 2.0
+    "How long a model that nobody ever served may be waited for while endpoints are alive: a start's first beats."
+
+    step_max: int = 1024
+    "The most requests that one step ends because their time ran out (I8)."
+
+    finished_max: int = 100_000
+    "Ids of ended requests that are remembered, to know a late duplicate."
+
+
+class Scheduler:
+    """Decides for one pool. Owned by one driver; holds no lock, no clock and no socket."""
+
+    def __init__(self, settings: CoreSettings, rng: np.random.Generator) -> None:
+        """Start empty, knowing no endpoint."""
+        self.settings = settings
+        self._rng = rng
+        self._terms = settings.policy.terms
+        self._book = Book(settings.finished_max)
+        self._outbox = Outbox(settings.policy.label)
+        self._predictor = Predictor()
+        self._prefixes = Index()
+        self._now = float("-inf")
+        self._strange: dict[str, float] = {}
+        "Models that nobody serves or served, and since when that matters."
+        self._aside_credit_s = 0.0
+        self._room_at: float | None = None
+
+    def receive(self, event: Event, now: float) -> None:
+        """Take in a fact. Costs microseconds; what follows from it comes with the next `decide`."""
+        self._pass_time(now)
+        match event:
+            case Arrived():
+                self._on_arrived(event)
+            case Beat():
+                self._on_beat(event)
+            case Reward():
+                self._on_reward(event)
+            case Control():
+                self._on_control(event)
+            case Refused():
+                self._on_refused(event)
+            case Recovered():
+                self._on_recovered(event)
+
+    def decide(self, now: float) -> list[Command]:
+        """What to do now, in this order. Bounded work however many wait (I8)."""
+        self._pass_time(now)
+        self._lose_the_silent()
+        self._end_the_late()
+        self._refuse_strange_models()
+        self._plan()
+        return self._outbox.take()
+
+    def wakeup_at(self) -> float | None:
+        """When `decide` could say something new without a new fact; None: not before one."""
+        if self._outbox:
+            return self._now
+        moments = [e.lost_at(self.settings.lease_s) for e in self._fleet.endpoints.values()]
+        moments += [since + self.settings.unknown_model_grace_s for since in self._strange.values()]
+        moments += [at for at in (self._book.next_end_at(), self._room_at) if at is not None]
+        return max(self._now, min(moments)) if moments else None
+
+    def _pass_time(self, now: float) -> None:
+        assert now >= self._now, f"time went back from {self._now!r} to {now!r} (I4)"
+        self._now = now
+
+    # Requests
+
+    def _on_arrived(self, event: Arrived) -> None:
+        if self._is_known(event):
+            return
+        newcomer = self._make_ticket(event)
+        if newcomer is None:
+            return
+        ending = intake.obstacle(
+            newcomer,
+            self._book,
+            waiting_max=self.settings.waiting_max,
+            backlog_s=self._backlog_s(),
+            now=self._now,
+        )
+        if ending is not None:
+            self._refuse(event, ending)
+            return
+        self._book.read(newcomer)
+        self._note(newcomer, "read", f"waits as number {len(self._book.lines)}")
+
+    def _on_recovered(self, event: Recovered) -> None:
+        """Take over what an earlier leader knew. Its endpoint may not have been heard from yet: it has a lease."""
+        # Redis says that it lives, whatever is remembered here: its move was refused, or the dead came back.
+        self._book.finished.pop(event.request.id, None)
+        if self._is_known(event):
+            return
+        found = self._make_ticket(event)
+        if found is None:
+            return
+        found.is_cancelled = event.cancelled
+        if event.endpoint:
+            endpoint = self._fleet.endpoints.get(event.endpoint) or self._expect(event)
+            found.attempt = max(1, event.attempt)
+            self._book.recover(found, endpoint, ledger.uncached(found), self._now)
+            if endpoint.epoch != event.epoch:
+                self._take_back(found, endpoint, f"{endpoint.name} began a new life")
+            elif event.cancelled:
+                self._outbox.abort(found)
+            return
+        found.attempt = event.attempt
+        self._book.read(found)
+        self._end_if_over(found)
+
+    def _is_known(self, event: Arrived | Recovered) -> bool:
+        """Whether this id lives or has lived; another entry of it is a duplicate, to be forgotten."""
+        living = self._book.tickets.get(event.request.id)
+        if living is None and event.request.id not in self._book.finished:
+            return False
+        # The same entry comes twice when a new reader starts a little before the old one's end.
+        if living is None or living.entry != event.entry:
+            self._outbox.forget(event.request.id, event.entry)
+        return True
+
+    def _make_ticket(self, event: Arrived | Recovered) -> Ticket | None:
+        made = intake.ticket(
+            event,
+            objectives=self.settings.objectives,
+            policy=self.settings.policy,
+            predictor=self._predictor,
+            max_attempts=self.settings.max_attempts,
+        )
+        if isinstance(made, Ticket):
+            return made
+        self._refuse(event, made)
+        return None
+
+    def _refuse(self, event: Arrived | Recovered, ending: Ending) -> None:
+        """End a request that never stood in line."""
+        self._book.remember(event.request.id, event.entry)
+        self._outbox.end(
+            event.request, event.entry, event.enqueued_at, ending, attempt=0, now=self._now
+        )
+
+    def _finish(self, ticket: Ticket, ending: Ending) -> None:
+        """End a request that waits."""
+        assert not ticket.is_held, (
+            f"request {ticket.id!r} is with {ticket.endpoint}, its worker ends it"
+        )
+        self._book.finish(ticket, self._now)
+        self._outbox.end(
+            ticket.request,
+            ticket.entry,
+            ticket.enqueued_at,
+            ending,
+            attempt=ticket.attempt,
+            now=self._now,
+        )
+
+    def _end_if_over(self, ticket: Ticket) -> None:
+        """End a request that has just come back and must not be tried again."""
+        if ticket.is_cancelled:
+            self._finish(ticket, Ending(outcome="cancelled", reason="cancelled by request"))
+        elif ticket.is_spent:
+            reason = (
+                f"lost {ticket.attempt} times with its endpoint, the limit is {ticket.max_attempts}"
+            )
+            self._finish(ticket, Ending(outcome="failed", reason=reason, is_dead=True))
+
+    def _on_refused(self, event: Refused) -> None:
+        ticket = self._book.tickets.get(event.id)
+        if ticket is not None and ticket.entry == event.entry:
+            self._book.finish(ticket, self._now)
+
+    def _on_reward(self, event: Reward) -> None:
+        endpoint = self._fleet.endpoints.get(event.endpoint)
+        ticket = self._book.tickets.get(event.id)
+        if endpoint is not None and endpoint.epoch == event.epoch:
+            self._learn(event, endpoint, ticket)
+        if ticket is None or ticket.attempt != event.attempt:
+            return
+        if event.outcome != "returned":
+            self._book.finish(ticket, self._now)
+        elif ticket.is_held:
+            self._book.give_back(ticket, "hand_back", self._now)
+            if ticket.is_cancelled:
+                self._end_if_over(ticket)
+
+    def _learn(self, reward: Reward, endpoint: Endpoint, ticket: Ticket | None) -> None:
+        self._predictor.learn(reward, endpoint.slot)
+        if (
+            reward.cached_tokens is not None
+            and ticket is not None
+            and ticket.attempt == reward.attempt
+        ):
+            self._prefixes.correct(
+                endpoint.slot,
+                believed_tokens=ticket.cached_tokens,
+                cached_tokens=reward.cached_tokens,
+            )
+
+    # People
+
+    def _on_control(self, event: Control) -> None:
+        if event.action == "cancel":
+            self._cancel(event)
+            return
+        endpoint = self._fleet.endpoints.get(event.endpoint)
+        if endpoint is not None:
+            self._fleet.drain(endpoint, is_drained=event.action == "drain")
+
+    def _cancel(self, event: Control) -> None:
+        ticket = self._book.tickets.get(event.id)
+        if ticket is None or ticket.is_cancelled:
+            return
+        ticket.is_cancelled = True
+        if ticket.is_held:
+            self._outbox.abort(ticket)
+        else:
+            reason = event.reason or "cancelled by request"
+            self._finish(ticket, Ending(outcome="cancelled", reason=reason))
+
+    # Endpoints
+
+    def _on_beat(self, beat: Beat) -> None:
+        endpoint = self._fleet.endpoints.get(beat.endpoint)
+        if beat.epoch < self._fleet.epochs.get(beat.endpoint, 0):
+            return  # a worker that was replaced still talks
+        if endpoint is not None and beat.epoch > endpoint.epoch:
+            self._lose(endpoint, f"{endpoint.name} began a new life")
+            endpoint = None
+        if endpoint is None:
+            self._join(beat)
+        else:
+            self._fleet.hear(endpoint, beat, self._now)
+        self._progress(beat)
+
+    def _progress(self, beat: Beat) -> None:
+        """What it began since the last beat. A report about another attempt moves nothing."""
+        for report in beat.started:
+            ticket = self._reported(beat.endpoint, report, parts=2)
+            if ticket is not None:
+                self._book.start(ticket)
+        for report in beat.first_tokens:
+            ticket = self._reported(beat.endpoint, report, parts=3)
+            if ticket is not None:
+                self._book.first_token(ticket, self._now)
+
+    def _reported(self, endpoint: str, report: str, parts: int) -> Ticket | None:
+        """The ticket that `id:attempt` or `id:attempt:milliseconds` speaks of, if this endpoint holds it."""
+        words = report.rsplit(":", parts - 1)
+        ticket = self._book.tickets.get(words[0])
+        if len(words) != parts or ticket is None or ticket.endpoint != endpoint:
+            return None
+        return ticket if words[1] == str(ticket.attempt) else None
+
+    def _join(self, beat: Beat) -> Endpoint:
+        endpoint = self._fleet.join(beat, self._now)
+        self._book.ledger.open(endpoint.slot)
+        self._predictor.open(endpoint.slot, beat)
+        self._prefixes.open(endpoint.slot, beat.kv_tokens)
+        return endpoint
+
+    def _expect(self, event: Recovered) -> Endpoint:
+        """An endpoint known only from what it holds: away until its first beat."""
+        beat = Beat(endpoint=event.endpoint, epoch=event.epoch, state="away")
+        return self._join(beat)
+
+    def _lose_the_silent(self) -> None:
+        for endpoint in list(self._fleet.endpoints.values()):
+            if endpoint.lost_at(self.settings.lease_s) <= self._now:
+                silent_s = self._now - endpoint.seen_at
+                self._lose(endpoint, f"{endpoint.name} was last well {silent_s:.1f} s ago")
+
+    def _lose(self, endpoint: Endpoint, reason: str) -> None:
+        """Take back all it holds, and let it go: it removes itself only, never stalls the pool."""
+        for ticket in list(endpoint.held.values()):
+            self._take_back(ticket, endpoint, reason)
+        self._fleet.leave(endpoint)
+        self._predictor.close(endpoint.slot)
+        self._prefixes.close(endpoint.slot)
+
+    def _take_back(self, ticket: Ticket, endpoint: Endpoint, reason: str) -> None:
+        self._outbox.reclaim(ticket, endpoint, reason, self._now)
+        self._book.give_back(ticket, "reclaim", self._now)
+        self._end_if_over(ticket)
+
+    # Deciding
+
+    def _end_the_late(self) -> None:
+        for ticket in self._book.ended(self._now, self.settings.step_max):
+            ending = intake.out_of_time(ticket, backlog_s=self._backlog_s(), now=self._now)
+            self._finish(ticket, ending)
+
+    def _refuse_strange_models(self) -> None:
+        """End what asks for a model that nobody serves, once endpoints had their time to say what they serve.
+
+        With no endpoint at all everything waits (scale to zero), and so does a model that was ever served.
+        """
+        if not self._fleet.endpoints:
+            self._strange.clear()
+            return
+        models = [m for m in self._book.lines.by_model if m not in self._fleet.known_models]
+        self._strange = {model: self._strange.get(model, self._now) for model in models}
+        for model, since in list(self._strange.items()):
+            if since + self.settings.unknown_model_grace_s <= self._now:
+                self._refuse_model(model)
+
+    def _refuse_model(self, model: str) -> None:
+        ending = intake.unknown_model(model, list(self._fleet.known_models))
+        asking = self._book.lines.by_model[model].values()
+        for ticket in list(itertools.islice(asking, self.settings.step_max)):
+            self._finish(ticket, ending)
+
+    def _plan(self) -> None:
+        self._room_at = None
+        if not self._book.lines or not self._fleet.ready():
+            return
+        planner = self._planner()
+        self._take_up(planner)
+        self._serve_aged(planner)
+        line = self._book.lines.waiting.head(self.settings.plan.horizon)
+        planner.serve(line)
+        self._set_aside(planner)
+        if planner.is_exhausted:
+            self._fill(planner)
+        for choice in planner.choices:
+            self._hand_over(choice)
+        is_cut = planner.is_exhausted and len(line) == self.settings.plan.horizon
+        self._room_at = self._next_room_at(planner.room, is_cut=is_cut)
+
+    def _planner(self) -> Planner:
+        book, fleet = self._book.ledger, self._fleet
+        rates = self._predictor.rates(book.decode_kv)
+        room = Room(
+            rates=rates,
+            backlog=book.backlog(rates, self._now),
+            seats=fleet.seats_max - book.seats,
+            kv=fleet.kv_max - book.kv,
+            kv_max=fleet.kv_max,
+            length_max=fleet.length_max,
+            ready_s=fleet.ready_s,
+        )
+        return Planner(
+            room,
+            now=self._now,
+            settings=self.settings.plan,
+            terms=self._terms,
+            spread=self._predictor.spread(room.start_s, self._terms.odds_min),
+            pricer=self._price,
+            rng=self._rng,
+        )
+
+    def _price(self, ticket: Ticket) -> tuple[Floats, Floats]:
+        """A request's cached tokens on every slot, and where it may go."""
+        cached = np.zeros(len(self._fleet.by_slot))
+        for slot, blocks in self._prefixes.match(ticket.request.blocks).items():
+            cached[slot] = blocks * BLOCK_TOKENS
+        return cached, self._fleet.barrier(ticket.request.model)
+
+    def _take_up(self, planner: Planner) -> None:
+        for turn in planner.take_up(self._book.lines.aside.tail(RETEST_MAX)):
+            self._book.lines.take_up(turn.ticket)
+            slack_s = turn.ticket.due_at - self._now - turn.total_s
+            self._note(turn.ticket, "taken_up", "can make it after all", slack_s)
+
+    def _serve_aged(self, planner: Planner) -> None:
+        """The share of those set aside: the oldest goes first while there is credit."""
+        if self._aside_credit_s > 0:
+            for ticket in self._book.lines.aside_by_age.head(1):
+                planner.serve_aged(ticket)
+                self._aside_credit_s -= sum(choice.work_s for choice in planner.choices)
+
+    def _set_aside(self, planner: Planner) -> None:
+        for turn in planner.turns:
+            self._book.lines.set_aside(turn.ticket)
+            slack_s = turn.ticket.due_at - self._now - turn.total_s
+            reason = f"cannot make it: {-slack_s:.2f} s too late on the best endpoint"
+            self._note(turn.ticket, "set_aside", reason, slack_s)
+
+    def _fill(self, planner: Planner) -> None:
+        chosen = {choice.ticket.id for choice in planner.choices}
+        shortest = self._book.lines.aside_by_size.head(FILL_MAX)
+        is_calm = all(t.id in chosen for t in self._book.lines.waiting.head(len(chosen) + 1))
+        planner.fill([t for t in shortest if t.id not in chosen], is_calm=is_calm)
+
+    def _hand_over(self, choice: Choice) -> None:
+        ticket = choice.ticket
+        endpoint = self._fleet.by_slot[choice.slot]
+        assert endpoint is not None, f"the plan chose slot {choice.slot}, where nobody is"
+        waiting = len(self._book.lines)
+        self._book.assign(ticket, endpoint, choice.line, self._now)
+        ticket.cached_tokens = choice.cached_tokens
+        self._prefixes.insert(choice.slot, ticket.request.blocks)
+        self._aside_credit_s = min(
+            self.settings.plan.commit_window_s,
+            self._aside_credit_s + self._terms.aside_share * choice.work_s,
+        )
+        features = self._predictor.features(
+            choice.slot,
+            tokens=choice.line.tokens + choice.ahead_tokens,
+            pairs=choice.line.pairs + choice.ahead_pairs,
+            decode_kv=float(self._book.ledger.decode_kv[choice.slot]),
+        )
+        self._outbox.assign(
+            assign.command(
+                choice,
+                endpoint,
+                now=self._now,
+                policy=self.settings.policy.label,
+                waiting=waiting,
+                names=self._fleet.names,
+                features=features,
+            )
+        )
+
+    def _next_room_at(self, room: Room, *, is_cut: bool) -> float | None:
+        """When an endpoint comes within the window, or falls idle, for those who still wait.
+
+        Args:
+            room: what this step has left.
+            is_cut: all of the horizon was placed, and there may be room for those behind it.
+        """
+        if not self._book.lines:
+            return None
+        if is_cut:
+            return self._now + TICK_S
+        wanted_s = self.settings.plan.commit_window_s if self._book.lines.waiting else 0.0
+        open_s = room.busy_s[np.isfinite(room.shut_s)]
+        ahead_s = open_s[open_s > wanted_s]
+        if not len(ahead_s):
+            return None
+        return self._now + max(TICK_S, float(ahead_s.min()) - wanted_s)
+
+    # What can be seen
+
+    def view(self, now: float) -> View:
+        """Figures for metrics and people at this moment; changes nothing."""
+        return view.of(self._book, self._predictor, now)
+
+    def snapshot(self) -> Snapshot:
+        """Everything, in plain numbers and words."""
+        learned = self._predictor.export(tuple(self._fleet.known_models))
+        return view.snapshot(
+            self._book,
+            self._predictor,
+            learned=learned,
+            policy=self.settings.policy.label,
+            now=self._now,
+        )
+
+    def restore(self, snapshot: Snapshot) -> bool:
+        """Start warm from what another leader learned; False: it was unusable and the start stays cold.
+
+        Only the learned part is taken. Who waits and who runs is told by `Recovered`, from the streams.
+        """
+        if not self._predictor.restore(snapshot.learned):
+            return False
+        self._fleet.known_models.update(dict.fromkeys(snapshot.learned.models))
+        return True
+
+    def _backlog_s(self) -> float:
+        return view.backlog_s(self._book, self._predictor)
+
+    def _note(self, ticket: Ticket, kind: str, reason: str, slack_s: float | None = None) -> None:
+        self._outbox.note(
+            ticket.id,
+            kind,
+            reason,
+            self._now,
+            attempt=ticket.attempt,
+            slack_s=slack_s,
+            waiting=len(self._book.lines),
+        )
+
+    @property
+    def _fleet(self) -> Fleet:
+        return self._book.fleet

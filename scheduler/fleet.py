@@ -1,0 +1,129 @@
+"""The living endpoints, and who of them may take what.
+
+Each has a slot: its column in every array of the core. A slot is given again after its endpoint has left, so the
+arrays are as long as the fleet ever was at once.
+"""
+
+import numpy as np
+
+from scheduler.state import Endpoint, Floats
+from scheduler.wire import Beat
+
+SEATS, KV, LENGTH, READY = range(4)
+
+EPOCHS_MAX = 10_000
+"Names of endpoints whose last epoch is remembered after they left."
+
+
+class Fleet:
+    """Endpoints by name, their capacities by slot."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, Endpoint] = {}
+        self.by_slot: list[Endpoint | None] = []
+        self._limits: Floats = np.zeros((4, 0))
+        self._barriers: dict[str, Floats] = {}
+        self.epochs: dict[str, int] = {}
+        "The newest epoch heard of each name; an older one is a worker that was replaced and still talks."
+        self.known_models: dict[str, None] = {}
+        "Every model that was ever served: a restart of its only endpoint makes it no stranger."
+
+    @property
+    def seats_max(self) -> Floats:
+        """Each engine's seats."""
+        row: Floats = self._limits[SEATS]
+        return row
+
+    @property
+    def kv_max(self) -> Floats:
+        """Each engine's KV tokens; `inf` where unknown."""
+        row: Floats = self._limits[KV]
+        return row
+
+    @property
+    def length_max(self) -> Floats:
+        """The longest context each serves; `inf` where unknown."""
+        row: Floats = self._limits[LENGTH]
+        return row
+
+    @property
+    def ready_s(self) -> Floats:
+        """0 for each endpoint that takes work, `inf` for the others."""
+        row: Floats = self._limits[READY]
+        return row
+
+    @property
+    def names(self) -> list[str]:
+        """By slot; empty where nobody is."""
+        return ["" if e is None else e.name for e in self.by_slot]
+
+    def join(self, beat: Beat, now: float) -> Endpoint:
+        """A new endpoint, on the first free slot."""
+        assert beat.endpoint not in self.endpoints, f"endpoint {beat.endpoint!r} is here already"
+        slot = self.by_slot.index(None) if None in self.by_slot else len(self.by_slot)
+        if slot == len(self.by_slot):
+            self.by_slot.append(None)
+            self._limits = np.column_stack([self._limits, np.zeros(4)])
+        endpoint = Endpoint(name=beat.endpoint, slot=slot, beat=beat, seen_at=now, held={})
+        self.endpoints[endpoint.name] = endpoint
+        self.by_slot[slot] = endpoint
+        self.hear(endpoint, beat, now)
+        return endpoint
+
+    def hear(self, endpoint: Endpoint, beat: Beat, now: float) -> None:
+        """Take over what it says of itself."""
+        endpoint.beat = beat
+        endpoint.seen_at = now
+        endpoint.away_at = None if beat.state != "away" else endpoint.away_at or now
+        self._limits[SEATS, endpoint.slot] = max(0, beat.max_num_seqs)
+        self._limits[KV, endpoint.slot] = beat.kv_tokens if beat.kv_tokens > 0 else np.inf
+        self._limits[LENGTH, endpoint.slot] = (
+            beat.max_model_len if beat.max_model_len > 0 else np.inf
+        )
+        self.known_models.update(dict.fromkeys(beat.models))
+        self.epochs[endpoint.name] = beat.epoch
+        if len(self.epochs) > EPOCHS_MAX:
+            del self.epochs[next(iter(self.epochs))]
+        self._reopen(endpoint)
+
+    def drain(self, endpoint: Endpoint, *, is_drained: bool) -> None:
+        """A person's wish: no new work, or work again."""
+        endpoint.is_drained = is_drained
+        self._reopen(endpoint)
+
+    def leave(self, endpoint: Endpoint) -> None:
+        """It is gone; its slot is free."""
+        assert not endpoint.held, (
+            f"endpoint {endpoint.name!r} leaves with {len(endpoint.held)} held"
+        )
+        del self.endpoints[endpoint.name]
+        self.by_slot[endpoint.slot] = None
+        self._limits[:, endpoint.slot] = 0.0, 0.0, 0.0, np.inf
+        self._barriers.clear()
+
+    def barrier(self, model: str) -> Floats:
+        """Seconds to add to each slot's cost of a request for this model: 0 where it may go, `inf` where not."""
+        found = self._barriers.get(model)
+        if found is None:
+            found = np.array([0.0 if _may_take(e, model) else np.inf for e in self.by_slot])
+            self._barriers[model] = found
+        return found
+
+    def serving(self, model: str) -> list[Endpoint]:
+        """Who serves this model, whether or not it takes work just now."""
+        return [e for e in self.endpoints.values() if model in e.beat.models]
+
+    def ready(self) -> int:
+        """How many take work."""
+        return sum(e.takes_work for e in self.endpoints.values())
+
+    def _reopen(self, endpoint: Endpoint) -> None:
+        self._limits[READY, endpoint.slot] = 0.0 if endpoint.takes_work else np.inf
+        self._barriers.clear()
+
+
+def _may_take(endpoint: Endpoint | None, model: str) -> bool:
+    if endpoint is None or not endpoint.takes_work or model not in endpoint.beat.models:
+        return False
+    roles = endpoint.beat.roles
+    return "both" in roles or ("prefill" in roles and "decode" in roles)

@@ -1,0 +1,101 @@
+"""From a client's request to a ticket in line, or to the reason why not."""
+
+from scheduler import slo
+from scheduler.book import Book
+from scheduler.errors import WireError
+from scheduler.events import Arrived, Recovered
+from scheduler.outbox import Ending
+from scheduler.policies import Policy
+from scheduler.predict import Predictor
+from scheduler.settings import Objective
+from scheduler.state import Ticket
+
+RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
+"When a rejected request may come back: the backlog's seconds, between these."
+
+
+def ticket(
+    event: Arrived | Recovered,
+    *,
+    objectives: dict[str, Objective],
+    policy: Policy,
+    predictor: Predictor,
+    max_attempts: int,
+) -> Ticket | Ending:
+    """The request with its promise made out and its place in line, or how it ends where its objective is unknown."""
+    request = event.request
+    try:
+        promise = slo.promise(request, event.enqueued_at, objectives)
+    except WireError as error:
+        return Ending(outcome="invalid", reason=str(error))
+    output_tokens, token_s = predictor.usual_answer(request.model)
+    due_at = slo.due_at(promise, event.enqueued_at, output_tokens * token_s)
+    return Ticket(
+        request=request,
+        entry=event.entry,
+        enqueued_at=event.enqueued_at,
+        promise=promise,
+        prompt_tokens=slo.prompt_tokens(request, predictor.usual_prompt(request.model)),
+        output_tokens=output_tokens,
+        due_at=due_at,
+        rank=policy.rank(enqueued_at=event.enqueued_at, due_at=due_at, priority=promise.priority),
+        max_attempts=request.max_attempts or max_attempts,
+    )
+
+
+def obstacle(
+    newcomer: Ticket, book: Book, *, waiting_max: int, backlog_s: float, now: float
+) -> Ending | None:
+    """Why it may not stand in line; None: it is welcome."""
+    deadline_at = newcomer.promise.deadline_at
+    if deadline_at is not None and deadline_at <= now:
+        return Ending(
+            outcome="expired", reason=f"its deadline passed {now - deadline_at:.3f} s ago"
+        )
+    if len(book.lines) >= waiting_max:
+        reason = f"{len(book.lines)} requests wait, the limit is {waiting_max}"
+        return Ending(outcome="rejected", reason=reason, retry_after_s=retry_after_s(backlog_s))
+    return too_long(newcomer, book)
+
+
+def too_long(asked: Ticket, book: Book) -> Ending | None:
+    """How it ends where no endpoint can ever hold a prompt of the length its client says."""
+    said = asked.request.prompt_tokens
+    limits = [
+        float(book.fleet.length_max[endpoint.slot])
+        for endpoint in book.fleet.serving(asked.request.model)
+    ]
+    if said is None or not limits or said <= max(limits):
+        return None
+    return Ending(
+        outcome="invalid",
+        reason=f"field 'prompt_tokens' is {said}, wanted at most {max(limits):.0f}, the longest context served",
+    )
+
+
+def out_of_time(late: Ticket, *, backlog_s: float, now: float) -> Ending:
+    """How a waiting request ends whose deadline or longest queue has passed."""
+    deadline_at = late.promise.deadline_at
+    if deadline_at is not None and deadline_at <= now:
+        return Ending(
+            outcome="expired",
+            reason=f"its deadline passed while it waited, {now - late.enqueued_at:.3f} s after it came",
+        )
+    return Ending(
+        outcome="rejected",
+        reason=f"no endpoint within {now - late.enqueued_at:.3f} s, the longest its objective waits",
+        retry_after_s=retry_after_s(backlog_s),
+    )
+
+
+def unknown_model(model: str, served: list[str]) -> Ending:
+    """How a request ends whose model nobody serves or ever served."""
+    known = ", ".join(sorted(served)) or "none"
+    return Ending(
+        outcome="invalid", reason=f"field 'model' is {model!r}, wanted one served here: {known}"
+    )
+
+
+def retry_after_s(backlog_s: float) -> float:
+    """When to come back: once what waits now has been served."""
+    return min(RETRY_MAX_S, max(RETRY_MIN_S, backlog_s))

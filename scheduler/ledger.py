@@ -1,0 +1,157 @@
+"""What each endpoint has been given and has not yet paid back.
+
+The dispatcher's own account, written in the same step as the choice: scraped load is stale, and makes a burst
+herd onto one endpoint. It is released by facts only (first token, terminal event, a lease's end), never by a timer.
+
+    commit ──> prefilling ──first_token──> decoding ──release──> nothing
+                   `────────────release────────────────────────────^
+
+All amounts are whole or half numbers, so that adding and taking away leaves no dust in the floats.
+"""
+
+import msgspec
+import numpy as np
+
+from scheduler.state import Floats, Ticket
+
+OVERDUE_FACTOR = 2.0
+"A head that has taken twice its prediction is late: hung or throttled, no longer noise."
+
+OVERDUE_GRACE_S = 0.05
+"Besides, for steps and delivery, so that short prompts are not called late."
+
+PROGRESS_MAX = 0.95
+"The most that may be presumed done of a prefill whose first token has not been seen."
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """What prefilling costs on every endpoint at this moment; float64[n_slots] each."""
+
+    overhead_s: Floats
+    "Seconds each first token takes besides, which do not keep the next one waiting."
+
+    token_s: Floats
+    "Seconds per uncached token."
+
+    pair_s: Floats
+    "Seconds per pair of attention."
+
+
+class Backlog(msgspec.Struct, frozen=True):
+    """Prefill that stands before whoever comes next; float64[n_slots] each."""
+
+    tokens: Floats
+    "Uncached tokens without first token, less what the head must have done by now."
+
+    pairs: Floats
+    "The same in pairs of attention."
+
+    overdue_s: Floats
+    "How long the head has been later than can be believed; the endpoint is not free, whatever the sums say."
+
+    def seconds(self, rates: Rates) -> Floats:
+        """Predicted seconds until the endpoint can begin something new."""
+        return self.tokens * rates.token_s + self.pairs * rates.pair_s + self.overdue_s
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One request's account on one endpoint."""
+
+    tokens: float
+    "Uncached tokens to prefill; at least 1, since an engine always computes the last one."
+
+    pairs: float
+    "Pairs of attention."
+
+    kv: float
+    "KV tokens it will hold: prompt and expected answer, never more than the endpoint has."
+
+
+class Ledger:
+    """One column an endpoint; columns are opened and closed as endpoints come and go."""
+
+    def __init__(self) -> None:
+        self.prefilling: list[dict[str, Line]] = []
+        self.decoding: list[dict[str, Line]] = []
+        self._sums = np.zeros((8, 0))
+        self._name_rows()
+
+    def _name_rows(self) -> None:
+        self.tokens, self.pairs, self.seats, self.kv, self.decode_kv = self._sums[:5]
+        self.head_tokens, self.head_pairs, self.head_since = self._sums[5:]
+
+    def open(self, slot: int) -> None:
+        """Give a new endpoint an empty column."""
+        if slot == len(self.prefilling):
+            self.prefilling.append({})
+            self.decoding.append({})
+            self._sums = np.column_stack([self._sums, np.zeros(len(self._sums))])
+            self._name_rows()
+        assert not self.prefilling[slot], f"slot {slot} still has prefill on it"
+        assert not self.decoding[slot], f"slot {slot} still has decode on it"
+
+    def commit(self, slot: int, request_id: str, line: Line, now: float) -> None:
+        """Enter a request at the moment it is chosen."""
+        lines = self.prefilling[slot]
+        assert request_id not in lines, f"request {request_id!r} is already on slot {slot}"
+        lines[request_id] = line
+        if len(lines) == 1:
+            self._find_head(slot, now)
+        self.tokens[slot] += line.tokens
+        self.pairs[slot] += line.pairs
+        self.seats[slot] += 1
+        self.kv[slot] += line.kv
+
+    def first_token(self, slot: int, request_id: str, now: float) -> None:
+        """Its prefill is done; it decodes. Saying so twice does no harm."""
+        line = self._end_prefill(slot, request_id, now)
+        if line is not None:
+            self.decoding[slot][request_id] = line
+            self.decode_kv[slot] += line.kv
+
+    def release(self, slot: int, request_id: str, now: float) -> None:
+        """It has left the endpoint, wherever it stood."""
+        line = self._end_prefill(slot, request_id, now)
+        if line is None:
+            line = self.decoding[slot].pop(request_id)
+            self.decode_kv[slot] -= line.kv
+        self.seats[slot] -= 1
+        self.kv[slot] -= line.kv
+
+    def backlog(self, rates: Rates, now: float) -> Backlog:
+        """What stands before a newcomer, dead-reckoned from the predictions and the last first tokens seen."""
+        tokens, pairs = self.head_tokens, self.head_pairs
+        head_s = tokens * rates.token_s + pairs * rates.pair_s
+        age_s = np.where(tokens > 0, now - self.head_since, 0.0)
+        done = np.minimum(PROGRESS_MAX, age_s / np.maximum(head_s, 1e-9))
+        late_s = age_s - OVERDUE_FACTOR * (head_s + rates.overhead_s) - OVERDUE_GRACE_S
+        return Backlog(
+            tokens=self.tokens - done * tokens,
+            pairs=self.pairs - done * pairs,
+            overdue_s=np.maximum(0.0, late_s),
+        )
+
+    def _find_head(self, slot: int, now: float) -> None:
+        head = next(iter(self.prefilling[slot].values()), None)
+        self.head_tokens[slot] = 0.0 if head is None else head.tokens
+        self.head_pairs[slot] = 0.0 if head is None else head.pairs
+        self.head_since[slot] = now
+
+    def _end_prefill(self, slot: int, request_id: str, now: float) -> Line | None:
+        lines = self.prefilling[slot]
+        if request_id not in lines:
+            return None
+        was_head = next(iter(lines)) == request_id
+        line = lines.pop(request_id)
+        if was_head:
+            self._find_head(slot, now)
+        self.tokens[slot] -= line.tokens
+        self.pairs[slot] -= line.pairs
+        return line
+
+
+def uncached(ticket: Ticket) -> Line:
+    """A request's account where nothing is known of the cache: as if all of it were to be computed."""
+    tokens = float(max(1, ticket.prompt_tokens))
+    pairs = tokens * (tokens - 0.5 * tokens)
+    return Line(tokens=tokens, pairs=pairs, kv=tokens + ticket.output_tokens)

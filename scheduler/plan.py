@@ -1,0 +1,357 @@
+"""Who starts where, in seconds: the rolling plan of one step.
+
+    room  = for each endpoint, when it could begin something new, and what seats and KV it has left
+    for each request, most urgent first:
+        the endpoint where its first token comes earliest, by prediction
+        too unlikely to be on time even there?     set aside
+        would it start within the commit window?   hand it over
+        else                                       keep the place for it, bind it later
+    what the plan leaves idle takes a short one of those set aside
+
+Nothing here changes a ticket or the ledger: the plan is a list of turns that the core then takes. It ends as soon
+as no endpoint could start anything within the window, so a full fleet costs next to nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from scheduler import cost
+from scheduler.ledger import Backlog, Line, Rates
+from scheduler.policies import Terms
+from scheduler.state import Floats, Ticket
+
+CHUNK = 16
+"Requests priced at once: enough to amortise numpy's call, few enough that a plan that ends early wastes little."
+
+PRICED_MAX = 64
+"The same where nothing can end early."
+
+IDLE_S = 1e-3
+"An endpoint that could begin within this is idle."
+
+CANDIDATES = 5
+"How many of the endpoints a decision's record names."
+
+
+class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the plan looks and how early it binds."""
+
+    commit_window_s: float = 1.0
+    "Only what starts within this many predicted seconds is handed over. 1 s is free, 3 s costs 4 points."
+
+    horizon: int = 256
+    "The most urgent requests that one step considers (I8)."
+
+    tie: float = 0.02
+    "Endpoints whose predicted first token differs by less than this part are taken as equal: chance decides."
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """A request and the endpoint that the plan gives it now."""
+
+    ticket: Ticket
+    slot: int
+    line: Line
+    "What the ledger is to hold."
+    cached_tokens: int
+    start_s: float
+    "Predicted seconds until the endpoint begins it."
+    work_s: float
+    "Predicted seconds of the endpoint's time."
+    total_s: float
+    "Predicted seconds to its first token."
+    ahead_tokens: float
+    "Prefill before it, for the features."
+    ahead_pairs: float
+    propensity: float
+    "With what chance this endpoint was taken."
+    candidates: tuple[tuple[int, float], ...]
+    "Slots and predicted seconds to the first token, best first."
+    why: str
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that the plan sets aside or takes up again."""
+
+    kind: Literal["set_aside", "take_up"]
+    ticket: Ticket
+    total_s: float
+    "Predicted seconds to its first token on its best endpoint."
+
+
+class Room:
+    """What the endpoints can still take in this step; every choice makes it smaller."""
+
+    def __init__(
+        self,
+        *,
+        rates: Rates,
+        backlog: Backlog,
+        seats: Floats,
+        kv: Floats,
+        kv_max: Floats,
+        length_max: Floats,
+        ready_s: Floats,
+    ) -> None:
+        """Start from the ledger; `seats` and `kv` are what is free, `inf` where unknown.
+
+        `ready_s` is 0 for endpoints that take work and `inf` for the others.
+        """
+        self.rates = rates
+        self.busy_s = backlog.seconds(rates)
+        "Until each could begin something new, by what was handed over."
+        self.start_s = self.busy_s.copy()
+        "The same, with the places kept for the more urgent."
+        self.tokens = backlog.tokens.copy()
+        self.pairs = backlog.pairs.copy()
+        self.seats = seats
+        self.kv = kv
+        self.kv_max = kv_max
+        self.length_max = length_max
+        self.reserved = np.zeros(len(seats), dtype=bool)
+        "Slots that somebody more urgent waits for."
+        self.shut_s = np.where(seats > 0, ready_s, np.inf)
+        "0 where something more may go, `inf` where not."
+
+    def can_start(self, within_s: float) -> bool:
+        """Whether any endpoint with a seat could begin something new so soon."""
+        return bool(((self.start_s + self.shut_s) <= within_s).any())
+
+    def reserve(self, slot: int, work_s: float, line: Line) -> None:
+        """Keep the place: whoever comes later on this slot starts after it."""
+        self.start_s[slot] += work_s
+        self.tokens[slot] += line.tokens
+        self.pairs[slot] += line.pairs
+        self.reserved[slot] = True
+
+    def take(self, slot: int, work_s: float, line: Line) -> None:
+        """Hand it over: it also takes a seat and its KV."""
+        self.reserve(slot, work_s, line)
+        self.busy_s[slot] += work_s
+        self.kv[slot] -= line.kv
+        self.seats[slot] -= 1
+        if self.seats[slot] <= 0:
+            self.shut_s[slot] = np.inf
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What one request would cost on every slot."""
+
+    ticket: Ticket
+    cached: Floats
+    tokens: Floats
+    "Uncached."
+    pairs: Floats
+    work_s: Floats
+    "Seconds of the endpoint's time."
+    service_s: Floats
+    "The same and the overhead; `inf` where it may not go."
+    kv: Floats
+
+
+Pricer = Callable[[Ticket], tuple[Floats, Floats]]
+"A request's cached tokens on every slot, and its barrier: 0 where it may go, `inf` where not."
+
+
+class Planner:
+    """One step's plan, made and then forgotten."""
+
+    def __init__(
+        self,
+        room: Room,
+        *,
+        now: float,
+        settings: PlanSettings,
+        terms: Terms,
+        spread: Floats,
+        pricer: Pricer,
+        rng: np.random.Generator,
+    ) -> None:
+        """Plan with this room.
+
+        Args:
+            room: what the endpoints can take; used up.
+            now: unix seconds.
+            settings: how far and how early.
+            terms: what the policy asks.
+            spread: float64[n_slots], by what factor the lucky `odds_min` part of requests beats its prediction.
+            pricer: prefix cache and eligibility of a request.
+            rng: decides between equals.
+        """
+        self.room = room
+        self.now = now
+        self.settings = settings
+        self.terms = terms
+        self.spread = spread
+        self.pricer = pricer
+        self.rng = rng
+        self.choices: list[Choice] = []
+        self.turns: list[Turn] = []
+        "Who is to be set aside."
+        self.is_exhausted = False
+        "Whether all of the line was considered: what is idle then, nobody urgent wants."
+
+    def serve(self, line: Sequence[Ticket]) -> None:
+        """Plan these, most urgent first, until nothing more could start within the window."""
+        for offer in self._offers(line):
+            if not self.room.can_start(self.settings.commit_window_s):
+                return
+            self._place(offer)
+        self.is_exhausted = True
+
+    def take_up(self, aside: Sequence[Ticket]) -> list[Turn]:
+        """Who of those set aside can make it after all, on what is free before anybody is placed."""
+        young = [ticket for ticket in aside if ticket.due_at > self.now]
+        if not young or not self.room.can_start(self.settings.commit_window_s):
+            return []
+        open_s = self.room.start_s + self.room.shut_s
+        turns = []
+        for at in range(0, len(young), PRICED_MAX):
+            offers = self._price(young[at : at + PRICED_MAX])
+            total_s = open_s + np.array([offer.service_s for offer in offers])
+            lucky_s = (total_s * self.spread).min(axis=1)
+            turns += [
+                Turn(kind="take_up", ticket=offer.ticket, total_s=float(best_s))
+                for offer, lucky, best_s in zip(offers, lucky_s, total_s.min(axis=1), strict=True)
+                if lucky <= offer.ticket.due_at - self.now
+            ]
+        return turns
+
+    def fill(self, aside: Sequence[Ticket], *, is_calm: bool) -> None:
+        """Give what the plan leaves idle to these, in their order.
+
+        Args:
+            aside: set aside, shortest first.
+            is_calm: nobody urgent waits. Otherwise only what is shorter than the window is let in, since it
+                cannot be interrupted.
+        """
+        for offer in self._offers(aside):
+            idle = (self.room.start_s <= IDLE_S) & ~self.room.reserved
+            total_s = np.where(idle, self._total_s(offer), np.inf)
+            slot = int(total_s.argmin())
+            if not np.isfinite(total_s[slot]):
+                return
+            if is_calm or offer.work_s[slot] <= self.settings.commit_window_s:
+                self._hand_over(offer, slot, total_s, 1.0, "late, on an endpoint that is idle")
+
+    def serve_aged(self, ticket: Ticket) -> None:
+        """Give one that was set aside its share, whatever its chances, if it could start now."""
+        for offer in self._offers([ticket]):
+            total_s = self._total_s(offer)
+            slot = int(total_s.argmin())
+            if np.isfinite(total_s[slot]) and self._starts_now(slot):
+                self._hand_over(offer, slot, total_s, 1.0, "late, its turn by the aside share")
+
+    def _place(self, offer: Offer) -> None:
+        total_s = self._total_s(offer)
+        best = int(total_s.argmin())
+        if not np.isfinite(total_s[best]):
+            self._wait_for_room(offer)
+            return
+        if not self._can_make_it(offer.ticket, total_s):
+            self.turns.append(
+                Turn(kind="set_aside", ticket=offer.ticket, total_s=float(total_s[best]))
+            )
+            return
+        slot, propensity, why = self._pick(offer.ticket, total_s, best)
+        if self._starts_now(slot):
+            self._hand_over(offer, slot, total_s, propensity, why)
+        else:
+            self.room.reserve(slot, float(offer.work_s[slot]), _line(offer, slot))
+
+    def _pick(self, ticket: Ticket, total_s: Floats, best: int) -> tuple[int, float, str]:
+        """The slot, with what chance it was taken, and why."""
+        slack_s = ticket.due_at - self.now - float(total_s[best])
+        if slack_s > self.terms.best_fit_slack_s:
+            fits = np.where(total_s / self.spread <= ticket.due_at - self.now, total_s, -np.inf)
+            fits[~np.isfinite(total_s)] = -np.inf
+            return int(fits.argmax()), 1.0, "patient: the slowest endpoint that makes it"
+        near = np.flatnonzero(total_s <= total_s[best] * (1.0 + self.settings.tie))
+        if len(near) == 1:
+            return best, 1.0, "earliest first token"
+        drawn = int(self.rng.random() * len(near))
+        return int(near[drawn]), 1.0 / len(near), f"earliest first token, one of {len(near)} equals"
+
+    def _hand_over(
+        self, offer: Offer, slot: int, total_s: Floats, propensity: float, why: str
+    ) -> None:
+        line = _line(offer, slot)
+        self.choices.append(
+            Choice(
+                ticket=offer.ticket,
+                slot=slot,
+                line=line,
+                cached_tokens=int(offer.cached[slot]),
+                start_s=float(self.room.start_s[slot]),
+                work_s=float(offer.work_s[slot]),
+                total_s=float(total_s[slot]),
+                ahead_tokens=float(self.room.tokens[slot]),
+                ahead_pairs=float(self.room.pairs[slot]),
+                propensity=propensity,
+                candidates=_best(total_s),
+                why=why,
+            )
+        )
+        self.room.take(slot, float(offer.work_s[slot]), line)
+
+    def _total_s(self, offer: Offer) -> Floats:
+        total_s: Floats = self.room.start_s + self.room.shut_s + offer.service_s
+        total_s[self.room.kv < offer.kv] = np.inf
+        return total_s
+
+    def _wait_for_room(self, offer: Offer) -> None:
+        """It fits nowhere now. The endpoint that suits it best is kept from those behind it, so that it empties.
+
+        Otherwise small requests would keep every endpoint too full for a large one for ever.
+        """
+        slot = int((self.room.start_s + offer.service_s).argmin())
+        if np.isfinite(offer.service_s[slot]):
+            self.room.shut_s[slot] = np.inf
+
+    def _can_make_it(self, ticket: Ticket, total_s: Floats) -> bool:
+        """Whether its chance to be on time on its best endpoint is at least the policy's `odds_min`."""
+        if self.terms.odds_min <= 0 or not np.isfinite(ticket.due_at):
+            return True
+        return bool((total_s * self.spread).min() <= ticket.due_at - self.now)
+
+    def _starts_now(self, slot: int) -> bool:
+        return bool(self.room.start_s[slot] <= self.settings.commit_window_s)
+
+    def _offers(self, tickets: Sequence[Ticket]) -> Iterator[Offer]:
+        for at in range(0, len(tickets), CHUNK):
+            yield from self._price(tickets[at : at + CHUNK])
+
+    def _price(self, tickets: Sequence[Ticket]) -> list[Offer]:
+        """Price a chunk at once: arrays are float64[n_tickets, n_slots]."""
+        rates = self.room.rates
+        priced = [self.pricer(ticket) for ticket in tickets]
+        prompt = np.array([[float(max(1, t.prompt_tokens))] for t in tickets])
+        output = np.array([[float(t.output_tokens)] for t in tickets])
+        cached = np.minimum(np.array([row for row, _ in priced]), prompt - 1.0)
+        barrier = np.array([row for _, row in priced])
+        tokens = prompt - cached
+        pairs = cost.attention(tokens, prompt)
+        work_s = tokens * rates.token_s + pairs * rates.pair_s
+        service_s = work_s + rates.overhead_s + barrier
+        service_s[prompt > self.room.length_max] = np.inf
+        kv = np.minimum(prompt + output, self.room.kv_max)
+        return [
+            Offer(t, cached[i], tokens[i], pairs[i], work_s[i], service_s[i], kv[i])
+            for i, t in enumerate(tickets)
+        ]
+
+
+def _line(offer: Offer, slot: int) -> Line:
+    return Line(
+        tokens=float(offer.tokens[slot]),
+        pairs=float(offer.pairs[slot]),
+        kv=float(offer.kv[slot]),
+    )
+
+
+def _best(total_s: Floats) -> tuple[tuple[int, float], ...]:
+    order = np.argsort(total_s, kind="stable")[:CANDIDATES]
+    return tuple((int(slot), float(total_s[slot])) for slot in order if np.isfinite(total_s[slot]))

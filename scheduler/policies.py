@@ -1,0 +1,129 @@
+"""Who goes first: the plug-ins. A policy is a frozen Struct; its tag is its name, its fields are its settings.
+
+A policy says two things, both plain numbers, and the plan does the rest:
+    `rank`       a request's place in line, fixed while it waits, so that the line never needs sorting again
+    `terms`      what it asks besides: how unlikely to make it a request may be before it is set aside
+
+Priority is no wall: a level is worth `band_s` seconds of deadline. Whoever waits therefore ages past every
+band in the end, by the passing of time alone.
+"""
+
+import functools
+import math
+import operator
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What a policy asks of the plan beside the order. The defaults ask nothing (I10)."""
+
+    odds_min: float = 0.0
+    "Below this chance to be on time on its best endpoint a request is set aside; 0: never."
+
+    aside_share: float = 0.0
+    "Of the seconds handed out, the part kept for the longest set aside."
+
+    best_fit_slack_s: float = math.inf
+    "With more slack than this a request takes the slowest endpoint that still makes it."
+
+
+class Policy(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"
+):
+    """What every policy offers; a plug-in derives from it and takes a tag."""
+
+    @property
+    def label(self) -> str:
+        """The name it is chosen by."""
+        return str(self.__struct_config__.tag)
+
+    @property
+    def terms(self) -> Terms:
+        """What it asks of the plan beside the order."""
+        return Terms()
+
+    def rank(self, *, enqueued_at: float, due_at: float, priority: int) -> float:
+        """Its place in line, in seconds; smaller goes first, ties to the older."""
+        raise NotImplementedError
+
+
+class Fcfs(Policy, frozen=True, tag="fcfs"):
+    """First come, first served. The baseline: promises and priorities are ignored."""
+
+    def rank(self, *, enqueued_at: float, due_at: float, priority: int) -> float:  # noqa: ARG002
+        """The moment it came."""
+        return enqueued_at
+
+
+class Edf(Policy, frozen=True, tag="edf"):
+    """Earliest due first. Right below saturation; above it, everybody is served a little too late."""
+
+    patience_s: Positive = 60.0
+    "A request without promise is ranked as if it were due this long after it came."
+
+    def rank(self, *, enqueued_at: float, due_at: float, priority: int) -> float:  # noqa: ARG002
+        """The moment it is due."""
+        return due_at if math.isfinite(due_at) else enqueued_at + self.patience_s
+
+
+class Urgency(Policy, frozen=True, tag="urgency"):
+    """Earliest due first among those who can still make it, with priorities; the rest are set aside, reversibly."""
+
+    odds_min: Share = 0.1
+    "Below this chance to be on time on its best endpoint a request is set aside; 0: never."
+
+    patience_s: Positive = 60.0
+    "A request without promise is ranked as if it were due this long after it came."
+
+    band_s: Positive = 5.0
+    "Seconds of deadline that one level of priority is worth."
+
+    aside_share: Share = 0.05
+    """
+    Of the seconds handed out, the part kept for the longest set aside.
+
+    It is what keeps an overload from starving them: 0.05 costs at most that much of the urgent work. 0 lets
+    them wait for an idle endpoint, however long.
+    """
+
+    best_fit_slack_s: Positive = math.inf
+    """
+    With more slack than this, a request takes the slowest endpoint that still makes it.
+
+    Keeps fast endpoints open for urgent work in a mixed fleet. Infinite: everybody takes the fastest.
+    """
+
+    @property
+    def terms(self) -> Terms:
+        """Its own fields."""
+        return Terms(
+            odds_min=self.odds_min,
+            aside_share=self.aside_share,
+            best_fit_slack_s=self.best_fit_slack_s,
+        )
+
+    def rank(self, *, enqueued_at: float, due_at: float, priority: int) -> float:
+        """The moment it is due, earlier by a band for each level of priority."""
+        due = due_at if math.isfinite(due_at) else enqueued_at + self.patience_s
+        return due - self.band_s * priority
+
+
+BUILT_IN: tuple[type[Policy], ...] = (Fcfs, Edf, Urgency)
+
+AnyPolicy = Fcfs | Edf | Urgency
+"What a settings file may choose from, by `name`, when no plug-in is installed."
+
+
+def union(plug_ins: tuple[type[Policy], ...] = ()) -> type[Policy]:
+    """The tagged union of the built-in policies and these: what to decode a `[policy]` table with.
+
+    >>> msgspec.convert({"name": "edf", "patience_s": 5.0}, union())
+    Edf(patience_s=5.0)
+    """
+    return functools.reduce(operator.or_, (*BUILT_IN, *plug_ins))

@@ -1,0 +1,129 @@
+"""Who is who in the core: a `Ticket` for each living request, an `Endpoint` for each living server.
+
+Both are plain records with one owner, the `Scheduler`. A ticket changes its state only through the lifecycle's
+table, so a turn that must not happen raises instead of happening.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler import lifecycle
+from scheduler.lifecycle import State, Turn
+from scheduler.slo import Promise
+from scheduler.wire import Beat, Request
+
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
+
+
+class Ticket(msgspec.Struct, kw_only=True, eq=False):
+    """A living request, from reading to its terminal record."""
+
+    request: Request
+    "As its client wrote it."
+
+    entry: str
+    "Its entry in `requests`."
+
+    enqueued_at: float
+    "When its promise's clock started."
+
+    promise: Promise
+    "What it was promised."
+
+    prompt_tokens: int
+    "The prompt's length, said or estimated."
+
+    output_tokens: int
+    "How long answers usually are; never the true length, which no server knows (I7)."
+
+    due_at: float
+    "When its first token must be there; `inf` without promise."
+
+    rank: float
+    "The policy's place for it: smaller runs first. Fixed while it waits."
+
+    max_attempts: int
+    "How often it may be tried."
+
+    state: State = "queued"
+    "Where in its life it is."
+
+    attempt: int = 0
+    "How often it was assigned."
+
+    endpoint: str = ""
+    "Who holds it, while assigned or running."
+
+    cached_tokens: int = 0
+    "Prefix believed cached at the last assignment."
+
+    is_cancelled: bool = False
+    "Somebody cancelled it while a worker held it: it must not be tried again."
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def order(self) -> tuple[float, float, str]:
+        """Its place in line: the policy's rank, ties to the older, then by id."""
+        return self.rank, self.enqueued_at, self.request.id
+
+    @property
+    def is_held(self) -> bool:
+        """Whether some worker holds it."""
+        return self.state in ("assigned", "running")
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it has had all its attempts."""
+        return self.attempt >= self.max_attempts
+
+    def turn(self, turn: Turn) -> None:
+        """Take a turn of the lifecycle; one that is not in its table is a bug."""
+        self.state = lifecycle.after(self.state, turn)
+
+
+class Endpoint(msgspec.Struct, kw_only=True, eq=False):
+    """A living server as its worker's beats describe it."""
+
+    name: str
+    "As it calls itself."
+
+    slot: int
+    "Its column in every array of the core, for as long as it lives."
+
+    beat: Beat
+    "The latest."
+
+    seen_at: float
+    "When the latest beat was received."
+
+    away_at: float | None = None
+    "Since when its engine is away; None while it is there."
+
+    is_drained: bool = False
+    "A person asked that it take no new work."
+
+    held: dict[str, Ticket]
+    "What it was assigned and has not finished, oldest first."
+
+    @property
+    def epoch(self) -> int:
+        """Its worker's life; what an older one held is lost."""
+        return self.beat.epoch
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether anything new may go there."""
+        return self.beat.state == "ready" and not self.is_drained
+
+    def lost_at(self, lease_s: float) -> float:
+        """When what it holds goes back, unless it is heard from before."""
+        seen = self.seen_at if self.away_at is None else min(self.seen_at, self.away_at)
+        return seen + lease_s
