@@ -12,6 +12,7 @@ import msgspec
 import typer
 
 from scheduler.errors import SettingsError
+from scheduler.settings import Settings
 from scheduler.sim.arguments import EngineSettings
 from workers.emulator.settings import EmulatorSettings
 
@@ -124,3 +125,52 @@ def _write_whole(path: Path, line: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(f"{line}\n", encoding="utf-8")
     partial.replace(path)
+
+
+@app.command()
+def worker(
+    settings: Settings,
+    *,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=URL[,SETTING=VALUE]",
+            help="An engine to stand beside, such as a0=http://127.0.0.1:8000,hardware=a100; repeatable.",
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="What the process calls itself.")] = "",
+    drain_s: Annotated[
+        float | None, typer.Option(help="Seconds to finish in after SIGTERM.")
+    ] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="For /metrics; 0: nowhere.")] = None,
+) -> Coroutine[object, object, None]:
+    """Stand beside one or more vLLM engines: take their jobs from Redis and see each to its end.
+
+    Prints one JSON line when jobs can come; SIGTERM drains it.
+    """
+    from workers.worker import with_engines  # noqa: PLC0415  aiohttp only where it is used
+
+    said = {"name": name or None, "drain_s": drain_s, "metrics_port": metrics_port}
+    given = {key: value for key, value in said.items() if value is not None}
+    told = msgspec.structs.replace(
+        settings, worker=msgspec.structs.replace(settings.worker, **given)
+    )
+    return _work(with_engines(told, engine or ()))
+
+
+async def _work(settings: Settings) -> None:
+    from workers.worker import Worker, serve  # noqa: PLC0415
+
+    def ready(worker: Worker) -> None:
+        typer.echo(
+            msgspec.json.encode(
+                {
+                    "worker": worker.name,
+                    "pool": settings.pool,
+                    "engines": {one.name: one.url for one in settings.worker.engines},
+                    "metrics_port": settings.worker.metrics_port,
+                }
+            ).decode()
+        )
+
+    await serve(settings, ready)

@@ -1,0 +1,359 @@
+"""An engine's streamed answer: parsed chunk by chunk, judged at its end, put together as one response.
+
+A success has a finish reason of `stop`, `length` or `tool_calls` and tokens by the engine's own count. A 200 proves
+nothing: errors, aborts and empty answers of draining engines all come inside one.
+"""
+
+from http import HTTPStatus
+
+import msgspec
+
+from scheduler.errors import EngineError
+from workers.body import CHAT, NOTHING, Written
+
+GOOD = frozenset({"stop", "length", "tool_calls"})
+"Finish reasons of an answer that is one."
+
+EVENT_BYTES = 16 * 2**20
+"The longest event; an engine that sends more without an end has lost its wits."
+
+BLAMES_REQUEST = frozenset({400, 405, 413, 415, 422})
+"Statuses that would come from any engine for the same request; 404 is a model that another may serve."
+
+Fields = dict[str, object]
+
+
+class Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[Fields] | None = None
+
+
+class Choice(msgspec.Struct):
+    index: int = 0
+    delta: Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: Fields | None = None
+    token_ids: list[int] | None = None
+
+
+class Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: Details | None = None
+
+
+class Fault(msgspec.Struct):
+    message: str = ""
+    code: int | str | None = None
+
+
+class Times(msgspec.Struct):
+    """`--enable-per-request-metrics`, in the last chunk."""
+
+    queue_time_ms: float | None = None
+    time_to_first_token_ms: float | None = None
+
+
+class Chunk(msgspec.Struct):
+    id: str = ""
+    created: int = 0
+    model: str = ""
+    choices: list[Choice] = []
+    usage: Usage | None = None
+    error: Fault | str | None = None
+    metrics: Times | None = None
+
+
+_decode = msgspec.json.Decoder(Chunk).decode
+
+
+class Answer:
+    """What an engine has said so far. `feed` it the bytes as they come, then `check` and ask for the `response`."""
+
+    def __init__(self, *, keeps_news: bool = True) -> None:
+        self._keeps_news = keeps_news
+        self.is_done = False
+        "[DONE] has come."
+        self.usage: Usage | None = None
+        self.metrics: Times | None = None
+        self.finish_reason = ""
+        self.fresh_text: list[str] = []
+        "Pieces of text since `take`."
+        self.fresh_chunks: list[bytes] = []
+        "Chunks as they came, since `take`, where one of them held more than text."
+        self.fresh_pieces = 0
+        self.fresh_bytes = 0
+        "About what these hold in memory."
+        self._rest = b""
+        self._error: Fault | None = None
+        self._head: Chunk | None = None
+        self._choices: dict[int, _Said] = {}
+        self._first: _Said | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        """By usage, never by chunks."""
+        return self.usage.completion_tokens if self.usage else 0
+
+    def feed(self, data: bytes) -> bool:
+        """Take in what the engine sent; True if any of it was a piece of the answer.
+
+        Raises:
+            EngineError: it is not a stream of chunks.
+        """
+        if self._rest:
+            data = self._rest + data
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n")
+        *events, self._rest = data.split(b"\n\n")
+        if len(self._rest) > EVENT_BYTES:
+            raise EngineError(f"an event of over {EVENT_BYTES} bytes")
+        before = self.fresh_pieces
+        for event in events:
+            if event[:5] == b"data:":
+                self._event(event[5:])
+            elif event.strip() and event[:1] != b":" and event[:6] not in (b"event:", b"retry:"):
+                raise EngineError(f"garbage in the stream: {event[:80]!r}")
+        return self.fresh_pieces > before
+
+    def take(self) -> tuple[str, str, int]:
+        """The text, the chunks as a JSON list (or nothing) and the number of pieces since the last time."""
+        text = "".join(self.fresh_text)
+        chunks = (b"[" + b",".join(self.fresh_chunks) + b"]").decode() if self.fresh_chunks else ""
+        pieces = self.fresh_pieces
+        self.forget()
+        return text, chunks, pieces
+
+    def forget(self) -> None:
+        """Drop what is new; another attempt will say it again."""
+        self.fresh_text.clear()
+        self.fresh_chunks.clear()
+        self.fresh_pieces = self.fresh_bytes = 0
+
+    def check(self, written: Written = NOTHING) -> None:
+        """Refuse whatever is no success.
+
+        Raises:
+            EngineError: says what was wrong, and whether another attempt may do better.
+        """
+        if self._error is not None:
+            raise self._refusal(self._error)
+        if self._rest.strip():
+            raise EngineError(f"the stream ended inside {self._rest[:80]!r}")
+        if not self.finish_reason:
+            last = "ended with [DONE]" if self.is_done else "broke off"
+            raise EngineError(f"the stream {last} without a finish reason")
+        for said in self._choices.values():
+            if said.finish_reason not in GOOD:
+                raise EngineError(f"finish reason is {said.finish_reason!r}, wanted stop or length")
+        if self.output_tokens + written.output_tokens <= 0:
+            raise EngineError("the answer has no tokens")
+
+    def prompt_tokens(self, written: Written = NOTHING) -> int:
+        """The client's own prompt: what was continued is output, not prompt."""
+        return max(self.usage.prompt_tokens - written.output_tokens, 0) if self.usage else 0
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """As the engine says; None where it does not."""
+        details = self.usage.prompt_tokens_details if self.usage else None
+        return details.cached_tokens if details else None
+
+    def response(self, path: str, written: Written = NOTHING) -> bytes:
+        """The answer as the engine would have sent it whole, what earlier attempts wrote included."""
+        head = self._head or Chunk()
+        is_chat = path == CHAT
+        prompt_tokens = self.prompt_tokens(written)
+        output_tokens = self.output_tokens + written.output_tokens
+        usage: Fields = {
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+            "completion_tokens": output_tokens,
+        }
+        if self.cached_tokens is not None:
+            usage["prompt_tokens_details"] = {
+                "cached_tokens": min(self.cached_tokens, prompt_tokens)
+            }
+        self._choices = self._choices or {0: _Said("length")}
+        return msgspec.json.encode(
+            {
+                "id": head.id,
+                "object": "chat.completion" if is_chat else "text_completion",
+                "created": head.created,
+                "model": head.model,
+                "choices": [
+                    said.choice(index, written.text if index == 0 else "", is_chat=is_chat)
+                    for index, said in sorted(self._choices.items())
+                ],
+                "usage": usage,
+            }
+        )
+
+    def _event(self, payload: bytes) -> None:
+        try:
+            chunk = _decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            if payload.strip() == b"[DONE]":
+                self.is_done = True
+                return
+            raise EngineError(f"a chunk is no JSON: {payload[:80]!r}") from None
+        if chunk.usage is not None:
+            self.usage = chunk.usage
+        if chunk.error is not None:
+            error = chunk.error
+            self._error = Fault(message=error) if isinstance(error, str) else error
+        if chunk.metrics is not None:
+            self.metrics = chunk.metrics
+        if self._head is None and chunk.id:
+            self._head = chunk
+        is_rich = False
+        has_piece = False
+        for choice in chunk.choices:
+            said = self._choices.get(choice.index)
+            if said is None:
+                said = self._choices[choice.index] = _Said()
+            text = choice.delta.content if choice.delta else choice.text
+            if text:
+                said.text.append(text)
+                if choice.index == 0 and self._keeps_news:
+                    self.fresh_text.append(text)
+                has_piece = True
+            if said.add(choice) or choice.index:
+                is_rich = has_piece = True
+            if choice.finish_reason:
+                said.finish_reason = choice.finish_reason
+                said.stop_reason = choice.stop_reason
+                self.finish_reason = choice.finish_reason
+        if has_piece:
+            self.fresh_pieces += 1
+            self.fresh_bytes += len(payload)
+        if is_rich and self._keeps_news:
+            self.fresh_chunks.append(payload.strip())
+
+    def _refusal(self, error: Fault) -> EngineError:
+        return refusal(_status(error.code), error.message)
+
+
+class _Said:
+    """One choice so far."""
+
+    __slots__ = (
+        "finish_reason",
+        "logprobs",
+        "reasoning",
+        "refusal",
+        "stop_reason",
+        "text",
+        "tools",
+    )
+
+    def __init__(self, finish_reason: str = "") -> None:
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.refusal: list[str] = []
+        self.tools: dict[object, Fields] = {}
+        self.logprobs: Fields = {}
+        self.finish_reason = finish_reason
+        self.stop_reason: int | str | None = None
+
+    def add(self, choice: Choice) -> bool:
+        """Take in what is more than text; whether there was any."""
+        is_rich = bool(choice.token_ids)
+        delta = choice.delta
+        if delta is not None:
+            reasoning = delta.reasoning or delta.reasoning_content
+            if reasoning:
+                self.reasoning.append(reasoning)
+                is_rich = True
+            if delta.refusal:
+                self.refusal.append(delta.refusal)
+                is_rich = True
+            for call in delta.tool_calls or ():
+                _merge_call(self.tools.setdefault(call.get("index", 0), {}), call)
+                is_rich = True
+        if choice.logprobs:
+            _extend(self.logprobs, choice.logprobs)
+            is_rich = True
+        return is_rich
+
+    def choice(self, index: int, before: str, *, is_chat: bool) -> Fields:
+        text = before + "".join(self.text)
+        content: Fields = {"message": self._message(text)} if is_chat else {"text": text}
+        return {
+            "index": index,
+            **content,
+            "logprobs": self.logprobs or None,
+            "finish_reason": self.finish_reason or None,
+            "stop_reason": self.stop_reason,
+        }
+
+    def _message(self, text: str) -> Fields:
+        message: Fields = {"role": "assistant", "content": text or (None if self.tools else "")}
+        if self.reasoning:
+            message["reasoning"] = message["reasoning_content"] = "".join(self.reasoning)
+        if self.refusal:
+            message["refusal"] = "".join(self.refusal)
+        if self.tools:
+            message["tool_calls"] = list(self.tools.values())
+        return message
+
+
+def refusal(status: int, message: str) -> EngineError:
+    """An engine's error, and whether the request itself is to blame."""
+    what = message or (
+        HTTPStatus(status).phrase if status in set(HTTPStatus) else "an error without words"
+    )
+    return EngineError(what, retryable=status not in BLAMES_REQUEST, status=status)
+
+
+def fault_in(data: bytes) -> str:
+    """The message in an error body, whichever of its shapes it has."""
+    try:
+        body = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return data[:200].decode(errors="replace")
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("detail") or error
+    return str(error)[:1000]
+
+
+def _status(code: int | str | None) -> int:
+    try:
+        return int(code or 0)
+    except ValueError:
+        return 0
+
+
+def _merge_call(known: Fields, more: Fields) -> None:
+    """One tool call's pieces: names and ids come once, arguments bit by bit."""
+    for key, value in more.items():
+        if key == "index" or value is None:
+            continue
+        if isinstance(value, dict):
+            inner = known.setdefault(key, {})
+            assert isinstance(inner, dict)
+            _merge_call(inner, value)
+        elif key == "arguments":
+            known[key] = str(known.get(key, "")) + str(value)
+        else:
+            known[key] = value
+
+
+def _extend(known: Fields, more: Fields) -> None:
+    for key, value in more.items():
+        before = known.get(key)
+        if isinstance(before, list) and isinstance(value, list):
+            before.extend(value)
+        elif before is None:
+            known[key] = value

@@ -1,0 +1,286 @@
+"""One attempt at a request, in a worker's hands: what it was told, what has come of it, how it is to end.
+
+1. held      read from the endpoint's stream, its body fetched; waits outside the engine
+2. running   admitted: posted to the engine, `start` sent to Redis in the same moment
+3. ending    its terminal move, or its hand-back, is on the way to Redis
+4. gone      Redis has answered; or it was never ours any more, and everything of it is dropped
+"""
+
+import asyncio
+from time import perf_counter
+from typing import Literal
+
+import msgspec
+
+from dispatcher.streams.sidecar import Held
+from scheduler.batch import Candidate, Member
+from scheduler.wire import Job, Outcome, Result, Reward, Tokens
+from workers.answer import Answer
+from workers.body import NOTHING, Body, Written, max_tokens
+
+BYTES_PER_TOKEN = 4
+"For prompts whose length nobody has counted."
+
+Stage = Literal["held", "running", "ending", "gone"]
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Why an attempt was ended from outside the engine."""
+
+    kind: Literal["fenced", "cancelled", "expired", "returned", "silent"]
+    reason: str = ""
+
+
+FENCED = Stop("fenced")
+
+
+class Attempt:
+    """One attempt; its endpoint is its only owner. Moments are unix seconds on Redis' clock, ticks `perf_counter`."""
+
+    __slots__ = (
+        "admitted_at",
+        "admitted_tick",
+        "answer",
+        "body",
+        "expected_tokens",
+        "first_tick",
+        "first_token_at",
+        "gap_max_s",
+        "held",
+        "held_tick",
+        "is_torn",
+        "job",
+        "last_tick",
+        "pieces",
+        "pulled_at",
+        "stage",
+        "stop",
+        "task",
+        "written",
+    )
+
+    def __init__(
+        self, held: Held, body: Body, *, pulled_at: float, written: Written = NOTHING
+    ) -> None:
+        self.held = held
+        self.job: Job = held.job
+        self.body = body
+        self.written = written
+        self.pulled_at = pulled_at
+        self.held_tick = perf_counter()
+        self.stage: Stage = "held"
+        self.stop: Stop | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.answer = Answer(keeps_news=held.job.stream)
+        self.pieces = written.pieces
+        "Pieces of text in the token log, those on their way included."
+        self.is_torn = False
+        "Text was dropped unwritten: nothing after it may reach the log."
+        self.admitted_at: float | None = None
+        self.admitted_tick = 0.0
+        self.first_token_at: float | None = None
+        self.first_tick = 0.0
+        self.last_tick = 0.0
+        self.gap_max_s = 0.0
+        self.expected_tokens = 0.0
+        "How long answers usually are, never more than the client's limit."
+
+    @property
+    def name(self) -> str:
+        """As beats name it."""
+        return f"{self.job.id}:{self.job.attempt}"
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The engine's own count, the dispatcher's, or a guess."""
+        usage = self.answer.usage
+        if usage is not None and usage.prompt_tokens:
+            return usage.prompt_tokens
+        known = self.job.prompt_tokens or len(self.job.body) // BYTES_PER_TOKEN
+        return known + self.written.output_tokens
+
+    @property
+    def new_tokens(self) -> int:
+        """Output of this attempt so far; before the usage has come, as far as pieces show it."""
+        return (
+            self.answer.output_tokens
+            or self.pieces - self.written.pieces + self.answer.fresh_pieces
+        )
+
+    @property
+    def output_tokens(self) -> int:
+        """Output over all attempts, as the engine counts."""
+        return self.answer.output_tokens + self.written.output_tokens
+
+    def expect(self, usual_tokens: float) -> None:
+        """Say how long answers usually are here."""
+        limit = max_tokens(self.body)
+        usual = usual_tokens if limit is None else min(usual_tokens, limit)
+        self.expected_tokens = max(usual - self.written.output_tokens, 1.0)
+
+    def halt(self, stop: Stop) -> None:
+        """End it from outside: the connection to the engine closes, which frees its seat. The first reason stays."""
+        if self.stop is None:
+            self.stop = stop
+            if self.task is not None:
+                self.task.cancel()
+
+    def candidate(self) -> Candidate:
+        """As admission sees it; moments in ticks would mean nothing there, so ages are given as they are."""
+        job = self.job
+        due_at = float("inf")
+        if job.ttft_s is not None and not self.written.pieces:
+            due_at = job.enqueued_at + job.ttft_s
+        prompt = self.prompt_tokens
+        return Candidate(
+            prompt_tokens=prompt,
+            uncached_tokens=max(prompt - job.cached_tokens, 1),
+            output_tokens=self.expected_tokens,
+            tpot_s=job.tpot_s or float("inf"),
+            due_at=due_at,
+            held_at=self.pulled_at,
+            priority=job.priority,
+        )
+
+    def member(self, tick: float) -> Member:
+        """As the batch sees it."""
+        said = self.new_tokens
+        tpot_s = self.job.tpot_s or float("inf")
+        has_begun = self.first_token_at is not None
+        # Past its expected end an answer goes on for about a quarter of what it has said: lengths are heavy-tailed.
+        remaining = max(self.expected_tokens - said, said / 4, 1.0)
+        banked = (
+            (said - 1) * tpot_s - (tick - self.first_tick) if has_begun and self.job.tpot_s else 0.0
+        )
+        prompt = self.prompt_tokens
+        return Member(
+            context_tokens=prompt + said,
+            remaining_tokens=remaining,
+            tpot_s=tpot_s,
+            banked_s=banked,
+            prefill_tokens=0.0 if has_begun else max(prompt - self.job.cached_tokens, 1),
+        )
+
+    def tear(self, reason: str) -> None:
+        """Drop the text that is not written yet, and hand the request back: another attempt says it again."""
+        self.is_torn = True
+        self.answer.forget()
+        self.halt(Stop("returned", reason))
+
+    def piece(self) -> tuple[Tokens, int] | None:
+        """The next entry of the token log and how many pieces it holds; None where nothing is new."""
+        if self.is_torn or not self.answer.fresh_pieces:
+            return None
+        text, chunks, pieces = self.answer.take()
+        entry = Tokens(
+            attempt=self.job.attempt,
+            index=self.pieces,
+            text=text,
+            chunks=chunks,
+            output_tokens=self.output_tokens,
+        )
+        self.pieces += pieces
+        return entry, pieces
+
+    def result(self, outcome: Outcome, reason: str, status: int, finished_at: float) -> Result:
+        """The terminal record."""
+        job, answer = self.job, self.answer
+        is_completed = outcome == "completed"
+        return Result(
+            id=job.id,
+            outcome=outcome,
+            reason=reason,
+            status=200 if is_completed else status,
+            endpoint=self.held.endpoint,
+            attempt=job.attempt,
+            finish_reason=(answer.finish_reason or "length") if is_completed else "",
+            prompt_tokens=answer.prompt_tokens(self.written),
+            cached_tokens=answer.cached_tokens or 0,
+            output_tokens=self.output_tokens,
+            enqueued_at=job.enqueued_at,
+            first_token_at=self._seen_at,
+            finished_at=finished_at,
+            ttft_s=self._ttft_s,
+            tpot_s=self._tpot_s(finished_at),
+            on_time=self._is_on_time(finished_at, is_completed=is_completed),
+            body=answer.response(job.path, self.written) if is_completed else b"",
+        )
+
+    def reward(
+        self,
+        outcome: Outcome | Literal["returned"],
+        reason: str,
+        finished_at: float,
+        *,
+        retryable: bool,
+        hardware: str,
+    ) -> Reward:
+        """What this attempt cost."""
+        job, answer = self.job, self.answer
+        first_at, admitted_at = self.first_token_at, self.admitted_at
+        has_both = first_at is not None and admitted_at is not None
+        queue_ms = answer.metrics.queue_time_ms if answer.metrics else None
+        return Reward(
+            id=job.id,
+            endpoint=self.held.endpoint,
+            epoch=job.epoch,
+            attempt=job.attempt,
+            leg=job.leg,
+            outcome=outcome,
+            reason=reason,
+            retryable=retryable,
+            model=job.model,
+            hardware=hardware,
+            decided_at=job.decided_at,
+            pulled_at=self.pulled_at,
+            admitted_at=admitted_at,
+            first_token_at=first_at,
+            finished_at=finished_at,
+            enqueued_at=job.enqueued_at,
+            prefill_s=self.first_tick - self.admitted_tick if has_both else None,
+            predicted_s=job.prefill_s or None,
+            queue_s=None if queue_ms is None else queue_ms / 1e3,
+            ttft_s=None if first_at is None else first_at - job.enqueued_at,
+            tpot_s=self._own_tpot_s(),
+            gap_max_s=self.gap_max_s or None,
+            prompt_tokens=answer.usage.prompt_tokens if answer.usage else 0,
+            cached_tokens=answer.cached_tokens,
+            output_tokens=answer.output_tokens,
+            on_time=self._is_on_time(finished_at, is_completed=outcome == "completed"),
+            tenant=job.tenant,
+            features=job.features,
+        )
+
+    @property
+    def _seen_at(self) -> float | None:
+        """When the client's first token came, from whichever attempt."""
+        return self.written.first_token_at or self.first_token_at
+
+    @property
+    def _ttft_s(self) -> float | None:
+        return None if self._seen_at is None else self._seen_at - self.job.enqueued_at
+
+    def _tpot_s(self, finished_at: float) -> float | None:
+        """Over all attempts, their gap included: that is what the client saw."""
+        if self._seen_at is None or self.output_tokens < 2:
+            return None
+        if self.written.first_token_at is None:
+            return self._own_tpot_s()
+        return (finished_at - self._seen_at) / (self.output_tokens - 1)
+
+    def _own_tpot_s(self) -> float | None:
+        said = self.answer.output_tokens
+        return (self.last_tick - self.first_tick) / (said - 1) if said > 1 else None
+
+    def _is_on_time(self, finished_at: float, *, is_completed: bool) -> bool | None:
+        job = self.job
+        kept = [
+            is_completed and found is not None and found <= promised
+            for promised, found in (
+                (job.ttft_s, self._ttft_s),
+                (job.tpot_s, self._tpot_s(finished_at) or 0.0),
+                (job.deadline_at, finished_at),
+            )
+            if promised is not None
+        ]
+        return all(kept) if kept else None

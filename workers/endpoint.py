@@ -1,0 +1,588 @@
+"""One engine's worker: takes its jobs, admits them to the engine, and brings each to its one end.
+
+    1. join     a new epoch; whoever worked in this name before is fenced
+    2. read     jobs arrive with their bodies and what earlier attempts wrote (`inbox`)
+    3. admit    as many as the promises of the batch allow (`scheduler.batch`)
+    4. serve    `start` and POST in the same moment; tokens to the log as they come (`engine`, `writer`)
+    5. end      one terminal move, or the request goes back to be tried elsewhere
+
+Silence at every point has a bound, and nothing ends without a reply from Redis or a newer lease.
+"""
+
+import asyncio
+import contextlib
+import statistics
+from collections import deque
+from time import perf_counter
+
+import structlog
+
+from dispatcher.streams import sidecar
+from dispatcher.streams.connection import Connection
+from scheduler import batch
+from scheduler.batch import Limits
+from scheduler.cost import CLASSES, UNKNOWN
+from scheduler.errors import EngineError, FencedError, StreamError, WireError
+from scheduler.keys import Keys
+from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
+from scheduler.steptime import Law, StepTime
+from scheduler.wire import Beat, EndpointState, Outcome
+from workers import body
+from workers.attempt import FENCED, Attempt, Stop
+from workers.engine import Engine
+from workers.health import Health
+from workers.inbox import Arrival, Inbox
+from workers.metrics import Gaps, Meter
+from workers.pulse import Pulse
+from workers.writer import Writer
+
+TEND_S = 0.1
+"How often deadlines and silences are looked at, and the held tried again, while there is anything."
+
+RETRY_S = 0.25
+"How long to wait before reading again while Redis is away."
+
+LENGTHS_KEPT = 256
+"Answers whose length says what is usual."
+
+USUAL_TOKENS = 200.0
+"How long an answer is before any was seen: the mean of public chat traces."
+
+log = structlog.get_logger()
+
+
+class Endpoint:
+    """One engine under one name in one pool. `run` is its task and `drain` its end."""
+
+    def __init__(
+        self,
+        address: EngineAddress,
+        *,
+        connection: Connection,
+        writer: Writer,
+        keys: Keys,
+        settings: WorkerSettings,
+        lease: LeaseSettings,
+        meter: Meter,
+        worker: str,
+    ) -> None:
+        self.name = address.name
+        self.step_time = StepTime(_prior(address.hardware))
+        self._address, self._connection, self._writer = address, connection, writer
+        self._keys, self._settings, self._lease = keys, settings, lease
+        self._meter, self._worker = meter, worker
+        self._engine = Engine(address, connect_s=settings.connect_s)
+        self._inbox = Inbox(connection, keys, self.name, worker)
+        self._pulse = Pulse(connection, keys, lease, news_s=settings.news_s, beat=self._beat)
+        self.health = Health(self._engine, address, settings, clock=connection.now)
+        self._gaps = meter.gaps.setdefault(self.name, Gaps())
+        self._epoch = 0
+        self._attempts: dict[str, Attempt] = {}
+        "Everything not gone, by request id."
+        self._held: dict[str, Attempt] = {}
+        self._running: dict[str, Attempt] = {}
+        self._lengths: deque[int] = deque(maxlen=LENGTHS_KEPT)
+        self._usual_tokens = USUAL_TOKENS
+        self._step_s = 0.0
+        self._tick: Attempt | None = None
+        "Whose gaps are the samples of the step time: one attempt's are enough, each is a whole step."
+        self._changed = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._draining = ""
+        self._group: asyncio.TaskGroup | None = None
+
+    @property
+    def state(self) -> EndpointState:
+        """As its beats say it."""
+        if self._draining:
+            return "draining"
+        return "away" if self.health.away else "ready"
+
+    async def run(self) -> None:
+        """Work until cancelled, or until a newer worker joins in this name."""
+        await self._engine.open()
+        try:
+            while True:
+                await self._join()
+                await self._live()
+                self._drop_all()
+                if not await self._is_forgotten():
+                    log.warning("stood_down", endpoint=self.name, epoch=self._epoch)
+                    return
+                log.warning("redis_forgot_us", endpoint=self.name, epoch=self._epoch)
+        finally:
+            await self._engine.close()
+
+    async def _live(self) -> None:
+        """One epoch: until cancelled, or until the beat is fenced."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                for task in (self._read, self._tend, self._pulse.run, self._watch, self._adopt):
+                    group.create_task(task(), name=f"{self.name} {task.__name__}")
+        except* FencedError as fenced:
+            log.debug("fenced", endpoint=self.name, reason=str(fenced.exceptions[0]))
+
+    async def drain(self, drain_s: float, hurry: asyncio.Event) -> None:
+        """Take nothing new, give the held back, let the running finish for so long, give back the rest."""
+        self._draining = "the worker was told to end"
+        self._pulse.hurry()
+        self._return_held(self._draining)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                await _either(self._empty, hurry)
+        for attempt in list(self._running.values()):
+            attempt.halt(Stop("returned", self._draining))
+        await self._empty.wait()
+
+    def show(self) -> None:
+        """Bring the gauges up to date."""
+        self._meter.held.labels(self.name).set(len(self._held))
+        self._meter.running.labels(self.name).set(len(self._running))
+        self._meter.is_ready.labels(self.name).set(self.state == "ready")
+        self._meter.step_law(self.name, self.step_time)
+
+    # The tasks.
+
+    async def _join(self) -> None:
+        while True:
+            try:
+                await self._inbox.open()
+                call = sidecar.join(self._keys, self.name, self._worker)
+                self._epoch = int(await self._connection.call(call.function, call.keys, call.args))
+            except StreamError as error:
+                log.warning("redis_away", endpoint=self.name, reason=str(error))
+                await asyncio.sleep(RETRY_S)
+            else:
+                log.info("joined", endpoint=self.name, epoch=self._epoch, url=self._address.url)
+                return
+
+    async def _read(self) -> None:
+        while True:
+            await self._has_room.wait()
+            try:
+                await self._inbox.read(self._settings.held_max - len(self._attempts))
+                await self._take()
+            except StreamError as error:
+                log.debug("read_lost", endpoint=self.name, reason=str(error))
+                await asyncio.sleep(RETRY_S)
+                with contextlib.suppress(StreamError):
+                    await self._inbox.open()
+
+    async def _adopt(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease.beat_s)
+            if self._pulse.has_lapsed:
+                continue
+            with contextlib.suppress(StreamError):
+                await self._connection.refresh_clock()
+                await self._inbox.adopt()
+                await self._take()
+
+    async def _tend(self) -> None:
+        """Admit when anything changes; look after deadlines and silences while there is anything."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TEND_S if self._attempts else None):
+                    await self._changed.wait()
+            self._changed.clear()
+            self._end_the_late()
+            self._admit()
+
+    async def _watch(self) -> None:
+        while True:
+            before = self.health.away
+            await self.health.probe()
+            if self.health.away != before:
+                self._engine_turned()
+            await asyncio.sleep(self._settings.probe_s)
+
+    # Arriving.
+
+    async def _take(self) -> None:
+        arrivals = await self._inbox.take(self._epoch, self._cancel, self._knows)
+        for arrival in arrivals:
+            self._arrive(arrival)
+        if arrivals:
+            self._changed.set()
+
+    def _knows(self, request_id: str, attempt: int) -> bool:
+        known = self._attempts.get(request_id)
+        return known is not None and known.job.attempt == attempt
+
+    def _arrive(self, arrival: Arrival) -> None:
+        job = arrival.held.job
+        older = self._attempts.get(job.id)
+        if older is not None:  # it was taken from us and has come back
+            older.halt(FENCED)
+            self._forget(older)
+        trouble = ""
+        try:
+            parsed = body.read(arrival.raw_body, job.path) if arrival.raw_body else {}
+        except WireError as error:
+            parsed, trouble = {}, str(error)
+        attempt = Attempt(
+            arrival.held, parsed, pulled_at=self._connection.now(), written=arrival.written
+        )
+        attempt.expect(self._usual_tokens)
+        self._attempts[job.id] = attempt
+        self._empty.clear()
+        if len(self._attempts) >= self._settings.held_max:
+            self._has_room.clear()
+        if job.attempt > 1:
+            self._meter.retries.labels(self.name).inc()
+        if not arrival.raw_body:
+            trouble = "its body is gone: the claim check has run out"
+        if trouble:
+            self._finish(attempt, "invalid", trouble, is_dead=True)
+        elif self._draining or self.health.away:
+            self._return(attempt, self._draining or f"engine away: {self.health.away}")
+        else:
+            self._held[job.id] = attempt
+
+    def _cancel(self, request_id: str, reason: str) -> None:
+        attempt = self._attempts.get(request_id)
+        if attempt is not None:
+            self._stop(attempt, Stop("cancelled", reason))
+
+    # Admitting.
+
+    def _admit(self) -> None:
+        if not self._held or self.health.away or self._draining or self._pulse.has_lapsed:
+            return
+        tick = perf_counter()
+        held = list(self._held.values())
+        chosen = batch.admit(
+            [attempt.member(tick) for attempt in self._running.values()],
+            [attempt.candidate() for attempt in held],
+            self.step_time.law,
+            self._limits(),
+            self._connection.now(),
+        )
+        for index in chosen:
+            self._start(held[index])
+
+    def _limits(self) -> Limits:
+        settings = self._settings
+        return Limits(
+            seats=self._address.max_num_seqs,
+            kv_tokens=self.health.load.kv_tokens or float("inf"),
+            step_s=settings.step_s or float("inf"),
+            margin=settings.margin,
+            patience_s=settings.patience_s,
+        )
+
+    def _start(self, attempt: Attempt) -> None:
+        del self._held[attempt.job.id]
+        self._running[attempt.job.id] = attempt
+        attempt.stage = "running"
+        attempt.admitted_at = self._connection.now()
+        attempt.admitted_tick = attempt.last_tick = perf_counter()
+        self._writer.send(
+            attempt,
+            sidecar.start(self._keys, attempt.held),
+            lambda reply: self._started(attempt, reply),
+        )
+        self._pulse.started(attempt.name)
+        assert self._group is not None
+        attempt.task = self._group.create_task(self._serve(attempt), name=attempt.name)
+
+    def _started(self, attempt: Attempt, reply: int) -> None:
+        if reply == 0:
+            self._meter.fenced.inc()
+            attempt.halt(FENCED)
+        elif reply == 2:
+            attempt.halt(Stop("cancelled", "cancelled before it started"))
+
+    # Serving.
+
+    async def _serve(self, attempt: Attempt) -> None:
+        """Let the engine answer; whatever comes of it, the attempt is brought to an end here."""
+        error: EngineError | None = None
+        try:
+            post = body.post(
+                attempt.job, attempt.body, attempt.written, by_priority=self._address.by_priority
+            )
+            if not post.is_spent:
+                await self._engine.ask(
+                    post, attempt.answer, lambda more: self._heard(attempt, more=more)
+                )
+                attempt.answer.check(attempt.written)
+        except EngineError as found:
+            error = found
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            if attempt.stop is None or task.uncancel() > 0:
+                raise
+        except Exception as bug:  # noqa: BLE001  the one door: a request that trips a bug must not take the others along
+            log.exception("serving_failed", request_id=attempt.job.id, endpoint=self.name)
+            error = EngineError(f"the worker failed: {type(bug).__name__}: {bug}")
+        self._served(attempt, error)
+
+    def _heard(self, attempt: Attempt, *, more: bool) -> None:
+        """The engine has sent something for this attempt; the hot path, once a token."""
+        tick = perf_counter()
+        self.health.heard(tick)
+        if not more or attempt.stage != "running":
+            return
+        gap_s = tick - attempt.last_tick
+        attempt.last_tick = tick
+        if attempt.first_token_at is None:
+            attempt.first_token_at = self._connection.now()
+            attempt.first_tick = tick
+            self._pulse.first_token(attempt.name, tick - attempt.admitted_tick)
+            self._changed.set()
+            if attempt.job.stream:
+                self._writer.note(attempt, is_urgent=True)
+            return
+        attempt.gap_max_s = max(attempt.gap_max_s, gap_s)
+        self._gaps.add(gap_s)
+        if self._tick is None:
+            self._tick = attempt
+        if self._tick is attempt:
+            self._learn(gap_s)
+        if attempt.job.stream:
+            self._writer.note(attempt, is_urgent=False)
+
+    def _learn(self, gap_s: float) -> None:
+        kv_tokens = prefill_tokens = 0
+        n_decoding = 0
+        for one in self._running.values():
+            if one.first_token_at is None:
+                prefill_tokens += max(one.prompt_tokens - one.job.cached_tokens, 0)
+            else:
+                n_decoding += 1
+                kv_tokens += one.prompt_tokens + one.new_tokens
+        chunk = min(prefill_tokens, Limits().chunk_tokens)
+        self.step_time.learn(
+            gap_s, batch=max(n_decoding, 1), kv_tokens=kv_tokens, prefill_tokens=chunk
+        )
+        self._step_s = 0.8 * self._step_s + 0.2 * gap_s if self._step_s else gap_s
+
+    def _served(self, attempt: Attempt, error: EngineError | None) -> None:
+        stop = attempt.stop
+        if self._running.get(attempt.job.id) is attempt:
+            del self._running[attempt.job.id]
+        self._changed.set()
+        if self._tick is attempt:
+            self._tick = None
+        if not self._running:
+            self._step_s = 0.0
+        if stop is not None and stop.kind == "silent":
+            stop, error = None, EngineError(stop.reason)
+        if stop is not None:
+            self._stopped(attempt, stop)
+        elif error is None:
+            self.health.succeeded()
+            self._lengths.append(attempt.output_tokens)
+            self._usual_tokens = statistics.median(self._lengths)
+            self._finish(attempt, "completed")
+        else:
+            self._failed(attempt, error)
+
+    # Ending.
+
+    def _failed(self, attempt: Attempt, error: EngineError) -> None:
+        if self.health.failed(error):
+            self._engine_turned()
+        if error.retryable and attempt.job.attempt < attempt.job.max_attempts:
+            self._return(attempt, str(error))
+        else:
+            self._finish(attempt, "failed", str(error), status=error.status, is_dead=True)
+
+    def _stop(self, attempt: Attempt, stop: Stop) -> None:
+        """End it from outside, wherever it stands."""
+        if attempt.stage == "running":
+            attempt.halt(stop)
+        elif attempt.stage == "held":
+            self._held.pop(attempt.job.id, None)
+            self._stopped(attempt, stop)
+
+    def _stopped(self, attempt: Attempt, stop: Stop) -> None:
+        if stop.kind == "fenced":
+            self._forget(attempt)
+        elif stop.kind == "returned":
+            self._return(attempt, stop.reason)
+        elif stop.kind == "cancelled":
+            self._finish(attempt, "cancelled", stop.reason or "cancelled")
+        else:
+            assert stop.kind == "expired"
+            self._finish(attempt, "expired", stop.reason)
+
+    def _end_the_late(self) -> None:
+        """Past their deadline, or given up by an engine that has gone silent."""
+        now, tick = self._connection.now(), perf_counter()
+        for attempt in list(self._attempts.values()):
+            if attempt.stage not in ("held", "running"):
+                continue
+            deadline_at = attempt.job.deadline_at
+            if deadline_at is not None and now > deadline_at:
+                self._stop(attempt, Stop("expired", "its deadline has passed"))
+            elif attempt.stage == "running":
+                self._end_if_silent(attempt, tick)
+
+    def _end_if_silent(self, attempt: Attempt, tick: float) -> None:
+        has_begun = attempt.first_token_at is not None
+        limit_s = self._settings.gap_s if has_begun else self._settings.first_token_s
+        if tick - attempt.last_tick > limit_s:
+            what = "between two tokens" if has_begun else "before the first token"
+            attempt.halt(Stop("silent", f"the engine was silent for {limit_s:g} s {what}"))
+
+    def _engine_turned(self) -> None:
+        if self.health.away:
+            self._return_held(f"engine away: {self.health.away}")
+        self._pulse.hurry()
+        self._changed.set()
+
+    def _return_held(self, reason: str) -> None:
+        for attempt in list(self._held.values()):
+            self._stop(attempt, Stop("returned", reason))
+
+    def _finish(
+        self,
+        attempt: Attempt,
+        outcome: Outcome,
+        reason: str = "",
+        *,
+        status: int = 0,
+        is_dead: bool = False,
+    ) -> None:
+        """The one terminal record, on its way to Redis."""
+        attempt.stage = "ending"
+        now = self._connection.now()
+        result = attempt.result(outcome, reason, status, now)
+        reward = attempt.reward(
+            outcome, reason, now, retryable=False, hardware=self._address.hardware
+        )
+
+        def replied(reply: int) -> None:
+            self._forget(attempt)
+            if reply == 0:
+                self._meter.fenced.inc()
+                return
+            self._meter.ended(result)
+            log.info(
+                "outcome",
+                request_id=result.id,
+                endpoint=self.name,
+                attempt=result.attempt,
+                outcome=outcome,
+                reason=reason,
+                ttft_s=result.ttft_s,
+                tpot_s=result.tpot_s,
+                prompt_tokens=result.prompt_tokens,
+                output_tokens=result.output_tokens,
+            )
+
+        self._writer.end(
+            attempt,
+            lambda pieces: sidecar.finish(
+                self._keys,
+                attempt.held,
+                result,
+                reward,
+                pieces=pieces,
+                ttl_s=self._settings.keep_s,
+                is_dead=is_dead,
+            ),
+            replied,
+        )
+
+    def _return(self, attempt: Attempt, reason: str) -> None:
+        """To be tried elsewhere; what it has written stays, the next attempt goes on from there."""
+        attempt.stage = "ending"
+        reward = attempt.reward(
+            "returned",
+            reason,
+            self._connection.now(),
+            retryable=True,
+            hardware=self._address.hardware,
+        )
+
+        def replied(reply: int) -> None:
+            self._forget(attempt)
+            if reply == 0:
+                self._meter.fenced.inc()
+                return
+            self._meter.returned.labels(self.name).inc()
+            log.info(
+                "returned",
+                request_id=attempt.job.id,
+                endpoint=self.name,
+                attempt=attempt.job.attempt,
+                reason=reason,
+            )
+
+        self._writer.end(
+            attempt, lambda _: sidecar.hand_back(self._keys, attempt.held, reward), replied
+        )
+
+    def _forget(self, attempt: Attempt) -> None:
+        attempt.stage = "gone"
+        self._held.pop(attempt.job.id, None)
+        self._writer.drop(attempt)
+        if self._attempts.get(attempt.job.id) is attempt:
+            del self._attempts[attempt.job.id]
+        if len(self._attempts) < self._settings.held_max:
+            self._has_room.set()
+        if not self._attempts:
+            self._empty.set()
+
+    def _drop_all(self) -> None:
+        for attempt in list(self._attempts.values()):
+            self._meter.fenced.inc()
+            self._forget(attempt)
+        self._running.clear()
+
+    async def _is_forgotten(self) -> bool:
+        """Whether Redis has lost our name (emptied, or failed over), rather than given it to another."""
+        try:
+            found = await self._connection.command("HGET", self._keys.endpoint(self.name), "epoch")
+        except StreamError:
+            return False
+        return found is None
+
+    # Telling.
+
+    def _beat(self, started: tuple[str, ...], first_tokens: tuple[str, ...]) -> Beat:
+        health, load, address = self.health, self.health.load, self._address
+        return Beat(
+            endpoint=self.name,
+            epoch=self._epoch,
+            worker=self._worker,
+            state=self.state,
+            reason=self._draining or health.away,
+            roles=address.roles,
+            models=health.models,
+            hardware=address.hardware,
+            max_num_seqs=address.max_num_seqs,
+            kv_tokens=load.kv_tokens,
+            block_tokens=load.block_tokens,
+            max_model_len=health.max_model_len,
+            running=load.running,
+            queued=load.queued,
+            held=len(self._held),
+            kv_usage=load.kv_usage,
+            step_s=self._step_s,
+            scraped_at=health.load_at,
+            started=started,
+            first_tokens=first_tokens,
+        )
+
+
+async def _either(one: asyncio.Event, other: asyncio.Event) -> None:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(event.wait()) for event in (one, other)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+
+def _prior(hardware: str) -> Law:
+    """The data sheet's law of this class of hardware, until the engine has shown its own."""
+    known = CLASSES.get(hardware, UNKNOWN)
+    return Law(known.step_s, known.sequence_s, known.kv_s, known.token_s)

@@ -1,0 +1,204 @@
+"""The client of one vLLM over HTTP: post and stream, probe, and read its load."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+
+from scheduler.errors import EngineError, SettingsError
+from scheduler.settings import EngineAddress
+from workers.answer import Answer, fault_in, refusal
+from workers.body import Post
+from workers.scrape import Load, parse
+
+ERROR_BYTES = 64 * 1024
+"How much of an error's body is read."
+
+READ_BYTES = 256 * 1024
+"What is buffered of a stream before the engine is slowed down."
+
+SCRAPE_BYTES = 8 * 2**20
+"The longest /metrics that is read; vLLM's is some 50 KB."
+
+
+class Card(msgspec.Struct):
+    """A model as /v1/models shows it."""
+
+    id: str
+    max_model_len: int | None = None
+
+
+class Cards(msgspec.Struct):
+    data: list[Card] = []
+
+
+class Engine:
+    """One engine at one URL. Every failure of its leaves as an `EngineError`."""
+
+    def __init__(self, address: EngineAddress, *, connect_s: float) -> None:
+        self._root = checked(address.url, address.name)
+        self._headers = _authorization(address)
+        self._probe_timeout = aiohttp.ClientTimeout(total=connect_s)
+        # Silence of a stream is watched from outside: a timer a token would cost more than the token.
+        self._stream_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
+        self._session: aiohttp.ClientSession | None = None
+        self._pauses = True
+
+    async def open(self) -> None:
+        """Make the connections' pool; inside the loop that will use it."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+            headers=self._headers,
+            auto_decompress=False,
+            read_bufsize=READ_BYTES,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def ask(self, post: Post, answer: Answer, heard: Callable[[bool], None]) -> None:
+        """Stream the engine's answer into `answer`; `heard` after every arrival, True where it brought tokens.
+
+        Cancelling this closes the connection, which makes the engine give up the request.
+
+        Raises:
+            EngineError: refused, broken off, or not what it should be.
+        """
+        try:
+            async with self._http.post(
+                self._root + post.path,
+                data=post.data,
+                headers=post.headers,
+                timeout=self._stream_timeout,
+            ) as response:
+                if response.status != 200:
+                    raise refusal(
+                        response.status, fault_in(await response.content.read(ERROR_BYTES))
+                    )
+                async for data in response.content.iter_any():
+                    heard(answer.feed(data))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _weather(error) from error
+
+    async def probe(self) -> str:
+        """Why the engine cannot serve now; empty where nothing speaks against it.
+
+        /health alone lies: it answers 200 while the engine is paused or drains.
+        """
+        try:
+            status, _ = await self._get("/health")
+            if status != 200:
+                return f"/health says {status}"
+            if self._pauses:
+                status, body = await self._get("/is_paused")
+                self._pauses = status == 200  # a development endpoint; most engines lack it
+                if self._pauses and b"true" in body:
+                    return "paused"
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    async def models(self) -> list[Card]:
+        """What it serves.
+
+        Raises:
+            EngineError: no answer, or none that can be read.
+        """
+        status, body = await self._get("/v1/models")
+        if status != 200:
+            raise EngineError(f"/v1/models says {status}", status=status)
+        try:
+            return msgspec.json.decode(body, type=Cards).data
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise EngineError(f"/v1/models cannot be read: {error}") from None
+
+    async def load(self) -> Load:
+        """What /metrics says, as far as it says it.
+
+        Raises:
+            EngineError: no answer.
+        """
+        status, body = await self._get("/metrics")
+        return parse(body) if status == 200 else Load()
+
+    async def try_one(self, model: str) -> str:
+        """Let it make one token: the only proof that it can. Why it could not; empty on success."""
+        fields = {"model": model, "prompt": "1", "max_tokens": 1, "stream": True}
+        fields["stream_options"] = {"include_usage": True}
+        post = Post(
+            "/v1/completions", msgspec.json.encode(fields), {"Content-Type": "application/json"}, 1
+        )
+        answer = Answer()
+        try:
+            async with asyncio.timeout(self._probe_timeout.total):
+                await self.ask(post, answer, lambda _: None)
+            answer.check()
+        except TimeoutError:
+            return f"no token within {self._probe_timeout.total:g} s"
+        except EngineError as error:
+            # An engine without a completions face has refused sanely; that must do.
+            return "" if error.status in (400, 404, 405) else str(error)
+        return ""
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        try:
+            async with self._http.get(self._root + path, timeout=self._probe_timeout) as response:
+                return response.status, await _read(response, SCRAPE_BYTES)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _weather(error) from error
+
+    @property
+    def _http(self) -> Any:
+        assert self._session is not None, "the engine's client is not open"
+        return self._session
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    parts, size = [], 0
+    async for data in response.content.iter_any():
+        parts.append(data)
+        size += len(data)
+        if size > limit:
+            raise EngineError(f"{response.url.path} is longer than {limit} bytes")
+    return b"".join(parts)
+
+
+def _weather(error: BaseException) -> EngineError:
+    if isinstance(error, TimeoutError):
+        return EngineError("no answer in time")
+    return EngineError(f"connection: {error or type(error).__name__}")
+
+
+def checked(url: str, name: str) -> str:
+    """An engine's URL without a slash at its end.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    wanted = "wanted http://host:port"
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise SettingsError(f"url of engine {name!r} is {url!r} ({error}), {wanted}") from None
+    if not is_good:
+        raise SettingsError(f"url of engine {name!r} is {url!r}, {wanted}")
+    return url.rstrip("/")
+
+
+def _authorization(address: EngineAddress) -> dict[str, str]:
+    if not address.api_key_file:
+        return {}
+    try:
+        key = Path(address.api_key_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"api_key_file of engine {address.name!r} is {address.api_key_file!r}: {error}"
+        ) from None
+    return {"Authorization": f"Bearer {key}"}

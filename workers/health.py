@@ -1,0 +1,114 @@
+"""Whether an engine can be trusted with work: what it says of itself, and what it does.
+
+ready ──probe fails, paused, asleep──> away ──probe succeeds──> ready
+ready ──several failures in a row────> away ──it makes one token──> ready
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+
+import structlog
+
+from scheduler.errors import EngineError
+from scheduler.settings import EngineAddress, WorkerSettings
+from workers.engine import Engine
+from workers.scrape import Load
+
+BUSY = frozenset({404, 429})
+"Refusals that say nothing against the engine: it does not have the model, or has enough to do."
+
+log = structlog.get_logger()
+
+
+class Health:
+    """One engine's state as its worker sees it, and what it can take."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        address: EngineAddress,
+        settings: WorkerSettings,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
+        self._engine, self._address, self._settings = engine, address, settings
+        self.away = "not asked yet"
+        "Why it takes no work; empty: it does."
+        self.load = Load()
+        self.load_at: float | None = None
+        "When that was read."
+        self.models: tuple[str, ...] = address.models
+        self.max_model_len = address.max_model_len
+        self._failures = 0
+        self._heard_tick = float("-inf")
+
+    def succeeded(self) -> None:
+        """An answer came through."""
+        self._failures = 0
+
+    def failed(self, error: EngineError) -> bool:
+        """A request failed; True if that makes the engine away."""
+        if not error.retryable or error.status in BUSY:
+            return False
+        self._failures += 1
+        if self._failures < self._settings.failures_max or self.away:
+            return False
+        self._turn(f"{self._failures} requests failed in a row, the last: {error}")
+        return True
+
+    def heard(self, tick: float) -> None:
+        """It has sent something."""
+        self._heard_tick = tick
+
+    async def probe(self) -> None:
+        """Ask anew; `away` says the result."""
+        trouble = await self._trouble()
+        is_alive = perf_counter() - self._heard_tick < 2 * self._settings.probe_s
+        if (
+            trouble
+            and is_alive
+            and not self.away
+            and "paused" not in trouble
+            and "asleep" not in trouble
+        ):
+            return  # tokens flow: a slow or overrun web server is no dead engine
+        if not trouble and self.away:
+            trouble = await self._proof()
+        self._turn(trouble)
+
+    async def _trouble(self) -> str:
+        trouble = await self._engine.probe()
+        if trouble:
+            return trouble
+        try:
+            self.load = await self._engine.load()
+            self.load_at = self._clock()
+        except EngineError as error:
+            return f"/metrics: {error}"
+        return "asleep" if self.load.is_asleep else ""
+
+    async def _proof(self) -> str:
+        """Before it comes back: what it serves, and after failures that it really makes tokens."""
+        try:
+            cards = await self._engine.models()
+        except EngineError as error:
+            return str(error)
+        if not self._address.models:
+            self.models = tuple(card.id for card in cards)
+        lengths = [card.max_model_len for card in cards if card.max_model_len]
+        self.max_model_len = self._address.max_model_len or min(lengths, default=0)
+        if self._failures >= self._settings.failures_max:
+            trouble = await self._engine.try_one(cards[0].id if cards else "")
+            if trouble:
+                return f"it makes no token: {trouble}"
+        self._failures = 0
+        return ""
+
+    def _turn(self, away: str) -> None:
+        if away != self.away:
+            if away:
+                log.warning("engine_away", endpoint=self._address.name, reason=away)
+            else:
+                log.info("engine_ready", endpoint=self._address.name, models=self.models)
+        self.away = away

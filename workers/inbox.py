@@ -1,0 +1,194 @@
+"""What arrives on an endpoint's stream: jobs, made ready to be served, and words to cancel one."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+
+import msgspec
+import structlog
+
+from dispatcher.streams.connection import Connection, Entry
+from dispatcher.streams.sidecar import Held
+from scheduler import codec
+from scheduler.errors import WireError
+from scheduler.keys import WORKER_GROUP, Keys
+from scheduler.wire import Control, Job, Tokens
+from workers.body import NOTHING, Written
+
+READ_MAX = 64
+"Entries in one read."
+
+BLOCK_S = 2.0
+"How long a read waits on the server; only a bound, entries end it at once."
+
+LOG_PAGE = 1000
+"Entries of a token log in one read."
+
+log = structlog.get_logger()
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """A job of ours, with its body and what earlier attempts wrote."""
+
+    held: Held
+    raw_body: bytes
+    "Empty where its claim check has run out."
+    written: Written
+
+
+class Inbox:
+    """One endpoint's stream, read as one consumer of the group `worker`."""
+
+    def __init__(self, connection: Connection, keys: Keys, endpoint: str, consumer: str) -> None:
+        self._connection, self._keys = connection, keys
+        self._endpoint, self._consumer = endpoint, consumer
+        self._stream = keys.jobs(endpoint)
+        self._entries: list[Entry] = []
+        "Read and not yet passed on: they stay here while Redis is away."
+
+    async def open(self) -> None:
+        """Make the stream and its group, unless they exist."""
+        await self._connection.ensure_group(self._stream, WORKER_GROUP)
+
+    async def read(self, room: int) -> None:
+        """Wait for entries, at most `room` of them."""
+        if not self._entries:
+            read = await self._connection.read_group(
+                WORKER_GROUP,
+                self._consumer,
+                [self._stream],
+                count=min(room, READ_MAX),
+                block_s=BLOCK_S,
+            )
+            self._entries = read.get(self._stream, [])
+
+    async def adopt(self) -> None:
+        """Take over what was delivered to another worker of this endpoint.
+
+        A frozen predecessor still stands in line at the server and is handed the next entry, whoever it is for.
+        """
+        summary = await self._connection.command("XPENDING", self._stream, WORKER_GROUP)
+        others = [
+            name
+            for consumer in summary["consumers"] or ()
+            if (name := str(consumer["name"], "utf-8")) != self._consumer
+        ]
+        if not others:
+            return
+        start = "0-0"
+        while True:
+            start, entries = await self._connection.claim(
+                self._stream, WORKER_GROUP, self._consumer, start=start, count=READ_MAX
+            )
+            self._entries.extend(entries)
+            if start == "0-0":
+                return
+
+    async def take(
+        self, epoch: int, cancel: Callable[[str, str], None], is_known: Callable[[str, int], bool]
+    ) -> list[Arrival]:
+        """The jobs among what was read; words to cancel are passed to `cancel` as id and reason.
+
+        Jobs of an older epoch were given back long ago and are only acknowledged. What a *newer* worker should
+        have got stays pending, where that worker finds it.
+        """
+        done: list[str] = []
+        held: list[Held] = []
+        for entry, fields in self._entries:
+            if b"action" in fields:
+                with contextlib.suppress(WireError):
+                    control = codec.decode(Control, fields)
+                    cancel(control.id, control.reason)
+                done.append(entry)
+                continue
+            try:
+                job = codec.decode(Job, fields)
+            except WireError as error:
+                # Our own dispatcher wrote it, so one of us is of another version; a person must see this.
+                log.error("job_unreadable", endpoint=self._endpoint, entry=entry, reason=str(error))
+                done.append(entry)
+                continue
+            if job.epoch < epoch:
+                done.append(entry)
+            elif job.epoch == epoch and not is_known(job.id, job.attempt):
+                held.append(Held(self._endpoint, job, entry))
+        arrivals = await self._fetched(held)
+        await self._acknowledge(done)
+        self._entries = []
+        return arrivals
+
+    async def _fetched(self, held: Iterable[Held]) -> list[Arrival]:
+        jobs = list(held)
+        claims = [one for one in jobs if not one.job.body]
+        bodies = await self._connection.commands(
+            [("GET", self._keys.body(one.job.id)) for one in claims]
+        )
+        found = dict(zip((one.job.id for one in claims), bodies, strict=True))
+        arrivals = []
+        for one in jobs:
+            job = one.job
+            is_resumed = job.stream and job.attempt > 1
+            written = await self._written(job) if is_resumed else NOTHING
+            arrivals.append(Arrival(one, job.body or found[job.id] or b"", written))
+        return arrivals
+
+    async def _written(self, job: Job) -> Written:
+        """What earlier attempts left in the token log; all of them are fenced, so it stands still."""
+        pieces = await self._connection.command("HGET", self._keys.request(job.id), "tokens")
+        if not pieces:
+            return NOTHING
+        parts: list[Tokens] = []
+        first_at: float | None = None
+        start = "-"
+        while True:
+            page = await self._connection.entries(
+                self._keys.tokens(job.id), start, "+", count=LOG_PAGE
+            )
+            parts.extend(codec.decode(Tokens, fields) for _, fields in page)
+            if page and first_at is None:
+                first_at = int(page[0][0].partition("-")[0]) / 1e3
+            if len(page) < LOG_PAGE:
+                break
+            start = "(" + page[-1][0]
+        return _joined(parts, int(pieces), first_at)
+
+    async def _acknowledge(self, entries: list[str]) -> None:
+        if entries:
+            await self._connection.commands(
+                [
+                    ("XACK", self._stream, WORKER_GROUP, *entries),
+                    ("XDEL", self._stream, *entries),
+                ]
+            )
+
+
+def _joined(parts: list[Tokens], pieces: int, first_at: float | None) -> Written:
+    ids: list[int] = []
+    is_known = True
+    for part in parts:
+        found = _ids(part.chunks) if part.chunks else []
+        is_known = is_known and bool(found)
+        ids.extend(found)
+    return Written(
+        text="".join(part.text for part in parts),
+        pieces=pieces,
+        output_tokens=max((part.output_tokens for part in parts), default=0),
+        first_token_at=first_at,
+        ids=tuple(ids) if is_known else (),
+        is_plain=not any(part.chunks for part in parts),
+    )
+
+
+class _Ids(msgspec.Struct):
+    token_ids: list[int] = []
+
+
+class _IdChunk(msgspec.Struct):
+    choices: list[_Ids] = []
+
+
+def _ids(chunks: str) -> list[int]:
+    try:
+        parsed = msgspec.json.decode(chunks, type=list[_IdChunk])
+    except msgspec.DecodeError:
+        return []
+    return [number for chunk in parsed for choice in chunk.choices for number in choice.token_ids]
