@@ -4,10 +4,6 @@ A step takes one token from every decoding sequence, then fills what is left of 
 budget with chunks of prompts: first of those that run, then of those that wait. Its time
 comes from a `Profile`.
 
-What makes it fast: decoding sequences are not touched in a step. They all advance
-together, so one counter stands for them; when each will end stands in a heap, and when
-each needs its next KV block depends only on the counter modulo the block size.
-
 Two deviations from vLLM, both invisible unless prompts under
 `long_prefill_token_threshold` exhaust a budget: decodes take their token before running
 prefills whatever their place in the list, and what a preempted sequence had already been
@@ -15,11 +11,11 @@ given in the same step is not handed to another until the next.
 """
 
 from collections.abc import Callable
-from heapq import heappop, heappush
 
 import numpy as np
 
 from scheduler.sim.arguments import EngineSettings
+from scheduler.sim.decodes import Decodes
 from scheduler.sim.kv import ANONYMOUS, BlockPool
 from scheduler.sim.noise import Noise
 from scheduler.sim.profile import Profile
@@ -63,15 +59,9 @@ class Engine:
         self._all: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._prefill: dict[str, Sequence] = {}
-        self._decode: dict[str, Sequence] = {}
-        # The number of decode steps so far, and by it: who ends, who needs a block.
-        self._clock = 0
-        self._ends: list[tuple[int, int, Sequence]] = []
-        self._needs = [0] * settings.block_size
+        self._decodes = Decodes(settings.block_size)
         # 1 between giving the decodes the blocks of a step and advancing the clock over it.
         self._fed_ahead = 0
-        # Sum over decodes of (computed - clock) at joining: their context is one addition.
-        self._context_base = 0
         self._quiet_steps_s: dict[int, float] = {}
         self._is_admitting = True
         self._is_frozen = False
@@ -102,6 +92,23 @@ class Engine:
 
     def __contains__(self, sequence_id: str) -> bool:
         return sequence_id in self._all
+
+    def produced(self, sequence: Sequence) -> int:
+        """Output tokens of a sequence so far; its own count stands still while it decodes."""
+        return sequence.output_tokens + self._decodes.gained(sequence)
+
+    def quiet_s(self) -> float | None:
+        """Mean seconds until a decode ends if nothing is added; None when a step may do more.
+
+        While it lasts a caller may let the engine be, and `step` with `until` when it has news.
+        """
+        if self._is_frozen or self._can_admit() or self._prefill or not self._decodes:
+            return None
+        n_steps = self._decodes.next_end
+        n_decodes = len(self._decodes)
+        first_s = self.profile.step_s(n_decodes, n_decodes, decode_context=self._decodes.context)
+        grown_s = self.profile.decode_context_s * n_decodes * (n_steps - 1) / 2
+        return n_steps * (first_s + grown_s) * self.slowdown
 
     # What can be told.
 
@@ -159,14 +166,17 @@ class Engine:
         """
         if self._is_frozen:
             return None
-        can_admit = self._is_admitting and not self._is_blocked and self._line.count > 0
+        can_admit = self._can_admit()
         if not (can_admit or self._running):
             return None
-        if until is not None and self._decode and not (can_admit or self._prefill):
+        if until is not None and self._decodes and not (can_admit or self._prefill):
             step = self._leap(now, until)
             if step is not None:
                 return step
         return self._turn(now)
+
+    def _can_admit(self) -> bool:
+        return self._is_admitting and not self._is_blocked and self._line.count > 0
 
     # One step.
 
@@ -183,7 +193,7 @@ class Engine:
         )
         self._feed_decodes(step)
         chunks = self._feed_prefills(step)
-        if not (self._decode or chunks):
+        if not (self._decodes or chunks):
             return self._turn_again(step)
         ended_at = now + self._duration_s(chunks, step)
         step.ends.append(ended_at)
@@ -204,15 +214,14 @@ class Engine:
 
     def _feed_decodes(self, step: Step) -> None:
         """Give every decode that crosses a block's edge its next block, preempting for it."""
-        phase = self._clock % self.settings.block_size
-        while self._needs[phase] > self.kv.free:
+        while (n_blocks := self._decodes.blocks(1)) > self.kv.free:
             self._preempt(self._victim(), step)
-        self.kv.take(self._needs[phase])
+        self.kv.take(n_blocks)
         self._fed_ahead = 1
 
     def _feed_prefills(self, step: Step) -> list[tuple[Sequence, int]]:
         """Who computes how many prompt tokens: the running first, then from the line."""
-        budget = self.settings.max_num_batched_tokens - len(self._decode)
+        budget = self.settings.max_num_batched_tokens - len(self._decodes)
         chunks: list[tuple[Sequence, int]] = []
         for sequence in list(self._prefill.values()):
             if budget == 0:
@@ -296,34 +305,26 @@ class Engine:
             sequence.sealed = n_full
 
     def _duration_s(self, chunks: list[tuple[Sequence, int]], step: Step) -> float:
-        n_decodes = len(self._decode)
+        n_decodes = len(self._decodes)
         new_tokens = n_decodes + sum(chunk for _, chunk in chunks)
         attention = sum(
             chunk * sequence.computed + chunk * chunk // 2 + 1 for sequence, chunk in chunks
         )
         step.new_tokens = new_tokens
         step_s = self.profile.step_s(
-            n_decodes + len(chunks), new_tokens, attention, self._decode_context()
+            n_decodes + len(chunks), new_tokens, attention, self._decodes.context
         )
         return self._noise.disturb(step_s) * self.slowdown
 
-    def _decode_context(self) -> int:
-        """KV tokens that the decodes read in the next step, their new ones included."""
-        return self._context_base + len(self._decode) * (self._clock + 1)
-
     def _advance_decodes(self, n_steps: int, ended_at: float, step: Step) -> None:
         self._fed_ahead = 0
-        if not self._decode:
+        if not self._decodes:
             return
-        step.decoded = list(self._decode.values())
+        step.decoded = list(self._decodes.members.values())
         self.counters.generation_tokens += n_steps * len(step.decoded)
-        self._clock += n_steps
-        ends = self._ends
-        while ends and ends[0][0] <= self._clock:
-            finish_step, _, sequence = heappop(ends)
-            if sequence.status is Status.DECODE and sequence.finish_step == finish_step:
-                self._leave(sequence)
-                self._finish(sequence, ended_at, step)
+        for sequence in self._decodes.advance(n_steps):
+            self._leave(sequence)
+            self._finish(sequence, ended_at, step)
 
     def _advance_prefills(
         self, chunks: list[tuple[Sequence, int]], ended_at: float, step: Step
@@ -341,7 +342,8 @@ class Engine:
                 self._leave(sequence)
                 self._finish(sequence, ended_at, step)
             else:
-                self._join_decodes(sequence)
+                del self._prefill[sequence.id]
+                self._decodes.join(sequence)
         # Prefills seal blocks that the head of the line may share: ask it again.
         if chunks:
             self._is_blocked = False
@@ -350,11 +352,9 @@ class Engine:
 
     def _leap(self, now: float, until: float) -> Step | None:
         """Decode until somebody ends or a step reaches `until`; None if blocks may run short."""
-        self._drop_stale_ends()
-        n_decodes = len(self._decode)
-        n_most = self._ends[0][0] - self._clock
-        ends = self._quiet_ends(now, until, n_most)
-        n_blocks = self._blocks_of_leap(len(ends))
+        n_decodes = len(self._decodes)
+        ends = self._quiet_ends(now, until, self._decodes.next_end)
+        n_blocks = self._decodes.blocks(len(ends))
         if n_blocks > self.kv.free:
             return None
         self.kv.take(n_blocks)
@@ -374,13 +374,13 @@ class Engine:
 
     def _quiet_ends(self, now: float, until: float, n_most: int) -> list[float]:
         """When each of the coming decode steps ends, if nothing else happens."""
-        n_decodes = len(self._decode)
+        n_decodes = len(self._decodes)
         floor_s = self._quiet_steps_s.get(n_decodes)
         if floor_s is None:
             floor_s = self.profile.step_s(n_decodes, n_decodes)
             self._quiet_steps_s[n_decodes] = floor_s
         slope_s = self.profile.decode_context_s
-        step_s = floor_s + slope_s * self._decode_context()
+        step_s = floor_s + slope_s * self._decodes.context
         grow_s = slope_s * n_decodes
         disturb, slowdown = self._disturbance(), self.slowdown
         ends = []
@@ -395,39 +395,14 @@ class Engine:
     def _disturbance(self) -> Callable[[float], float] | None:
         return None if self._noise.is_silent else self._noise.disturb
 
-    def _blocks_of_leap(self, n_steps: int) -> int:
-        size = self.settings.block_size
-        whole, rest = divmod(n_steps, size)
-        first = self._clock % size
-        wrapped = self._needs[first : first + rest] + self._needs[: max(0, first + rest - size)]
-        return whole * len(self._decode) + sum(wrapped)
-
-    def _drop_stale_ends(self) -> None:
-        """Preempted and aborted sequences leave their end in the heap."""
-        ends = self._ends
-        while ends[0][2].status is not Status.DECODE or ends[0][2].finish_step != ends[0][0]:
-            heappop(ends)
-
     # Joining and leaving.
-
-    def _join_decodes(self, sequence: Sequence) -> None:
-        clock = self._clock
-        del self._prefill[sequence.id]
-        self._decode[sequence.id] = sequence
-        sequence.status = Status.DECODE
-        sequence.joined_step = clock
-        sequence.finish_step = clock + sequence.stop_after - sequence.output_tokens
-        self._context_base += sequence.computed - clock
-        self._needs[(clock - sequence.computed) % self.settings.block_size] += 1
-        heappush(self._ends, (sequence.finish_step, sequence.ticket, sequence))
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of the running ones: settle what it computed and free its blocks."""
         del self._running[sequence.id]
         n_owned = len(sequence.held)
         if sequence.status is Status.DECODE:
-            self._settle(sequence)
-            del self._decode[sequence.id]
+            self._decodes.leave(sequence)
             n_owned = max(n_owned, self._blocks(sequence.computed + self._fed_ahead))
         else:
             del self._prefill[sequence.id]
@@ -437,15 +412,6 @@ class Engine:
         sequence.held = []
         sequence.sealed = 0
         self._is_blocked = False
-
-    def _settle(self, sequence: Sequence) -> None:
-        """Bring the counts up to the clock and take it out of the sums."""
-        joined = sequence.joined_step
-        self._context_base -= sequence.computed - joined
-        self._needs[(joined - sequence.computed) % self.settings.block_size] -= 1
-        gained = self._clock - joined
-        sequence.computed += gained
-        sequence.output_tokens += gained
 
     def _finish(self, sequence: Sequence, ended_at: float, step: Step) -> None:
         sequence.finished_at = ended_at
