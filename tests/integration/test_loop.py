@@ -4,16 +4,18 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-import msgspec
+import aiohttp
 import pytest
 from byhand import PlayedWorker
 
 from dispatcher.node import Node
-from dispatcher.streams import producer
+from dispatcher.streams import producer, sidecar
 from dispatcher.streams.connection import Connection, Where
+from dispatcher.upkeep import Upkeep
+from scheduler.errors import SettingsError
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.settings import LeaseSettings, LoopSettings, Settings
-from scheduler.wire import Request
+from scheduler.wire import Request, Result
 
 LIMIT_S = 10
 "Nothing here takes longer on any machine; a test that does has hung."
@@ -108,3 +110,274 @@ class TestDispatch:
 
             assert len(await results(redis, keys, 100)) == 100
             assert await pending(redis, keys) == 0
+
+    async def test_every_turn_is_logged(self, redis_url, settings, redis, keys):
+        """The decisions of a request's life can be read in order."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings), worker.beating():
+            await enqueue(redis, keys, "told")
+            [held] = await worker.jobs()
+            await worker.finish([held])
+
+            kinds = [f[b"kind"] for _, f in await redis.entries(keys.decisions)]
+            assert kinds == [b"read", b"assigned"]
+
+    async def test_an_unreadable_entry_gets_its_one_record(self, redis_url, settings, redis, keys):
+        """A bad value goes to `dead` with its fields, and its client is told; nothing stays pending."""
+        fields = ["id", "odd", "model", "llama", "body", "{}", "ttft_ms", "soon", "note", "mine"]
+        async with dispatching(redis_url, settings):
+            await redis.command("XADD", keys.requests, "*", *fields)
+
+            assert await results(redis, keys, 1) == {"odd": "invalid"}
+            [(_, dead)] = await redis.entries(keys.dead)
+            assert dead[b"note"] == b"mine"
+            assert b"'ttft_ms' is 'soon'" in dead[b"dead_reason"]
+            assert await pending(redis, keys) == 0
+
+    async def test_an_unreadable_entry_under_a_living_id(self, redis_url, settings, redis, keys):
+        """It is recorded under its entry's own id, and the living request goes on."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings), worker.beating():
+            await enqueue(redis, keys, "r1")
+            [held] = await worker.jobs()
+            odd = await redis.command(
+                "XADD", keys.requests, "*", "id", "r1", "model", "llama", "stream", "perhaps"
+            )
+            assert await results(redis, keys, 1) == {odd.decode(): "invalid"}
+            await worker.finish([held])
+
+            assert await results(redis, keys, 2) == {odd.decode(): "invalid", "r1": "completed"}
+
+    async def test_an_unreadable_beat_hurts_nobody(self, redis_url, settings, redis, keys):
+        """It goes to `dead`, and the dispatcher turns on."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings), worker.beating():
+            await redis.command("XADD", keys.beats, "*", "endpoint", "e9", "epoch", "now")
+            await enqueue(redis, keys, "r1")
+            await worker.finish(await worker.jobs())
+
+            assert await results(redis, keys, 1) == {"r1": "completed"}
+            [(_, dead)] = await redis.entries(keys.dead)
+            assert dead[b"dead_stream"] == keys.beats.encode()
+
+    async def test_duplicates_are_served_once(self, redis_url, settings, redis, keys):
+        """I2: plain XADDs that repeat an id, in one read or after its end, change nothing."""
+        worker = PlayedWorker(redis, keys)
+        again = ("XADD", keys.requests, "*", "id", "twice", "model", "llama", "body", "{}")
+        await redis.ensure_group(keys.requests, DISPATCHER_GROUP)
+        await redis.commands([again, again])
+        async with dispatching(redis_url, settings), worker.beating():
+            await redis.command(*again)
+            await worker.finish(await worker.jobs())
+            await redis.command(*again)
+            await enqueue(redis, keys, "other")
+            [held] = await worker.jobs()
+            assert held.job.id == "other"
+            await worker.finish([held])
+
+            assert await results(redis, keys, 2) == {"twice": "completed", "other": "completed"}
+            await until(lambda: nothing_pending(redis, keys))
+
+    async def test_the_dead_come_back(self, redis_url, settings, redis, keys):
+        """A request that failed for good and is enqueued again under its id is served again."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings), worker.beating():
+            await enqueue(redis, keys, "phoenix", max_attempts=1)
+            [held] = await worker.jobs()
+            result = Result(id="phoenix", outcome="failed", reason="engine said no")
+            reward = worker.reward(held, "failed", redis.now())
+            call = sidecar.finish(keys, held, result, reward, pieces=0, ttl_s=60, is_dead=True)
+            await redis.call(call.function, call.keys, call.args)
+            [(dead_entry, fields)] = await redis.entries(keys.dead)
+            own = {k.decode(): v for k, v in fields.items() if not k.startswith(b"dead_")}
+
+            call = producer.requeue(keys, dead_entry, "phoenix", own)
+            await redis.call(call.function, call.keys, call.args)
+
+            await worker.finish(await worker.jobs())
+            outcomes = await redis.entries(keys.results)
+            assert [f[b"outcome"] for _, f in outcomes] == [b"failed", b"completed"]
+
+
+class TestWishes:
+    async def test_a_waiting_request_is_cancelled(self, redis_url, settings, redis, keys):
+        """Nobody serves it; the dispatcher itself ends it."""
+        async with dispatching(redis_url, settings):
+            await enqueue(redis, keys, "r1")
+            await cancel(redis, keys, "r1")
+
+            assert await results(redis, keys, 1) == {"r1": "cancelled"}
+            assert await pending(redis, keys) == 0
+
+    async def test_a_request_cancelled_before_it_is_read(self, redis_url, settings, redis, keys):
+        """The tombstone is found at the reading, even when its control entry was not."""
+        worker = PlayedWorker(redis, keys)
+        await enqueue(redis, keys, "r1")
+        await cancel(redis, keys, "r1")
+        await redis.command("DEL", keys.controls)
+        async with worker.beating(), dispatching(redis_url, settings):
+            assert await results(redis, keys, 1) == {"r1": "cancelled"}
+
+    async def test_a_held_request_is_cancelled_by_its_worker(
+        self, redis_url, settings, redis, keys
+    ):
+        """The worker is told on its own stream, and its record is the one that counts."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings), worker.beating():
+            await enqueue(redis, keys, "r1")
+            [held] = await worker.jobs()
+            await cancel(redis, keys, "r1")
+            async with asyncio.timeout(LIMIT_S):
+                while not worker.aborted:
+                    await worker.pull()
+            await worker.finish([held], "cancelled")
+
+            assert await results(redis, keys, 1) == {"r1": "cancelled"}
+
+
+class TestRetries:
+    async def test_what_is_handed_back_is_tried_again(self, redis_url, settings, redis, keys):
+        """A second attempt carries the original arrival."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings), worker.beating():
+            await enqueue(redis, keys, "r1")
+            [first] = await worker.jobs()
+            await worker.hand_back(first)
+            [second] = await worker.jobs()
+            assert (first.job.attempt, second.job.attempt) == (1, 2)
+            assert second.job.enqueued_at == first.job.enqueued_at
+            assert await worker.finish([first, second]) == [0, 1]
+
+            assert await results(redis, keys, 1) == {"r1": "completed"}
+
+    async def test_a_silent_endpoint_loses_its_jobs(self, redis_url, settings, redis, keys):
+        """Its lease runs out, another endpoint serves them, and its late result is refused."""
+        silent = PlayedWorker(redis, keys, "silent")
+        async with dispatching(redis_url, settings):
+            async with silent.beating():
+                for n in range(5):
+                    await enqueue(redis, keys, f"r{n}")
+                lost = await silent.jobs(5)
+            other = PlayedWorker(redis, keys, "other")
+            async with other.beating():
+                taken = await other.jobs(5)
+                assert await silent.finish(lost) == [0] * 5
+                assert await other.finish(taken) == [1] * 5
+
+            assert len(await results(redis, keys, 5)) == 5
+            assert await redis.entries(keys.jobs("silent")) == []
+
+
+class TestTakeover:
+    async def test_nothing_is_lost_between_two_leaders(self, redis_url, settings, redis, keys):
+        """What waits is served by the next leader; what a living worker holds stays with it."""
+        worker = PlayedWorker(redis, keys)
+        async with worker.beating():
+            async with dispatching(redis_url, settings, "d1"):
+                await enqueue(redis, keys, "held")
+                [held] = await worker.jobs()
+            await enqueue(redis, keys, "between")
+            async with dispatching(redis_url, settings, "d2") as second:
+                [between] = await worker.jobs()
+                assert second.view().assigned == 2
+                assert await worker.finish([held, between]) == [1, 1]
+
+                assert len(await results(redis, keys, 2)) == 2
+                assert await pending(redis, keys) == 0
+                await until(lambda: is_so(second.view().assigned == 0))
+
+    async def test_what_a_frozen_leader_swallowed_is_found(self, redis_url, settings, redis, keys):
+        """Entries that an old leader's blocked read takes after its end are served all the same."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings, "d2") as node, worker.beating():
+            await until(lambda: is_so(node.is_leader))
+            entry = await redis.command("XADD", keys.requests, "*", "model", "llama", "body", "{}")
+            await redis.command("XGROUP", "CREATECONSUMER", keys.requests, DISPATCHER_GROUP, "old")
+            await redis.command("XCLAIM", keys.requests, DISPATCHER_GROUP, "old", 0, entry)
+            await enqueue(redis, keys, "swallowed")
+            await redis.read_group(DISPATCHER_GROUP, "old", [keys.requests], count=9, block_s=None)
+            await worker.finish(await worker.jobs(2))
+
+            assert len(await results(redis, keys, 2)) == 2
+
+    async def test_the_learned_is_taken_over(self, redis_url, settings, redis, keys):
+        """A snapshot is saved while leading and at leaving; garbage in its place is a cold start."""
+        async with dispatching(redis_url, settings, "d1") as node:
+            await until(lambda: is_so(node.is_leader))
+            await until(lambda: redis.command("GET", keys.snapshot))
+        assert (await redis.command("HGET", keys.leader, "until")) == b"0"
+        await redis.command("SET", keys.snapshot, b'{"format": 1, "nonsense": []}')
+        async with dispatching(redis_url, settings, "d2") as node:
+            await until(lambda: is_so(node.is_leader))
+
+    async def test_a_server_that_forgot_everything(self, redis_url, settings, redis, keys):
+        """Redis comes back empty: lease, group and functions are made anew, and work goes on."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings) as node:
+            await until(lambda: is_so(node.is_leader))
+            await redis.commands([("FLUSHALL",), ("FUNCTION", "FLUSH")])
+            async with worker.beating():
+                await enqueue(redis, keys, "anew")
+                await worker.finish(await worker.jobs())
+
+                assert await results(redis, keys, 1) == {"anew": "completed"}
+
+
+class TestUpkeep:
+    async def test_the_unfinished_is_never_cut(self, redis, keys):
+        """Trimming stops at the oldest pending entry and at the first unread one, whatever the retention."""
+        await redis.ensure_group(keys.requests, DISPATCHER_GROUP)
+        entry = ("XADD", keys.requests, "*", "model", "llama")
+        ids = [i.decode() for i in await redis.commands([entry] * 300)]
+        await redis.read_group(DISPATCHER_GROUP, "d1", [keys.requests], count=200, block_s=None)
+        await redis.command("XACK", keys.requests, DISPATCHER_GROUP, *ids[:150])
+        upkeep = Upkeep(redis, keys, 1, node="d1", retention_s=-60)
+
+        await upkeep.trim()
+
+        left = [entry_id for entry_id, _ in await redis.entries(keys.requests)]
+        assert 150 <= len(left) < 300
+        assert left[-150:] == ids[150:]
+
+
+class TestPages:
+    async def test_probes_and_figures(self, redis_url, settings, redis, keys):
+        """A leader is healthy and ready, and its figures name the pool."""
+        async with dispatching(redis_url, settings) as node, node.pages.served(0) as port:
+            await until(lambda: is_so(node.is_leader))
+            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as visitor:
+                for page in ("/healthz", "/readyz"):
+                    async with visitor.get(page) as answer:
+                        assert (answer.status, await answer.text()) == (200, "ok\n")
+                async with visitor.get("/metrics") as answer:
+                    text = await answer.text()
+        assert f'headgate_is_leader{{pool="{keys.pool}"}} 1.0' in text
+        assert f'headgate_backlog_seconds{{pool="{keys.pool}"}} 0.0' in text
+
+    async def test_a_taken_port_is_a_settings_error(self, redis, settings):
+        """It names the port and what is wanted."""
+        node = Node(redis, settings, name="d1")
+        async with node.pages.served(0) as port:
+            with pytest.raises(SettingsError, match=f"metrics port is {port}, wanted a free one"):
+                async with node.pages.served(port):
+                    pass
+
+
+async def cancel(redis, keys, request_id):
+    call = producer.cancel(keys, request_id)
+    assert await redis.call(call.function, call.keys, call.args) == 1
+
+
+async def is_so(value):
+    return value
+
+
+async def nothing_pending(redis, keys):
+    return await pending(redis, keys) == 0
+
+
+async def until(ask):
+    """Wait for what has no event of its own to await."""
+    async with asyncio.timeout(LIMIT_S):
+        while not await ask():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
