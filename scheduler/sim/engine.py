@@ -87,8 +87,9 @@ class Engine:
         return self.kv.capacity * self.settings.block_size
 
     @property
-    def is_frozen(self) -> bool:
-        return self._is_frozen
+    def decode_context(self) -> int:
+        """KV tokens that the decodes read in their next step."""
+        return self._decodes.context
 
     def __contains__(self, sequence_id: str) -> bool:
         return sequence_id in self._all

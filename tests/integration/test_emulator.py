@@ -91,6 +91,11 @@ class Client:
         while await self.metric(name, **labels) != value:  # noqa: ASYNC110  a server has no events
             await asyncio.sleep(0.005)
 
+    async def until_load(self, value):
+        """Wait until so many requests are inside the server."""
+        while json.loads((await self.get("/load"))[1]) != {"server_load": value}:  # noqa: ASYNC110  as above
+            await asyncio.sleep(0.005)
+
     async def fault(self, kind, **fields):
         status, text = await self.post("/emulator/fault", {"kind": kind, **fields})
         assert status == 200, text
@@ -445,6 +450,17 @@ class TestEngine:
         for task in tasks:
             task.cancel()
 
+    async def test_a_late_process_hands_out_several_tokens_at_once(self):
+        """At a scale no process can follow, chunks are fewer than tokens and no step is longer."""
+        async with serving(enable_per_request_metrics=True, time_scale=10_000) as server:
+            reply = await server.stream(
+                prompt=[1], max_tokens=2000, ignore_eos=True, stream_options=USAGE
+            )
+
+            assert len(reply.said.encode()) == 4 * 2000
+            assert len(reply.choices) < 2000
+            assert 12 < reply.chunks[-1]["metrics"]["mean_itl_ms"] < 13
+
     async def test_times_are_measured_in_engine_seconds(self):
         """Histograms and per-request metrics agree with the profile, whatever the wall clock does."""
         async with serving(enable_per_request_metrics=True, frontend=False) as server:
@@ -650,8 +666,7 @@ class TestFaults:
                 prompt=[1], max_tokens=9, ignore_eos=True, on_chunk=lambda _: seen.put_nowait(1)
             )
         )
-        while json.loads((await server.get("/load"))[1]) != {"server_load": 1}:
-            await asyncio.sleep(0.005)
+        await server.until_load(1)
         if n_chunks:
             await seen.get()
 

@@ -89,10 +89,6 @@ class Answer:
         )
         self._chunk_head, self._chunk_tail = self._shape.token_pieces()
 
-    @property
-    def n_said(self) -> int:
-        return self._said
-
     def plan(self, fault: StreamFault | NoDone | None) -> None:
         """This will go wrong, after the tokens it names."""
         self._fault = fault
@@ -126,7 +122,7 @@ class Answer:
             return
         if self.write is not None:
             if ending == "error":
-                self.write(_event(ENGINE_DEAD))
+                self.write(framed_event(ENGINE_DEAD))
                 self.write(DONE)
             elif ending == "abort":
                 self._write(self._shape.chunk(b"", [], "abort", self._usage_if_running()))
@@ -187,7 +183,7 @@ class Answer:
 
     def _write(self, payload: bytes) -> None:
         assert self.write is not None
-        self.write(_event(payload))
+        self.write(framed_event(payload))
 
 
 class _Shape:
@@ -301,8 +297,6 @@ def framed_event(payload: bytes) -> bytes:
     event = b"data: %b\n\n" % payload
     return b"%x\r\n%b\r\n" % (len(event), event)
 
-
-_event = framed_event
 
 DONE = framed_event(b"[DONE]")
 

@@ -153,6 +153,27 @@ class TestShortage:
 
         assert (first.preemptions, second.preemptions) == (1, 0)
 
+    def test_a_victim_gives_back_the_block_of_the_very_step(self):
+        """A decode has just been given its third block when an urgent prompt needs one."""
+        an_engine = engine(
+            kv_tokens=8 * 16,
+            max_num_batched_tokens=17,
+            max_num_seqs=4,
+            scheduling_policy="priority",
+            reserve_full_isl=False,
+        )
+        an_engine.add(sequence("patient", prompt=16, output=100, priority=9))
+        for _ in range(12):
+            an_engine.step(0.0)
+        an_engine.add(sequence("urgent", prompt=120, output=1))
+        steps = [an_engine.step(0.0) for _ in range(6)]
+
+        assert ids(steps[-1].preempted) == ["patient"]
+        assert steps[-1].new_tokens == 16
+        assert an_engine.kv.used == 6
+        run(an_engine)
+        assert an_engine.kv.used == 0
+
     def test_a_prompt_waits_until_all_of_it_fits(self):
         """Unless told otherwise, no prompt starts that its blocks may not hold."""
         an_engine = engine(kv_tokens=8 * 16)
