@@ -98,7 +98,6 @@ class Answer:
         self._error: Fault | None = None
         self._head: Chunk | None = None
         self._choices: dict[int, _Said] = {}
-        self._first: _Said | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -209,36 +208,44 @@ class Answer:
             raise EngineError(f"a chunk is no JSON: {payload[:80]!r}") from None
         if chunk.usage is not None:
             self.usage = chunk.usage
-        if chunk.error is not None:
-            error = chunk.error
-            self._error = Fault(message=error) if isinstance(error, str) else error
-        if chunk.metrics is not None:
-            self.metrics = chunk.metrics
-        if self._head is None and chunk.id:
-            self._head = chunk
-        is_rich = False
-        has_piece = False
+        if self._head is None or chunk.error is not None or chunk.metrics is not None:
+            self._frame(chunk)
+        has_piece = is_rich = False
         for choice in chunk.choices:
-            said = self._choices.get(choice.index)
-            if said is None:
-                said = self._choices[choice.index] = _Said()
             text = choice.delta.content if choice.delta else choice.text
-            if text:
-                said.text.append(text)
-                if choice.index == 0 and self._keeps_news:
-                    self.fresh_text.append(text)
-                has_piece = True
-            if said.add(choice) or choice.index:
-                is_rich = has_piece = True
-            if choice.finish_reason:
-                said.finish_reason = choice.finish_reason
-                said.stop_reason = choice.stop_reason
-                self.finish_reason = choice.finish_reason
+            is_more = self._said(choice, text)
+            has_piece = has_piece or is_more or bool(text)
+            is_rich = is_rich or is_more
         if has_piece:
             self.fresh_pieces += 1
             self.fresh_bytes += len(payload)
         if is_rich and self._keeps_news:
             self.fresh_chunks.append(payload.strip())
+
+    def _frame(self, chunk: Chunk) -> None:
+        """What comes once in an answer."""
+        if self._head is None and chunk.id:
+            self._head = chunk
+        if chunk.metrics is not None:
+            self.metrics = chunk.metrics
+        if chunk.error is not None:
+            error = chunk.error
+            self._error = Fault(message=error) if isinstance(error, str) else error
+
+    def _said(self, choice: Choice, text: str | None) -> bool:
+        """Take in a choice's part of a chunk; whether it is more than text of the first choice."""
+        said = self._choices.get(choice.index)
+        if said is None:
+            said = self._choices[choice.index] = _Said()
+        if text:
+            said.text.append(text)
+            if choice.index == 0 and self._keeps_news:
+                self.fresh_text.append(text)
+        if choice.finish_reason:
+            said.finish_reason = choice.finish_reason
+            said.stop_reason = choice.stop_reason
+            self.finish_reason = choice.finish_reason
+        return said.add(choice) or choice.index > 0
 
     def _refusal(self, error: Fault) -> EngineError:
         return refusal(_status(error.code), error.message)

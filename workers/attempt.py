@@ -6,9 +6,8 @@
 4. gone      Redis has answered; or it was never ours any more, and everything of it is dropped
 """
 
-import asyncio
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -17,6 +16,9 @@ from scheduler.batch import Candidate, Member
 from scheduler.wire import Job, Outcome, Result, Reward, Tokens
 from workers.answer import Answer
 from workers.body import NOTHING, Body, Written, max_tokens
+
+if TYPE_CHECKING:
+    import asyncio
 
 BYTES_PER_TOKEN = 4
 "For prompts whose length nobody has counted."

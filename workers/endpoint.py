@@ -318,7 +318,8 @@ class Endpoint:
             assert task is not None
             if attempt.stop is None or task.uncancel() > 0:
                 raise
-        except Exception as bug:  # noqa: BLE001  the one door: a request that trips a bug must not take the others along
+        except Exception as bug:
+            # The one door: a request that trips a bug must not take the others along.
             log.exception("serving_failed", request_id=attempt.job.id, endpoint=self.name)
             error = EngineError(f"the worker failed: {type(bug).__name__}: {bug}")
         self._served(attempt, error)
@@ -373,7 +374,7 @@ class Endpoint:
         if not self._running:
             self._step_s = 0.0
         if stop is not None and stop.kind == "silent":
-            stop, error = None, EngineError(stop.reason)
+            error, stop = EngineError(stop.reason), None
         if stop is not None:
             self._stopped(attempt, stop)
         elif error is None:

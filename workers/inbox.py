@@ -100,14 +100,8 @@ class Inbox:
                     cancel(control.id, control.reason)
                 done.append(entry)
                 continue
-            try:
-                job = codec.decode(Job, fields)
-            except WireError as error:
-                # Our own dispatcher wrote it, so one of us is of another version; a person must see this.
-                log.error("job_unreadable", endpoint=self._endpoint, entry=entry, reason=str(error))
-                done.append(entry)
-                continue
-            if job.epoch < epoch:
+            job = self._job(entry, fields)
+            if job is None or job.epoch < epoch:
                 done.append(entry)
             elif job.epoch == epoch and not is_known(job.id, job.attempt):
                 held.append(Held(self._endpoint, job, entry))
@@ -115,6 +109,14 @@ class Inbox:
         await self._acknowledge(done)
         self._entries = []
         return arrivals
+
+    def _job(self, entry: str, fields: dict[bytes, bytes]) -> Job | None:
+        try:
+            return codec.decode(Job, fields)
+        except WireError:
+            # Our own dispatcher wrote it, so one of us is of another version; a person must see this.
+            log.exception("job_unreadable", endpoint=self._endpoint, entry=entry)
+            return None
 
     async def _fetched(self, held: Iterable[Held]) -> list[Arrival]:
         jobs = list(held)

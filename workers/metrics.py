@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from typing import TypedDict
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -34,6 +35,11 @@ E2E_BUCKETS = (0.1, 0.3, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120, 300, 600, 1800
 HOST = "0.0.0.0"  # noqa: S104  scraped from other machines; it shows nothing secret
 
 
+class _Options(TypedDict):
+    registry: CollectorRegistry
+    labelnames: tuple[str, ...]
+
+
 class Gaps:
     """A histogram filled once a token: a plain list, since Prometheus' own costs ten times as much."""
 
@@ -60,7 +66,7 @@ class Meter:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.gaps: dict[str, Gaps] = {}
-        one = {"registry": self.registry, "labelnames": ("endpoint",)}
+        one: _Options = {"registry": self.registry, "labelnames": ("endpoint",)}
         self.held = Gauge("headgate_worker_jobs_held", "Jobs not yet in the engine.", **one)
         self.running = Gauge("headgate_worker_jobs_running", "Jobs in the engine.", **one)
         self.is_ready = Gauge(

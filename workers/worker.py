@@ -87,7 +87,8 @@ class Worker:
             ready()
             stopping = group.create_task(self._stopping.wait(), name="stop")
             everything = asyncio.gather(*working)
-            await asyncio.wait([stopping, everything], return_when=asyncio.FIRST_COMPLETED)
+            waited: list[asyncio.Future[object]] = [stopping, everything]  # type: ignore[list-item]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             was_told = self._stopping.is_set()
             if was_told:
                 await self._drain(writer)

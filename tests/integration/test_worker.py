@@ -7,6 +7,8 @@ import msgspec
 import pytest
 from hand import Hand, until
 
+from scheduler.errors import FencedError
+from scheduler.keys import WORKER_GROUP
 from scheduler.settings import (
     EngineAddress,
     LeaseSettings,
@@ -146,3 +148,428 @@ class TestSuccess:
         log = await hand.tokens("r1")
         assert [part.end for part in log if part.end] == ["completed"]
         assert msgspec.json.decode(result.body)["choices"][0]["message"]["content"] == expected
+
+    async def test_a_quiet_job_gets_the_whole_response(self, emulator, hand, rig):
+        """Without a stream the result holds what the engine would have sent whole, and no log is written."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        body = chat(12)
+
+        await hand.submit("r1", body, beat.epoch)
+
+        result = await hand.result("r1")
+        expected = await ask(emulator, "/v1/chat/completions", body)
+        response = msgspec.json.decode(result.body)
+        assert response["choices"] == [
+            {**expected["choices"][0], "message": response["choices"][0]["message"]}
+        ]
+        assert (
+            response["choices"][0]["message"]["content"]
+            == expected["choices"][0]["message"]["content"]
+        )
+        assert response["usage"]["completion_tokens"] == expected["usage"]["completion_tokens"]
+        assert response["object"] == "chat.completion"
+        assert await hand.tokens("r1") == []
+
+    async def test_the_reward_says_what_it_cost(self, emulator, hand, rig):
+        """It carries the decision's features and the engine's own measures, and promises are judged."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(20), beat.epoch, ttft_s=60.0, tpot_s=1e-6)
+
+        result, reward = await hand.result("r1"), await hand.reward("r1")
+        assert (reward.outcome, reward.features, reward.output_tokens) == (
+            "completed",
+            ("x=1",),
+            20,
+        )
+        assert reward.admitted_at <= reward.first_token_at <= reward.finished_at
+        assert reward.prefill_s > 0
+        assert reward.queue_s is not None
+        assert reward.cached_tokens == 0
+        assert result.on_time is False
+
+    async def test_a_claim_checked_body_is_fetched(self, emulator, hand, rig):
+        """A body too long for its entry lies in a key of its own."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        body = chat(3, messages=[{"role": "user", "content": "x" * 5000}])
+
+        await hand.submit("r1", body, beat.epoch)
+
+        assert (await hand.result("r1")).prompt_tokens > 1000
+
+    async def test_news_ride_on_beats(self, emulator, hand, rig):
+        """The dispatcher hears of the admission and of the first token without waiting for the next beat."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(10), beat.epoch)
+        await hand.result("r1")
+
+        async def told():
+            beats = await hand.beats()
+            started = [name for one in beats for name in one.started]
+            first = [name.rpartition(":")[0] for one in beats for name in one.first_tokens]
+            return started == ["r1:1"] and first == ["r1:1"]
+
+        await until(told)
+        assert beat.kv_tokens > 0
+        assert beat.models == (MODEL,)
+
+    async def test_two_engines_in_one_process(self, emulator, hand, rig):
+        """Each has its own name, epoch and stream."""
+        async with Emulator(EmulatorSettings(time_scale=20.0, model="other")) as second:
+            await rig.start(emulator.url, second.url)
+            first_beat, second_beat = await hand.ready("e0"), await hand.ready("e1")
+            other = chat(5, model="other")
+
+            await hand.submit("r1", chat(5), first_beat.epoch)
+            await hand.submit("r2", other, second_beat.epoch, job_endpoint="e1")
+
+            assert (await hand.result("r1")).endpoint == "e0"
+            assert (await hand.result("r2")).endpoint == "e1"
+            assert second_beat.models == ("other",)
+            await rig.close()
+
+
+MISBEHAVIOUR = [
+    pytest.param("status", {"status": 500}, id="500"),
+    pytest.param("status", {"status": 503}, id="503"),
+    pytest.param("status", {"status": 429}, id="429"),
+    pytest.param("garbage", {}, id="garbage"),
+    pytest.param("silence", {}, id="never answers"),
+    pytest.param("hang", {"after_tokens": 9}, id="stops in the middle"),
+    pytest.param("cut", {"after_tokens": 0}, id="cut before the first token"),
+    pytest.param("cut", {"after_tokens": 9}, id="cut in the middle"),
+    pytest.param("error_chunk", {"after_tokens": 9}, id="error inside 200"),
+    pytest.param("abort", {"after_tokens": 9}, id="abort inside 200"),
+    pytest.param("no_tokens", {}, id="no tokens"),
+    pytest.param("no_done", {}, id="no finish reason"),
+]
+
+
+class TestMisbehaviour:
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+    @pytest.mark.parametrize(("kind", "fields"), MISBEHAVIOUR)
+    async def test_it_goes_back_and_is_continued(self, emulator, hand, rig, kind, fields, path):
+        """Whatever an engine does instead of answering, the next attempt goes on where the log ends."""
+        await rig.start(emulator.url, first_token_s=0.4, gap_s=0.4)
+        beat = await hand.ready()
+        body = chat(24)
+        if path == "/v1/completions":
+            del body["messages"]
+            body["prompt"] = "tell me"
+        whole = (await ask(emulator, path, body))["choices"][0]
+        expected = whole.get("text") or whole["message"]["content"]
+        await fault(emulator, kind, **fields)
+
+        await hand.submit("r1", body, beat.epoch, stream=True, path=path)
+        first = await hand.reward("r1")
+        assert (first.outcome, first.retryable) == ("returned", True)
+        assert first.reason
+        await hand.assign("r1", beat.epoch, attempt=2)
+
+        result = await hand.result("r1")
+        assert (result.outcome, result.output_tokens, result.attempt) == ("completed", 24, 2)
+        assert await hand.text("r1") == expected
+        choice = msgspec.json.decode(result.body)["choices"][0]
+        assert (choice.get("text") or choice["message"]["content"]) == expected
+        assert len(await hand.results("r1")) == 1
+
+    async def test_token_ids_are_continued_by_their_ids(self, emulator, hand, rig):
+        """A prompt of ids goes on with the ids that were generated, which the log keeps."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        body = {
+            "model": MODEL,
+            "prompt": [7, 8, 9],
+            "max_tokens": 30,
+            "vllm_xargs": {"output_tokens": 30},
+        }
+        expected = (await ask(emulator, "/v1/completions", body))["choices"][0]["text"]
+        await fault(emulator, "cut", after_tokens=11)
+
+        await hand.submit("r1", body, beat.epoch, stream=True, path="/v1/completions")
+        await hand.reward("r1")
+        await hand.assign("r1", beat.epoch, attempt=2)
+
+        result = await hand.result("r1")
+        assert (result.outcome, result.output_tokens) == ("completed", 30)
+        assert await hand.text("r1") == expected
+
+    async def test_the_last_attempt_fails_for_good(self, emulator, hand, rig):
+        """After its attempts the request fails with the engine's words, and its fields lie in `dead`."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await fault(emulator, "status", status=500)
+
+        await hand.submit("r1", chat(5), beat.epoch, job_max_attempts=1)
+
+        result = await hand.result("r1")
+        assert (result.outcome, result.status) == ("failed", 500)
+        assert len(await hand.redis.entries(hand.keys.dead)) == 1
+
+    async def test_a_bad_request_is_not_tried_again(self, emulator, hand, rig):
+        """A 4xx that names the request fails it at once, with the engine's own message."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(5, max_tokens=10**9), beat.epoch)
+
+        result = await hand.result("r1")
+        assert (result.outcome, result.status) == ("failed", 400)
+        assert "maximum context length" in result.reason
+
+    async def test_an_unknown_model_may_live_elsewhere(self, emulator, hand, rig):
+        """404 goes back: another engine may serve it."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(5, model="nobody"), beat.epoch)
+
+        reward = await hand.reward("r1")
+        assert (reward.outcome, reward.retryable) == ("returned", True)
+        assert "nobody" in reward.reason
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            pytest.param(b"not json", id="no JSON"),
+            pytest.param(b"[1]", id="no object"),
+            pytest.param(b'{"prompt": "hi"}', id="no messages"),
+        ],
+    )
+    async def test_an_unreadable_body_is_invalid(self, emulator, hand, rig, body):
+        """The engine never sees it; the client hears why."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", body, beat.epoch)
+
+        result = await hand.result("r1")
+        assert (result.outcome, bool(result.reason)) == ("invalid", True)
+
+    async def test_what_cannot_be_continued_fails_rather_than_repeats(self, emulator, hand, rig):
+        """Text was written and the request wants log probabilities: no attempt may say it twice."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await fault(emulator, "cut", after_tokens=5)
+
+        await hand.submit("r1", chat(20, logprobs=True), beat.epoch, stream=True)
+        await hand.reward("r1")
+        before = await hand.text("r1")
+        await hand.assign("r1", beat.epoch, attempt=2)
+
+        result = await hand.result("r1")
+        assert result.outcome == "failed"
+        assert "logprobs" in result.reason
+        assert await hand.text("r1") == before
+
+    async def test_transfer_parameters_of_clients_never_reach_the_engine(self, emulator, hand, rig):
+        """They kill a real engine; here they are dropped and the request is served."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(5, kv_transfer_params={"do_remote_prefill": True}), beat.epoch)
+
+        assert (await hand.result("r1")).outcome == "completed"
+
+
+class TestEnding:
+    async def test_a_cancel_reaches_the_engine(self, emulator, hand, rig):
+        """The connection is closed, and the engine's seat is free."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await hand.submit("r1", chat(20_000), beat.epoch, stream=True)
+        await until(lambda: hand.tokens("r1"))
+        assert await running_in(emulator) == 1
+
+        await hand.cancel("r1")
+
+        result = await hand.result("r1")
+        assert (result.outcome, result.reason) == ("cancelled", "not wanted any more")
+
+        async def is_free():
+            return await running_in(emulator) == 0
+
+        await until(is_free)
+
+    async def test_a_cancel_before_the_start_is_seen_at_the_start(self, emulator, hand, rig):
+        """The tombstone alone is enough: `start` says 2."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await fault(emulator, "silence")
+        await hand.enqueue("r1", chat(5))
+        await hand.assign("r1", beat.epoch + 0)
+        await hand.redis.command("HSET", hand.keys.request("r1"), "cancelled", "1")
+        await hand.cancel("r1")
+
+        assert (await hand.result("r1")).outcome == "cancelled"
+
+    async def test_the_deadline_ends_it_in_the_middle(self, emulator, hand, rig):
+        """Past its deadline a running request expires and its seat is freed."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(20_000), beat.epoch, deadline_s=0.5, stream=True)
+
+        result = await hand.result("r1")
+        assert result.outcome == "expired"
+        assert result.on_time is False
+        assert [part.end for part in await hand.tokens("r1")][-1] == "expired"
+
+    async def test_drain_lets_the_running_finish(self, emulator, hand, rig):
+        """After SIGTERM beats say draining, what runs finishes, what arrives goes back, the worker ends."""
+        worker, task = await rig.start(emulator.url)
+        beat = await hand.ready()
+        await hand.submit("r1", chat(1000), beat.epoch, stream=True)
+        await until(lambda: hand.tokens("r1"))
+
+        worker.stop()
+
+        async def is_draining():
+            return (await hand.beats())[-1].state == "draining"
+
+        await until(is_draining)
+        await hand.submit("r2", chat(5), beat.epoch)
+        assert (await hand.reward("r2")).outcome == "returned"
+        await task
+        assert (await hand.result("r1")).outcome == "completed"
+
+    async def test_drain_hands_back_what_takes_too_long(self, emulator, hand, rig):
+        """After `drain_s` the rest goes back with its text, to be continued elsewhere."""
+        worker, task = await rig.start(emulator.url, drain_s=0.1)
+        beat = await hand.ready()
+        await hand.submit("r1", chat(20_000), beat.epoch, stream=True)
+        await until(lambda: hand.tokens("r1"))
+
+        worker.stop()
+        await task
+
+        assert (await hand.reward("r1")).outcome == "returned"
+        state = await hand.redis.command("HGET", hand.keys.request("r1"), "state")
+        assert state == b"waiting"
+
+
+class TestLease:
+    async def test_a_newer_worker_takes_the_name(self, emulator, hand, rig):
+        """The older stands down with a clear word; what it held runs again under the newer epoch."""
+        _, older = await rig.start(emulator.url)
+        first = await hand.ready()
+        body = chat(3000)
+        await hand.submit("r1", body, first.epoch, stream=True)
+        await until(lambda: hand.tokens("r1"))
+
+        await rig.start(emulator.url)
+        second = await hand.ready(after=first.epoch)
+
+        with pytest.raises(FencedError, match="newer"):
+            await older
+        rig.tasks.pop(0)
+        assert await hand.reclaim("r1") == 1
+        await hand.assign("r1", second.epoch, attempt=2)
+        assert (await hand.result("r1")).outcome == "completed"
+        assert await hand.text("r1") == await whole_text(emulator, body)
+
+    async def test_jobs_of_another_epoch_are_left_alone(self, emulator, hand, rig):
+        """A job for an older life of the endpoint is acknowledged and nothing else."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await hand.submit("old", chat(5), beat.epoch - 1)
+        await hand.submit("new", chat(5), beat.epoch)
+
+        await hand.result("new")
+
+        assert await hand.results("old") == []
+        assert await hand.redis.entries(hand.keys.jobs("e0")) == []
+
+    async def test_a_job_delivered_to_a_frozen_predecessor_is_found(self, emulator, hand, rig):
+        """The server hands entries to whoever waited first, dead or alive; the living takes them over."""
+        stream = hand.keys.jobs("e0")
+        await hand.redis.ensure_group(stream, WORKER_GROUP)
+        ghost = asyncio.create_task(
+            hand.redis.read_group(WORKER_GROUP, "ghost", [stream], count=1, block_s=10)
+        )
+        await asyncio.sleep(0)
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(5), beat.epoch)
+
+        assert len((await ghost)[stream]) == 1
+        assert (await hand.result("r1")).outcome == "completed"
+
+    async def test_what_was_reclaimed_is_dropped_in_silence(self, emulator, hand, rig):
+        """The fence refuses the late writes; the engine is told by closing the connection."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await hand.submit("r1", chat(20_000), beat.epoch, stream=True)
+        await until(lambda: hand.tokens("r1"))
+
+        assert await hand.reclaim("r1") == 1
+
+        async def is_free():
+            return await running_in(emulator) == 0
+
+        await until(is_free)
+        assert await hand.results("r1") == []
+        assert await hand.rewards("r1") == []
+
+
+class TestEngineState:
+    async def test_an_absent_engine_is_no_reason_to_end(self, hand, rig):
+        """The worker says away and why, keeps asking, and is ready when the engine is."""
+        emulator = Emulator(EmulatorSettings(time_scale=20.0))
+        await emulator.start()
+        port = emulator.url.rpartition(":")[2]
+        await emulator.stop()
+        await rig.start(emulator.url)
+
+        async def says_away():
+            return [b for b in await hand.beats() if b.state == "away" and "onnect" in b.reason]
+
+        await until(says_away)
+        async with Emulator(EmulatorSettings(time_scale=20.0, port=int(port))):
+            assert (await hand.ready()).models == (MODEL,)
+            await rig.close()
+
+    async def test_a_paused_engine_is_away_whatever_health_says(self, emulator, hand, rig):
+        """/health is 200 while paused: the worker asks further, and gives back what arrives."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        async with aiohttp.ClientSession() as session:
+            await session.post(emulator.url + "/pause", params={"mode": "keep"})
+
+            async def says_away():
+                return (await hand.beats())[-1].reason == "paused"
+
+            await until(says_away)
+            await hand.submit("r1", chat(5), beat.epoch)
+            reward = await hand.reward("r1")
+            assert (reward.outcome, "paused" in reward.reason) == ("returned", True)
+            await session.post(emulator.url + "/resume")
+
+        async def is_back():
+            return (await hand.beats())[-1].state == "ready"
+
+        await until(is_back)
+
+    async def test_failures_in_a_row_speak_louder_than_health(self, emulator, hand, rig):
+        """An engine that fails everything is away although /health is 200; one real token brings it back."""
+        await rig.start(emulator.url, failures_max=2)
+        beat = await hand.ready()
+        await fault(emulator, "status", status=500, count=2)
+
+        await hand.submit("r1", chat(5), beat.epoch)
+        await hand.submit("r2", chat(5), beat.epoch)
+
+        async def was_away():
+            return any("in a row" in one.reason for one in await hand.beats())
+
+        async def is_back():
+            return (await hand.beats())[-1].state == "ready"
+
+        await until(was_away)
+        await until(is_back)
