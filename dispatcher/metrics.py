@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -90,6 +91,16 @@ class Histogram:
         return self._sum
 
 
+class Memory(msgspec.Struct, frozen=True):
+    """What Redis said of its memory, at most one round of upkeep ago."""
+
+    used_bytes: int
+    max_bytes: int
+    "0: no limit but the machine's."
+    evicts: bool
+    "True: its policy lets it throw keys away, and a key may be a request."
+
+
 class Figures(Protocol):
     """What can be asked of a dispatcher at the moment of a scrape."""
 
@@ -124,6 +135,8 @@ class Meter:
         self.turns = 0
         self.reigns = 0
         self.learner_lag_s = 0.0
+        self.memory: Memory | None = None
+        "Of Redis; None before it was asked."
         self.selected_tokens = 0
         self.reused_tokens = 0
         self.prompt_tokens = 0
@@ -242,6 +255,7 @@ class Exposition(Collector):
         view = self._figures.view()
         if view is not None:
             yield from self._core(view)
+            yield from self._memory()
             yield from self._endpoints(view.endpoints)
 
     def _counters(self) -> Iterator[Metric]:
@@ -302,6 +316,17 @@ class Exposition(Collector):
             ("backlog_seconds", "Predicted work that waits, over all ready.", view.backlog_s),
             ("learner_lag_seconds", "Age of the latest reward learned.", self._meter.learner_lag_s),
             ("active", "1 while anything waits or runs.", _is_active(view)),
+        ):
+            yield self._gauge(name, help_, value)
+
+    def _memory(self) -> Iterator[Metric]:
+        memory = self._meter.memory
+        if memory is None:
+            return
+        for name, help_, value in (
+            ("redis_memory_bytes", "Memory that Redis uses.", memory.used_bytes),
+            ("redis_memory_max_bytes", "Its maxmemory; 0: none.", memory.max_bytes),
+            ("redis_evicts", "1 where Redis may throw keys away.", memory.evicts),
         ):
             yield self._gauge(name, help_, value)
 

@@ -173,6 +173,7 @@ class Node:
             epoch,
             node=self._name,
             retention_s=self._settings.loop.retention_s,
+            meter=self._meter,
         )
 
     def _unhealthy(self) -> str:

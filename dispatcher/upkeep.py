@@ -1,4 +1,4 @@
-"""What a leader does beside its turns: keep the learned state, cut the logs, set the clock.
+"""What a leader does beside its turns: keep the learned state, cut the logs, set the clock, weigh Redis.
 
 Nothing here is urgent: what fails is said aloud and tried again the next time.
 """
@@ -9,6 +9,7 @@ import structlog
 
 from dispatcher import recovery
 from dispatcher.intake import stamped_at
+from dispatcher.metrics import Memory, Meter
 from dispatcher.recovery import CONTROLS_KEPT, Saved
 from dispatcher.streams import dispatch
 from dispatcher.streams.connection import Connection
@@ -29,22 +30,31 @@ class Upkeep:
     """Keeps one pool's house under one epoch."""
 
     def __init__(
-        self, connection: Connection, keys: Keys, epoch: int, *, node: str, retention_s: float
+        self,
+        connection: Connection,
+        keys: Keys,
+        epoch: int,
+        *,
+        node: str,
+        retention_s: float,
+        meter: Meter | None = None,
     ) -> None:
-        """Logs are kept for `retention_s`."""
+        """Logs are kept for `retention_s`; what Redis weighs is told to the meter."""
         self._connection = connection
         self._keys = keys
         self._epoch = epoch
         self._node = node
         self._retention_s = retention_s
+        self._meter = meter or Meter()
 
     async def run(self) -> None:
-        """Trim and set the clock until cancelled."""
+        """Trim, set the clock and weigh until cancelled."""
         while True:
             try:
                 await self._connection.refresh_clock()
                 await self.trim()
                 await self._retire()
+                await self.weigh()
             except StreamError as error:
                 log.warning("upkeep_failed", reason=str(error))
             await asyncio.sleep(TRIM_EVERY_S)
@@ -72,6 +82,15 @@ class Upkeep:
             ("XTRIM", keys.requests, "MINID", "~", await self._done_before(before)),
         ]
         await self._connection.commands(words)
+
+    async def weigh(self) -> None:
+        """Note how much memory Redis uses, and whether it would evict: either ends in lost or refused work."""
+        info = await self._connection.memory()
+        self._meter.memory = Memory(
+            used_bytes=int(info["used_memory"]),
+            max_bytes=int(info["maxmemory"]),
+            evicts=info["maxmemory_policy"] != "noeviction",
+        )
 
     async def _done_before(self, before: str) -> str:
         """The earliest of: the retention's edge, the oldest unfinished entry, the first unread one."""
