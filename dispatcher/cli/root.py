@@ -28,6 +28,14 @@ from scheduler.settings import LogSettings, Settings
 
 COMMANDS = {
     "dispatcher": "Dispatch a pool's requests; a second one stands by.",
+    "submit": "Send one request and print its answer.",
+    "batch": "Answer a file of requests; run it again and it goes on where it stopped.",
+    "status": "The pool at one glance, or where one request stands.",
+    "explain": "Tell a request's life: when, where and why there; predicted and real.",
+    "cancel": "End a request, wherever it is; the engine hears of it within a heartbeat.",
+    "dead": "List, show or requeue what could not be served.",
+    "drain": "Give an endpoint no new work and wait until it has none.",
+    "resume": "Give a drained endpoint work again.",
     "settings": "Every setting as it stands here, with what it means, as TOML.",
     "trace": "Workloads: get, make, convert and look at them.",
     "redis": "Talk to Redis by hand, on machines without redis-cli.",

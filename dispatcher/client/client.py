@@ -1,7 +1,6 @@
 """Requests from Python: submit, wait, stream, cancel, attach again after a crash."""
 
 import asyncio
-import contextlib
 import os
 import re
 import secrets
@@ -25,7 +24,7 @@ from dispatcher.streams.connection import Connection, Where
 from scheduler import prefix, wire
 from scheduler.errors import RequestRejected, StreamError, UnknownRequestError, WireError
 from scheduler.keys import Keys
-from scheduler.settings import LimitSettings, Settings
+from scheduler.settings import LimitSettings, LoopSettings, Settings
 from scheduler.wire import PATHS, Request, Result
 
 BATCH = 128
@@ -57,6 +56,7 @@ class Client:
         name: str | None = None,
         limits: LimitSettings | None = None,
         tokenizer: Tokenizer | None = None,
+        kept_s: float = LoopSettings().retention_s,
     ) -> None:
         """Say where; nothing is connected yet.
 
@@ -67,12 +67,14 @@ class Client:
             name: names the reply stream and begins the ids; default host, process and four random digits.
             limits: how long a body may be, and how many may wait.
             tokenizer: counts prompts exactly; default 4 bytes a token.
+            kept_s: how long records stay on the reply stream; not less than the dispatcher's retention.
         """
         self.keys = Keys(prefix, pool)
         self.name = name or _own_name()
         self._where = redis if isinstance(redis, Where) else Where(url=redis)
         self._limits = limits or LimitSettings()
         self._tokenizer = tokenizer
+        self._kept_s = 1.1 * kept_s  # the request's hash, which points there, must go first
         self._sent = 0
         self._connection: Connection | None = None
         self._follower: Follower | None = None
@@ -90,6 +92,7 @@ class Client:
             prefix=settings.redis.prefix,
             name=name,
             limits=settings.limits,
+            kept_s=settings.loop.retention_s,
         )
 
     @classmethod
@@ -103,7 +106,9 @@ class Client:
         self._connection = await Connection.connect(self._where)
         self._follower = Follower(self._connection)
         own = self.keys.reply(self.name)
-        self._records = Records(self._connection, self.keys, own, self._follower)
+        self._records = Records(
+            self._connection, self.keys, own, self._follower, kept_s=self._kept_s
+        )
         self._records.start()
         return self
 
@@ -201,13 +206,11 @@ class Client:
     async def results(self, handles: Iterable[Handle]) -> AsyncIterator[Handle]:
         """These handles in the order in which they end."""
         ended: asyncio.Queue[Handle] = asyncio.Queue()
-        waiting = [asyncio.ensure_future(_ended(handle, ended)) for handle in handles]
-        try:
-            for _ in waiting:
-                yield await ended.get()
-        finally:
-            for one in waiting:
-                one.cancel()
+        waiting = list(handles)
+        for handle in waiting:
+            handle.when_done(ended.put_nowait)
+        for _ in waiting:
+            yield await ended.get()
 
     async def attach(self, request_id: str) -> Handle:
         """The handle of a request that was sent before, by whomever.
@@ -311,17 +314,11 @@ class Client:
                 retry_after_s=error.retry_after_s,
             )
         )
-        return Handle(self, request.id, ended)
+        return Handle(self, request.id, ended, is_turned_away=True)
 
     def _next_id(self) -> str:
         self._sent += 1
         return f"{self.name}.{self._sent}"
-
-
-async def _ended(handle: Handle, ended: "asyncio.Queue[Handle]") -> None:
-    with contextlib.suppress(StreamError):
-        await handle.record()
-    ended.put_nowait(handle)
 
 
 def _own_name() -> str:

@@ -1,7 +1,7 @@
 """A request as its client holds it: wait for it, read its tokens, cancel it, ask where it stands."""
 
 import asyncio
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -40,8 +40,17 @@ class Handle:
     3. It knows its terminal record as soon as the client has read it; nothing is asked of Redis for that.
     """
 
-    def __init__(self, client: "Client", request_id: str, ended: "asyncio.Future[Result]") -> None:
+    def __init__(
+        self,
+        client: "Client",
+        request_id: str,
+        ended: "asyncio.Future[Result]",
+        *,
+        is_turned_away: bool = False,
+    ) -> None:
         self.id = request_id
+        self.is_turned_away = is_turned_away
+        "It was never enqueued, for there was no room; the same id may be sent again."
         self._client = client
         self._ended = ended
 
@@ -55,6 +64,10 @@ class Handle:
     def is_done(self) -> bool:
         """Whether its terminal record is here."""
         return self._ended.done()
+
+    def when_done(self, tell: Callable[["Handle"], None]) -> None:
+        """Call this when its terminal record is here, or the client is closed."""
+        self._ended.add_done_callback(lambda _: tell(self))
 
     async def record(self) -> Result:
         """Its terminal record, whatever the outcome."""

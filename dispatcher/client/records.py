@@ -15,9 +15,6 @@ from scheduler.keys import Keys
 from scheduler.wire import Result
 
 TRIM_EVERY_S = 60.0
-KEPT_S = 3600.0
-"How long records stay on a client's own stream, for whoever attaches later."
-
 log = logging.getLogger("headgate.client")
 
 
@@ -29,7 +26,16 @@ class Records:
     3. `seek` finds the record of a request somebody else sent: in its hash, or on that one's reply stream.
     """
 
-    def __init__(self, connection: Connection, keys: Keys, own: str, follower: Follower) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        own: str,
+        follower: Follower,
+        *,
+        kept_s: float,
+    ) -> None:
+        """`own` is the client's own stream; records stay on it for `kept_s`, for whoever attaches later."""
         self._connection = connection
         self._keys = keys
         self._own = own
@@ -37,6 +43,7 @@ class Records:
         self._expected: dict[str, asyncio.Future[Result]] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._foreign: dict[str, set[str]] = {}
+        self._kept_s = kept_s
         self._trimmed_at = time.monotonic()
 
     def start(self) -> None:
@@ -147,6 +154,6 @@ class Records:
         if following.stream != self._own or time.monotonic() - self._trimmed_at < TRIM_EVERY_S:
             return
         self._trimmed_at = time.monotonic()
-        before = int((self._connection.now() - KEPT_S) * 1e3)
+        before = int((self._connection.now() - self._kept_s) * 1e3)
         with contextlib.suppress(StreamError):
             await self._connection.command("XTRIM", self._own, "MINID", "~", before)

@@ -300,17 +300,29 @@ class Connection:
 
 
 class _Weather:
-    """Turns what redis-py raises into `StreamError`."""
+    """Turns what redis-py raises into `StreamError`, and keeps a cancellation that it swallows.
+
+    redis-py sends under `asyncio.wait_for`, which before Python 3.12 loses a cancellation that comes in the same
+    turn of the loop as the end of the send: the task would then go on as if nobody had asked it to end.
+    """
 
     def __init__(self, shown: str) -> None:
         self._shown = shown
+        self._asked = 0
 
     def __enter__(self) -> None:
-        return None
+        self._asked = _times_cancelled()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if _times_cancelled() > self._asked and not isinstance(error, asyncio.CancelledError):
+            raise asyncio.CancelledError from error
         if isinstance(error, weather.RedisError | TimeoutError | OSError):
             raise StreamError(f"redis at {self._shown}: {error or kind}") from error
+
+
+def _times_cancelled() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 def _is_unknown_function(reply: Any) -> bool:

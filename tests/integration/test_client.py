@@ -323,3 +323,21 @@ def test_every_outcome_becomes_an_error_or_an_answer():
             completion(record)
         assert raised.value.outcome == outcome
         assert raised.value.retry_after_s == 2.0
+
+
+async def test_a_cancelled_call_ends_its_task(redis_url, pool):
+    """Whenever the cancellation comes: redis-py loses some of them, we do not."""
+    async with Client(redis=redis_url, pool=pool) as client:
+        for turns in range(30):
+            asking = asyncio.create_task(_ask_and_stay(client))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asking.cancel()
+            ended, _ = await asyncio.wait([asking], timeout=5)
+            assert ended, f"cancelled after {turns} turns of the loop, it went on"
+
+
+async def _ask_and_stay(client):
+    with contextlib.suppress(UnknownRequestError):
+        await client.cancel("nobody")
+    await asyncio.Event().wait()

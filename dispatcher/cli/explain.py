@@ -1,0 +1,163 @@
+"""`headgate explain`: one request's life in order, with why it went where it went."""
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+from rich.table import Table
+
+from dispatcher.cli import output
+from dispatcher.cli.output import seconds
+from dispatcher.client import Client
+from scheduler import codec
+from scheduler.errors import UnknownRequestError
+from scheduler.settings import Settings
+from scheduler.wire import Decision, Result, Reward
+
+app = typer.Typer()
+
+M = TypeVar("M", bound=msgspec.Struct)
+
+PAGE = 2000
+"Log entries read in one command, in search of this request's."
+
+CANDIDATES_SHOWN = 6
+
+
+class Line(msgspec.Struct, frozen=True, order=True):
+    """One thing that happened."""
+
+    at: float
+    what: str
+    detail: str
+
+
+class Story(msgspec.Struct, frozen=True):
+    """All that the logs know of a request."""
+
+    id: str
+    state: str
+    enqueued_at: float
+    decisions: list[Decision]
+    rewards: list[Reward]
+    result: Result | None
+
+
+@app.command()
+async def explain(
+    settings: Settings,
+    request_id: Annotated[str, typer.Argument(metavar="ID")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="The logs' own words.")] = False,
+) -> None:
+    """Tell a request's life: when, where and why there; predicted and real."""
+    async with Client.from_settings(settings) as client:
+        story = await told(client, request_id)
+    if as_json:
+        fields = {name: getattr(story, name) for name in story.__struct_fields__}
+        result = None if story.result is None else output.record(story.result)
+        output.json_line(fields | {"result": result})
+        return
+    table = Table("after", "what", "", box=None, show_header=False)
+    for line in sorted(lines(story)):
+        table.add_row(f"+{seconds(line.at - story.enqueued_at)}", line.what, line.detail)
+    console = output.console()
+    console.print(f"{story.id}: {story.result.outcome if story.result else story.state}")
+    console.print(table)
+
+
+async def told(client: Client, request_id: str) -> Story:
+    """What the logs say.
+
+    Raises:
+        UnknownRequestError: they know nothing.
+    """
+    standing = await client.status(request_id)
+    since = f"{int(standing.enqueued_at * 1e3)}-0"
+    keys = client.keys
+    decisions = [d async for d in _of(client, keys.decisions, since, request_id, Decision)]
+    rewards = [r async for r in _of(client, keys.rewards, since, request_id, Reward)]
+    result = None
+    if standing.state == "terminal":
+        with contextlib.suppress(UnknownRequestError):
+            result = await (await client.attach(request_id)).record()
+    return Story(request_id, standing.state, standing.enqueued_at, decisions, rewards, result)
+
+
+async def _of(
+    client: Client, stream: str, since: str, request_id: str, kind: type[M]
+) -> AsyncIterator[M]:
+    """This request's entries of a log."""
+    wanted = request_id.encode()
+    while page := await client.connection.entries(stream, since, count=PAGE):
+        for entry in page:
+            if entry[1].get(b"id") == wanted:
+                yield codec.decode(kind, entry[1])
+        since = f"({page[-1][0]}"
+
+
+def lines(story: Story) -> Iterator[Line]:
+    """The story's turns, not yet in order."""
+    yield Line(story.enqueued_at, "enqueued", "its promises count from here")
+    for decision in story.decisions:
+        yield _decided(decision, story.enqueued_at)
+    for reward in story.rewards:
+        yield from _served(reward)
+    if story.result is not None and story.result.finished_at is not None:
+        yield Line(story.result.finished_at, story.result.outcome, _ended(story.result))
+
+
+def _decided(decision: Decision, enqueued_at: float) -> Line:
+    at = decision.at if decision.at is not None else enqueued_at
+    if decision.kind != "assigned":
+        slack = "" if decision.slack_s is None else f", slack {seconds(decision.slack_s)}"
+        where = f"from {decision.endpoint}: " if decision.endpoint else ""
+        return Line(at, decision.kind.replace("_", " "), f"{where}{decision.reason}{slack}")
+    parts = [
+        f"to {decision.endpoint}, attempt {decision.attempt}",
+        f"predicted wait {seconds(decision.start_s)}, prefill {seconds(decision.prefill_s)}",
+    ]
+    if decision.slack_s is not None:
+        parts.append(f"slack {seconds(decision.slack_s)}")
+    if decision.cached_tokens:
+        parts.append(f"{decision.cached_tokens} tokens believed cached")
+    parts += [f"{decision.waiting} waited", decision.reason]
+    text = "; ".join(part for part in parts if part)
+    others = decision.candidates[:CANDIDATES_SHOWN]
+    if others:
+        more = len(decision.candidates) - len(others)
+        text += "\ncandidates, seconds to first token: " + ", ".join(others)
+        text += f" and {more} more" if more > 0 else ""
+    return Line(at, "assigned", text)
+
+
+def _served(reward: Reward) -> Iterator[Line]:
+    if reward.pulled_at is not None:
+        yield Line(reward.pulled_at, "pulled", f"by the worker of {reward.endpoint}")
+    if reward.admitted_at is not None:
+        queued = "" if reward.queue_s is None else f"; {seconds(reward.queue_s)} in its own queue"
+        yield Line(reward.admitted_at, "admitted", f"sent to the engine{queued}")
+    if reward.first_token_at is not None and reward.decided_at is not None:
+        real_s = reward.first_token_at - reward.decided_at
+        text = f"{seconds(real_s)} after the decision, predicted {seconds(reward.predicted_s)}"
+        text += f"; prefill {seconds(reward.prefill_s)}"
+        if reward.cached_tokens is not None:
+            text += f"; {reward.cached_tokens} of {reward.prompt_tokens} prompt tokens cached"
+        yield Line(reward.first_token_at, "first token", text)
+    if reward.outcome == "returned" and reward.finished_at is not None:
+        yield Line(reward.finished_at, "returned", reward.reason)
+
+
+def _ended(result: Result) -> str:
+    parts = [result.reason] if result.reason else []
+    if result.endpoint:
+        parts.append(f"by {result.endpoint}, attempt {result.attempt}")
+    if result.ttft_s is not None:
+        parts.append(f"first token after {seconds(result.ttft_s)}")
+    if result.tpot_s is not None:
+        parts.append(f"{seconds(result.tpot_s)} a token, {result.output_tokens} tokens")
+    if result.on_time is not None:
+        parts.append("on time" if result.on_time else "late")
+    return "; ".join(parts)

@@ -1,0 +1,55 @@
+"""How commands speak: results on stdout, talk on stderr, one JSON document a line for machines."""
+
+from typing import Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from scheduler.wire import Result
+
+
+def console() -> Console:
+    """For results; plain where stdout is no terminal."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def talk(line: str) -> None:
+    """A line for the person, not for the pipe."""
+    typer.echo(line, err=True)
+
+
+def json_line(value: object) -> None:
+    """One line of JSON on stdout."""
+    typer.echo(msgspec.json.encode(value).decode())
+
+
+def record(result: Result) -> dict[str, Any]:
+    """A terminal record for machines: its body parsed, moments in unix seconds."""
+    fields: dict[str, Any] = {
+        name: getattr(result, name) for name in result.__struct_fields__ if name != "body"
+    }
+    return fields | {"body": body(result)}
+
+
+def body(result: Result) -> object:
+    """The engine's answer, parsed where it is JSON."""
+    if not result.body:
+        return None
+    try:
+        return msgspec.json.decode(result.body)
+    except msgspec.DecodeError:
+        return result.body.decode(errors="replace")
+
+
+def seconds(value: float | None) -> str:
+    """A duration as a person reads it.
+
+    >>> seconds(0.0123), seconds(3.21), seconds(150), seconds(None)
+    ('12 ms', '3.2 s', '150 s', '-')
+    """
+    if value is None:
+        return "-"
+    if abs(value) < 1:
+        return f"{value * 1e3:.0f} ms"
+    return f"{value:.1f} s" if abs(value) < 100 else f"{value:.0f} s"

@@ -1,0 +1,119 @@
+"""`headgate status`: the pool, or one request, at a glance."""
+
+import asyncio
+import contextlib
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+from dispatcher import glance
+from dispatcher.cli import output
+from dispatcher.cli.output import seconds
+from dispatcher.client import Client, Standing
+from dispatcher.glance import EndpointGlance, PoolGlance
+from scheduler.settings import Settings
+
+app = typer.Typer()
+
+WATCH_S = 1.0
+"Between two looks with --watch."
+
+
+@app.command()
+async def status(
+    settings: Settings,
+    request_id: Annotated[str, typer.Argument(metavar="[ID]", help="One request only.")] = "",
+    *,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line a look.")] = False,
+) -> None:
+    """The pool at one glance, or where one request stands."""
+    async with Client.from_settings(settings) as client:
+        with contextlib.ExitStack() as stack:
+            live = None
+            if watch and not as_json:
+                live = stack.enter_context(Live(console=output.console(), auto_refresh=False))
+            while True:
+                shown = await _look(client, request_id, as_json=as_json)
+                if live is not None and shown is not None:
+                    live.update(shown, refresh=True)
+                elif shown is not None:
+                    output.console().print(shown)
+                if not watch:
+                    return
+                await asyncio.sleep(WATCH_S)
+
+
+async def _look(client: Client, request_id: str, *, as_json: bool) -> RenderableType | None:
+    found: Standing | PoolGlance
+    if request_id:
+        found = await client.status(request_id)
+        shown = _standing(found, client.connection.now())
+    else:
+        found = await glance.pool(client.connection, client.keys)
+        shown = _pool(client.keys.pool, found)
+    if as_json:
+        output.json_line(found)
+        return None
+    return shown
+
+
+def _standing(found: Standing, now: float) -> RenderableType:
+    table = Table(show_header=False, box=None)
+    table.add_row("id", found.id)
+    table.add_row("state", found.state + (", to be cancelled" if found.is_cancelled else ""))
+    if found.outcome:
+        table.add_row("outcome", found.outcome)
+    table.add_row("enqueued", f"{seconds(now - found.enqueued_at)} ago")
+    if found.attempt:
+        table.add_row("attempt", f"{found.attempt} on {found.endpoint or '-'}")
+    return table
+
+
+def _pool(name: str, found: PoolGlance) -> RenderableType:
+    leader = f"{found.leader} (epoch {found.leader_epoch})" if found.leader else "[bold]nobody[/]"
+    table = Table(show_header=False, box=None)
+    table.add_row("pool", f"{name}, led by {leader}")
+    table.add_row(
+        "requests",
+        f"{found.unread} unread, {found.waiting} waiting ({found.set_aside} set aside), "
+        f"{found.assigned} assigned ({found.running} running)",
+    )
+    backlog = "unknown: nothing completes" if found.backlog_s is None else seconds(found.backlog_s)
+    table.add_row("oldest", f"{seconds(found.oldest_s)}; backlog {backlog}")
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.items())
+    table.add_row("lately", f"{outcomes or 'nothing ended'}; {found.completed_per_s:.1f}/s")
+    table.add_row("dead", str(found.dead))
+    return Group(table, endpoints(found.endpoints))
+
+
+def endpoints(found: list[EndpointGlance]) -> Table:
+    """A row an endpoint."""
+    head = ("endpoint", "hardware", "state", "beat", "jobs", "running", "queued", "seats", "kv")
+    table = Table(*head, "step", "prediction off by", "on time", box=None)
+    for one in found:
+        beat = one.beat
+        state = beat.state if one.is_alive else "silent"
+        table.add_row(
+            beat.endpoint,
+            beat.hardware or "-",
+            state + (f": {beat.reason}" if beat.reason else ""),
+            seconds(one.silent_s),
+            str(one.jobs),
+            str(beat.running),
+            str(beat.queued + beat.held),
+            str(beat.max_num_seqs),
+            f"{beat.kv_usage:.0%}",
+            seconds(beat.step_s) if beat.step_s else "-",
+            share(one.prediction_error),
+            share(one.on_time),
+        )
+    return table
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage; `-` where unknown."""
+    return "-" if value is None else f"{value:.0%}"

@@ -1,0 +1,105 @@
+"""`headgate submit`: one request by hand."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dispatcher.cli import output
+from dispatcher.client import Client, Completion, Handle
+from dispatcher.client import prompt as prompts
+from dispatcher.client.completion import completion
+from dispatcher.client.wishes import Wishes
+from scheduler.errors import SettingsError
+from scheduler.settings import Settings
+
+app = typer.Typer()
+
+
+@app.command()
+async def submit(
+    settings: Settings,
+    prompt: Annotated[str | None, typer.Argument(help="The user's message.")] = None,
+    *,
+    model: Annotated[str, typer.Option(help="Which model; else the body's own.")] = "",
+    body: Annotated[str, typer.Option(metavar="FILE", help="An OpenAI body; - is stdin.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(help="With a prompt only.")] = None,
+    request_id: Annotated[str, typer.Option("--id", help="Sent once under this id.")] = "",
+    objective: Annotated[str, typer.Option(help="A promise by name.")] = "",
+    ttft_s: Annotated[float | None, typer.Option(help="Promise: first token.")] = None,
+    tpot_s: Annotated[float | None, typer.Option(help="Promise: each further token.")] = None,
+    deadline_s: Annotated[float | None, typer.Option(help="Promise: whole answer.")] = None,
+    priority: Annotated[int | None, typer.Option(help="Higher first.")] = None,
+    tenant: Annotated[str, typer.Option()] = "",
+    session: Annotated[str, typer.Option()] = "",
+    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
+    wait: Annotated[bool, typer.Option(help="--no-wait prints the id and leaves.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="The terminal record.")] = False,
+) -> None:
+    """Send one request and print its answer."""
+    wishes = Wishes(
+        objective=objective,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        deadline_s=deadline_s,
+        priority=priority,
+        tenant=tenant,
+        session=session,
+    )
+    if model:
+        wishes["model"] = model
+    if request_id:
+        wishes["id"] = request_id
+    if stream:
+        wishes["stream"] = True
+    content = _body(prompt, body, max_tokens)
+    async with Client.from_settings(settings) as client:
+        handle = await client.submit(content, **wishes)
+        if not wait:
+            typer.echo(handle.id)
+        else:
+            await _tell(handle, is_stream=stream, as_json=as_json)
+
+
+async def _tell(handle: Handle, *, is_stream: bool, as_json: bool) -> None:
+    if is_stream and not as_json:
+        async for text in handle:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    record = await handle.record()
+    if as_json:
+        output.json_line(output.record(record))
+    answer = completion(record)
+    if not as_json:
+        if not is_stream:
+            typer.echo(answer.text)
+        output.talk(_summary(answer))
+
+
+def _summary(answer: Completion) -> str:
+    record = answer.record
+    kept = {True: ", on time", False: ", late", None: ""}[record.on_time]
+    return (
+        f"{answer.id}: {record.outcome} on {record.endpoint}, first token after "
+        f"{output.seconds(record.ttft_s)}, {record.output_tokens} tokens{kept}"
+    )
+
+
+def _body(prompt: str | None, path: str, max_tokens: int | None) -> bytes:
+    if (prompt is None) == (not path):
+        raise SettingsError("a prompt or --body FILE is wanted, exactly one of them")
+    if prompt is None:
+        return _read(path)
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
+    if max_tokens is not None:
+        body["max_tokens"] = max_tokens
+    return prompts.encoded(body)
+
+
+def _read(path: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"body {path!r} cannot be read: {error.strerror}") from None

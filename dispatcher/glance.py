@@ -1,0 +1,230 @@
+"""A pool at one glance, put together from what lies in Redis; asks nobody, so it works while all are down."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TypeVar
+
+import msgspec
+
+from dispatcher.streams.connection import Connection, Entry
+from scheduler import codec
+from scheduler.errors import WireError
+from scheduler.keys import DISPATCHER_GROUP, Keys
+from scheduler.wire import Beat, Decision, Reward
+
+M = TypeVar("M", bound=msgspec.Struct)
+
+BEATS_READ = 3000
+"The newest beats, to learn the endpoints' names: 10 s of 300 endpoints."
+
+REWARDS_READ = 1000
+DECISIONS_READ = 3000
+"The newest rewards and decisions, from which the counts and errors are made."
+
+RATE_OVER_S = 60.0
+"The stretch over which the present rate of completions is measured."
+
+
+class EndpointGlance(msgspec.Struct, frozen=True, kw_only=True):
+    """One endpoint."""
+
+    beat: Beat
+    silent_s: float
+    "Since its last beat."
+
+    is_alive: bool
+    "Its lease has not run out."
+
+    jobs: int
+    "Assigned or running there: what the ledger holds."
+
+    prediction_error: float | None
+    "Median of |predicted - real| / real time to the first token, over its newest rewards."
+
+    on_time: float | None
+    "Share of its newest promised requests that were on time."
+
+
+class PoolGlance(msgspec.Struct, frozen=True, kw_only=True):
+    """One pool."""
+
+    at: float
+    leader: str
+    "Who leads; empty when nobody does."
+
+    leader_epoch: int
+    lease_s: float
+    "What is left of the leader's lease."
+
+    unread: int
+    "Entries that no dispatcher has read."
+
+    waiting: int
+    "Without an endpoint, those set aside included."
+
+    set_aside: int
+    "Cannot make it on the present prediction."
+
+    assigned: int
+    "Handed over, running or not."
+
+    running: int
+    "Of these, in an engine's batch as the workers last saw it."
+
+    oldest_s: float | None
+    "Age of the oldest that has not ended; None when there is none."
+
+    backlog_s: float | None
+    "How long the waiting would take at the present rate of completions; None while none complete."
+
+    completed_per_s: float
+    outcomes: dict[str, int]
+    "Of the newest rewards and of what the dispatcher ended itself."
+
+    dead: int
+    endpoints: list[EndpointGlance]
+
+
+async def pool(connection: Connection, keys: Keys) -> PoolGlance:
+    """The pool as it stands."""
+    beaten_at = await _beaten_at(connection, keys)
+    names = sorted(beaten_at)
+    await connection.refresh_clock()
+    now = connection.now()
+    leader, waiting, dead, is_there, *rest = await connection.commands(
+        [
+            ("HMGET", keys.leader, "node", "epoch", "until"),
+            ("ZCARD", keys.waiting),
+            ("XLEN", keys.dead),
+            ("EXISTS", keys.requests),
+            *(("XLEN", keys.jobs(name)) for name in names),
+            *(("HGETALL", keys.endpoint(name)) for name in names),
+        ]
+    )
+    unread, oldest_at = await _ingress(connection, keys) if is_there else (0, None)
+    rewards = _decoded(Reward, await connection.newest(keys.rewards, after="0", count=REWARDS_READ))
+    decisions = _decoded(
+        Decision, await connection.newest(keys.decisions, after="0", count=DECISIONS_READ)
+    )
+    endpoints = [
+        _endpoint(raw, int(jobs), rewards, now - beaten_at[name])
+        for name, jobs, raw in zip(names, rest[: len(names)], rest[len(names) :], strict=True)
+        if b"endpoint" in raw
+    ]
+    rate = _rate(rewards, now)
+    until = int(leader[2] or 0) / 1e3
+    return PoolGlance(
+        at=now,
+        leader=leader[0].decode() if leader[0] and until > now else "",
+        leader_epoch=int(leader[1] or 0),
+        lease_s=max(0.0, until - now),
+        unread=unread,
+        waiting=int(waiting),
+        set_aside=min(int(waiting), _set_aside(decisions)),
+        assigned=sum(e.jobs for e in endpoints),
+        running=sum(e.beat.running for e in endpoints if e.is_alive),
+        oldest_s=None if oldest_at is None else now - oldest_at,
+        backlog_s=waiting / rate if rate else None,
+        completed_per_s=rate,
+        outcomes=_outcomes(rewards, decisions),
+        dead=int(dead),
+        endpoints=sorted(endpoints, key=lambda e: e.beat.endpoint),
+    )
+
+
+async def _beaten_at(connection: Connection, keys: Keys) -> dict[str, float]:
+    """When each endpoint has beaten last, on Redis' clock."""
+    beats = await connection.newest(keys.beats, after="0", count=BEATS_READ)
+    return {fields[b"endpoint"].decode(): _entry_at(entry) for entry, fields in beats}
+
+
+async def _ingress(connection: Connection, keys: Keys) -> tuple[int, float | None]:
+    """Entries nobody has read, and when the oldest that has not ended came."""
+    groups = await connection.command("XINFO", "GROUPS", keys.requests)
+    group = next((g for g in groups if g["name"] == DISPATCHER_GROUP.encode()), None)
+    if group is None:
+        oldest = await connection.entries(keys.requests, count=1)
+        unread = int(await connection.command("XLEN", keys.requests))
+        return unread, _entry_at(oldest[0][0]) if oldest else None
+    summary = await connection.command("XPENDING", keys.requests, DISPATCHER_GROUP)
+    pending = summary["min"]
+    if pending:
+        return int(group["lag"] or 0), _entry_at(pending.decode())
+    last = group["last-delivered-id"].decode()
+    newer = await connection.entries(keys.requests, f"({last}", count=1)
+    return int(group["lag"] or 0), _entry_at(newer[0][0]) if newer else None
+
+
+def _entry_at(entry: str) -> float:
+    return int(entry.partition("-")[0]) / 1e3
+
+
+def _endpoint(
+    raw: Mapping[bytes, bytes], jobs: int, rewards: Sequence[Reward], silent_s: float
+) -> EndpointGlance:
+    beat = codec.decode(Beat, raw)
+    lease_s = float(raw.get(b"seen_lease_ms") or 3000) / 1e3
+    own = [r for r in rewards if r.endpoint == beat.endpoint]
+    promised = [r.on_time for r in own if r.on_time is not None]
+    return EndpointGlance(
+        beat=beat,
+        silent_s=max(0.0, silent_s),
+        is_alive=silent_s < lease_s,
+        jobs=jobs,
+        prediction_error=error(own),
+        on_time=sum(promised) / len(promised) if promised else None,
+    )
+
+
+def error(rewards: Sequence[Reward]) -> float | None:
+    """Median of |predicted - real| / real time from decision to first token; None where nothing is known.
+
+    >>> error([Reward(id="r", endpoint="e", epoch=1, attempt=1, outcome="completed",
+    ...     decided_at=10.0, first_token_at=12.0, predicted_s=1.5)])
+    0.25
+    """
+    errors = []
+    for r in rewards:
+        if r.first_token_at is None or r.decided_at is None or not r.predicted_s:
+            continue
+        real_s = r.first_token_at - r.decided_at
+        if real_s > 0:
+            errors.append(abs(r.predicted_s - real_s) / real_s)
+    return median(errors) if errors else None
+
+
+def _rate(rewards: Sequence[Reward], now: float) -> float:
+    """Completions a second over the last minute, or over what the newest rewards span of it."""
+    ends = [r.finished_at for r in rewards if r.finished_at and r.finished_at > now - RATE_OVER_S]
+    if len(ends) < 2:
+        return 0.0
+    span_s = now - min(ends)
+    return len(ends) / span_s if span_s > 0 else 0.0
+
+
+def _set_aside(decisions: Sequence[Decision]) -> int:
+    latest = {d.id: d.kind for d in decisions}
+    return sum(kind == "set_aside" for kind in latest.values())
+
+
+def _outcomes(rewards: Sequence[Reward], decisions: Sequence[Decision]) -> dict[str, int]:
+    """Ends by outcome; the dispatcher's own ends are told in its decisions' first word."""
+    counts = Counter(r.outcome for r in rewards)
+    ended = {r.id for r in rewards if r.outcome != "returned"}
+    counts.update(
+        d.reason.partition(":")[0].partition(" ")[0] or "finished"
+        for d in decisions
+        if d.kind == "finished" and d.id not in ended
+    )
+    return dict(counts.most_common())
+
+
+def _decoded(kind: type[M], entries: Sequence[Entry]) -> list[M]:
+    """What of these can be read; a glance does not stumble over a stray entry."""
+    found = []
+    for _, fields in entries:
+        with contextlib.suppress(WireError):
+            found.append(codec.decode(kind, fields))
+    return found
