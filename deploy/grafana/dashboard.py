@@ -1,0 +1,354 @@
+"""The Grafana dashboard as a table of panels.
+
+    python deploy/grafana/dashboard.py > deploy/grafana/dashboards/headgate.json
+
+Top to bottom it follows a request: what was promised, what waits, where it runs, what was learned, what it
+runs on. A panel is a line of `ROWS`; where it stands on the screen follows from its place in the list.
+"""
+
+import json
+import sys
+from typing import NamedTuple
+
+COLUMNS = 24
+HEIGHT = 8
+POOL = 'pool=~"$pool"'
+QUANTILES = (0.5, 0.95, 0.99)
+
+
+class Panel(NamedTuple):
+    """A title, what it asks Prometheus (query and legend), and how it is drawn."""
+
+    title: str
+    queries: list[tuple[str, str]]
+    unit: str = "short"
+    kind: str = "timeseries"
+    width: int = 8
+    stacked: bool = False
+    about: str = ""
+    top: float | None = None
+
+
+def quantiles(metric: str, by: str = "pool") -> list[tuple[str, str]]:
+    """The usual three of a histogram."""
+    where = f"{{{POOL}}}" if by == "pool" else ""
+    return [
+        (
+            f"histogram_quantile({q}, sum by ({by}, le) (rate({metric}_bucket{where}[$__rate_interval])))",
+            f"p{q * 100:g}" if by == "pool" else f"{{{{{by}}}}} p{q * 100:g}",
+        )
+        for q in (QUANTILES if by == "pool" else (0.95,))
+    ]
+
+
+def gauge(metric: str, legend: str) -> tuple[str, str]:
+    """A pool's figure, which only its leader shows."""
+    return f"max by (pool) (headgate_{metric}{{{POOL}}})", legend
+
+
+def endpoint(metric: str) -> list[tuple[str, str]]:
+    """A figure an endpoint."""
+    return [(f"max by (endpoint) (headgate_endpoint_{metric}{{{POOL}}})", "{{endpoint}}")]
+
+
+def rate(metric: str, by: str, legend: str) -> tuple[str, str]:
+    """A counter's growth a second."""
+    return f"sum by ({by}) (rate(headgate_{metric}_total{{{POOL}}}[$__rate_interval]))", legend
+
+
+def worker(metric: str) -> list[tuple[str, str]]:
+    """A worker's figure, an endpoint."""
+    return [(f"max by (endpoint) (headgate_worker_{metric})", "{{endpoint}}")]
+
+
+ROWS: dict[str, list[Panel]] = {
+    "Promises": [
+        Panel(
+            "Promises kept, 5 min",
+            [(f"headgate:promises:kept_ratio5m{{{POOL}}}", "{{objective}}")],
+            unit="percentunit",
+            kind="stat",
+            width=4,
+            top=1,
+            about="Of all promises that ended in the last five minutes, by objective.",
+        ),
+        Panel("Time to first token", quantiles("headgate_ttft_seconds"), unit="s", width=7),
+        Panel("Time per output token", quantiles("headgate_tpot_seconds"), unit="s", width=7),
+        Panel(
+            "Outcomes",
+            [(f"headgate:outcomes:rate5m{{{POOL}}}", "{{outcome}}")],
+            unit="reqps",
+            width=6,
+            stacked=True,
+        ),
+    ],
+    "What waits": [
+        Panel(
+            "Requests",
+            [
+                gauge("waiting", "waiting"),
+                gauge("set_aside", "set aside"),
+                gauge("assigned", "assigned"),
+                gauge("running", "running"),
+            ],
+            stacked=True,
+            about="Set aside: cannot keep their promise as things stand; they come back when that changes.",
+        ),
+        Panel(
+            "Backlog and oldest waiting",
+            [gauge("backlog_seconds", "backlog"), gauge("oldest_waiting_seconds", "oldest")],
+            unit="s",
+            about="Backlog: predicted seconds of waiting work over all ready endpoints. Autoscaling follows it.",
+        ),
+        Panel("At risk", [gauge("requests_at_risk", "due within the backlog")]),
+        Panel("End to end", quantiles("headgate_e2e_seconds"), unit="s"),
+        Panel(
+            "Slack when handed over or set aside",
+            [
+                (
+                    f"histogram_quantile(0.5, sum by (stage, le) (rate(headgate_slack_seconds_bucket{{{POOL}}}[$__rate_interval])))",
+                    "{{stage}} p50",
+                )
+            ],
+            unit="s",
+        ),
+        Panel(
+            "Tokens",
+            [rate("prompt_tokens", "pool", "prompt"), rate("output_tokens", "pool", "output")],
+            about="Of ended requests, a second.",
+        ),
+    ],
+    "Endpoints": [
+        Panel(
+            "State",
+            [
+                (
+                    f"max by (endpoint, state) (headgate_endpoint_state{{{POOL}}}) == 1",
+                    "{{endpoint}} {{state}}",
+                )
+            ],
+            kind="state-timeline",
+        ),
+        Panel(
+            "Seats taken",
+            [
+                (
+                    f"max by (endpoint) (headgate_endpoint_seats{{{POOL}}}) / max by (endpoint) (headgate_endpoint_seats_max{{{POOL}}})",
+                    "{{endpoint}}",
+                )
+            ],
+            unit="percentunit",
+            top=1,
+        ),
+        Panel("Free in", endpoint("free_seconds"), unit="s"),
+        Panel("Prefill ahead", endpoint("prefill_tokens")),
+        Panel("KV tokens handed over", endpoint("kv_tokens")),
+        Panel("Running in the engine, by worker", worker("jobs_running")),
+    ],
+    "What was learned": [
+        Panel(
+            "Speed",
+            endpoint("speed"),
+            about="Times the declared hardware's time; 1: as declared.",
+        ),
+        Panel("Prediction error", endpoint("prediction_error"), about="Mean absolute log error."),
+        Panel(
+            "Within the 90 % bound",
+            endpoint("prediction_coverage"),
+            unit="percentunit",
+            top=1,
+        ),
+        Panel(
+            "Cached prefix tokens: believed and found",
+            [
+                rate("selected_cached_tokens", "pool", "believed when assigned"),
+                rate("reused_cached_tokens", "pool", "found by the engine"),
+            ],
+        ),
+        Panel(
+            "Learner's lag", [gauge("learner_lag_seconds", "age of the latest reward")], unit="s"
+        ),
+        Panel("Step-time law, error", worker("step_error_ratio"), unit="percentunit"),
+    ],
+    "Dispatchers": [
+        Panel(
+            "Leader",
+            [(f"headgate_is_leader{{{POOL}}}", "{{instance}}")],
+            kind="state-timeline",
+        ),
+        Panel("Decision time", quantiles("headgate_decide_seconds"), unit="s"),
+        Panel(
+            "Redis round trips a request",
+            [
+                (
+                    f"sum by (pool) (rate(headgate_redis_round_trips_total{{{POOL}}}[$__rate_interval])) / sum by (pool) (rate(headgate_requests_total{{{POOL}}}[$__rate_interval]))",
+                    "{{pool}}",
+                )
+            ],
+        ),
+        Panel(
+            "Taken back, handed back, refused",
+            [
+                rate("lease_expiries", "pool", "leases expired"),
+                rate("returns", "pool", "handed back"),
+                rate("refused_moves", "move", "refused: {{move}}"),
+            ],
+            unit="ops",
+        ),
+        Panel(
+            "Hand-overs and turns",
+            [rate("assignments", "pool", "hand-overs"), rate("turns", "pool", "turns")],
+            unit="ops",
+        ),
+        Panel(
+            "Redis memory",
+            [
+                gauge("redis_memory_bytes", "used"),
+                gauge("redis_memory_max_bytes", "maxmemory"),
+            ],
+            unit="bytes",
+        ),
+    ],
+    "Workers and engines": [
+        Panel(
+            "First token, by endpoint",
+            quantiles("headgate_worker_time_to_first_token_seconds", "endpoint"),
+            unit="s",
+        ),
+        Panel(
+            "Between tokens, by endpoint",
+            quantiles("headgate_worker_inter_token_latency_seconds", "endpoint"),
+            unit="s",
+        ),
+        Panel("Held, not yet in the engine", worker("jobs_held")),
+        Panel(
+            "Engine: running and waiting",
+            [
+                ("sum by (instance) (vllm:num_requests_running)", "{{instance}} running"),
+                ("sum by (instance) (vllm:num_requests_waiting)", "{{instance}} waiting"),
+            ],
+        ),
+        Panel(
+            "Engine: KV cache",
+            [("max by (instance) (vllm:kv_cache_usage_perc)", "{{instance}}")],
+            unit="percentunit",
+            top=1,
+        ),
+        Panel(
+            "Engine: prefix cache hits",
+            [
+                (
+                    "sum by (instance) (rate(vllm:prefix_cache_hits_total[$__rate_interval])) / sum by (instance) (rate(vllm:prefix_cache_queries_total[$__rate_interval]))",
+                    "{{instance}}",
+                )
+            ],
+            unit="percentunit",
+            top=1,
+        ),
+    ],
+}
+
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+def dashboard() -> dict[str, object]:
+    """The whole, as Grafana reads it."""
+    return {
+        "uid": "headgate",
+        "title": "Headgate",
+        "tags": ["headgate", "llm"],
+        "schemaVersion": 39,
+        "version": 1,
+        "editable": True,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "timezone": "",
+        "templating": {"list": [_datasource(), _pools()]},
+        "panels": _panels(),
+    }
+
+
+def _datasource() -> dict[str, object]:
+    return {
+        "name": "datasource",
+        "type": "datasource",
+        "query": "prometheus",
+        "current": {"text": "Prometheus", "value": "prometheus"},
+    }
+
+
+def _pools() -> dict[str, object]:
+    query = "label_values(headgate_is_leader, pool)"
+    return {
+        "name": "pool",
+        "type": "query",
+        "datasource": SOURCE,
+        "query": {"query": query, "refId": "pool"},
+        "definition": query,
+        "refresh": 2,
+        "includeAll": True,
+        "multi": True,
+        "current": {"text": "All", "value": "$__all"},
+    }
+
+
+def _panels() -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+    down = 0
+    for title, panels in ROWS.items():
+        found.append(
+            {
+                "id": len(found) + 1,
+                "type": "row",
+                "title": title,
+                "collapsed": False,
+                "panels": [],
+                "gridPos": {"h": 1, "w": COLUMNS, "x": 0, "y": down},
+            }
+        )
+        down, across = down + 1, 0
+        for panel in panels:
+            if across + panel.width > COLUMNS:
+                down, across = down + HEIGHT, 0
+            place = {"h": HEIGHT, "w": panel.width, "x": across, "y": down}
+            found.append({"id": len(found) + 1, "gridPos": place, **_drawn(panel)})
+            across += panel.width
+        down += HEIGHT
+    return found
+
+
+def _drawn(panel: Panel) -> dict[str, object]:
+    lines = {"drawStyle": "line", "fillOpacity": 20 if panel.stacked else 5, "showPoints": "never"}
+    if panel.stacked:
+        lines["stacking"] = {"mode": "normal", "group": "A"}
+    defaults: dict[str, object] = {"unit": panel.unit, "min": 0}
+    if panel.title.startswith("Slack"):
+        del defaults["min"]  # below zero is what it is looked at for
+    if panel.top is not None:
+        defaults["max"] = panel.top
+    if panel.kind == "timeseries":
+        defaults["custom"] = lines
+    return {
+        "type": panel.kind,
+        "title": panel.title,
+        "description": panel.about,
+        "datasource": SOURCE,
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "options": {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True}}
+        if panel.kind == "timeseries"
+        else {},
+        "targets": [
+            {
+                "refId": chr(ord("A") + place),
+                "expr": query,
+                "legendFormat": legend,
+                "datasource": SOURCE,
+            }
+            for place, (query, legend) in enumerate(panel.queries)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    json.dump(dashboard(), sys.stdout, indent=1)
+    sys.stdout.write("\n")

@@ -1,0 +1,38 @@
+#!/bin/sh
+# Make the users of one installation: a password file each, and the ACL file with their hashes for Redis.
+#
+#   sh deploy/redis/users.sh DIRECTORY
+#
+# Passwords that are there already are kept, so running it again only renews users.acl. The directory is its
+# owner's alone; the files in it are readable, because a container's user is another one than yours.
+set -eu
+directory=${1:?usage: users.sh DIRECTORY}
+mkdir -p "$directory"
+chmod 700 "$directory"
+umask 022
+
+# A key's name is prefix:{pool}:kind; this covers every pool under the prefix hg.
+keys() { for kind in "$@"; do printf ' ~hg:{*}:%s' "$kind"; done; }
+hash() { printf %s "$1" | sha256sum | cut -d ' ' -f 1; }
+
+password() { [ -s "$directory/$1" ] || od -An -N24 -tx1 /dev/urandom | tr -d ' \n' >"$directory/$1"; }
+
+user() { # name, rules
+  password "$1"
+  printf 'user %s on #%s resetchannels -@all %s\n' "$1" "$(hash "$(cat "$directory/$1")")" "$2"
+}
+
+speak='+@connection +info +time +cluster|slots +cluster|shards +cluster|nodes +fcall'
+work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@blocking'
+
+{
+  echo 'user default off nopass resetchannels -@all'
+  # The only one that may load functions: they run with their caller's rights, so who loads them is trusted.
+  user dispatcher "~hg:{*}:* $work $speak +xread +xreadgroup +function|load"
+  user worker "$(keys 'jobs:*' 'request:*' 'endpoint:*' 'body:*' 'tokens:*' requests waiting results 'results:*' dead rewards beats) $work $speak +xread +xreadgroup"
+  user client "$(keys requests 'request:*' 'body:*' 'tokens:*' waiting controls results 'results:*') $work $speak +xread"
+  # People and autoscalers: they look and change nothing.
+  user viewer '%R~hg:{*}:* +@read +@connection +info +time +eval +xinfo +xpending -@dangerous +info'
+} >"$directory/users.acl.new"
+mv "$directory/users.acl.new" "$directory/users.acl"
+password grafana # the administrator of the dashboard; no user of Redis
