@@ -79,6 +79,8 @@ class Decodes:
         while ends and ends[0][0] <= self._clock:
             end = heappop(ends)
             if self._is_current(end):
+                # One that was preempted and came back before the clock moved is here twice.
+                end[2].finish_step = -1
                 ended.append(end[2])
         return ended
 

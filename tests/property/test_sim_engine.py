@@ -1,7 +1,7 @@
 """What holds for the engine whatever is thrown at it."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scheduler.sim import profile
@@ -79,6 +79,19 @@ def drive(engine, arrivals, *, leaps, check=lambda engine: None):
 
 @settings(max_examples=60, deadline=None)
 @given(requests=REQUESTS, engine_settings=SETTINGS)
+@example(
+    # Preempted while nobody else decodes: it rejoins with the very end it had.
+    requests=[(0.0, 1, 1, 0, 0)] * 12 + [(0.0, 71, 31, 0, 0), (0.3125, 78, 8, 0, 0)],
+    engine_settings=EngineSettings(
+        max_num_seqs=3,
+        max_num_batched_tokens=8,
+        block_size=1,
+        kv_tokens=182,
+        prefix_caching=False,
+        reserve_full_isl=False,
+        scheduling_policy="priority",
+    ),
+)
 def test_everybody_gets_exactly_its_tokens(requests, engine_settings):
     """Each request gets its output, no more; then nothing is held and nobody is left."""
     arrivals = list(sequences(requests, engine_settings.block_size))
