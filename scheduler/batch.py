@@ -73,7 +73,8 @@ class Candidate(msgspec.Struct, frozen=True):
     @property
     def kv_seconds(self) -> float:
         """KV tokens it holds, times the steps for which it holds them: its price, in token steps."""
-        return (self.prompt_tokens + self.output_tokens / 2) * max(self.output_tokens, 1.0)
+        context = max(self.prompt_tokens + self.output_tokens / 2, 1.0)
+        return context * max(self.output_tokens, 1.0)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,10 @@ MEMORY = 0.995
 "What a sample still weighs one sample later: half after 140 steps, a few seconds of decoding."
 
 PRIOR_SAMPLES = 4.0
-"What the prior weighs in samples; it is right within a factor, and four steps come within 0.2 s."
+"What the prior weighs in samples at first; it is right within a factor, and four steps come within 0.2 s."
+
+PRIOR_MEMORY, PRIOR_FLOOR = 0.97, 0.01
+"It fades faster than the samples do, to a hundredth: enough to decide what the load never varied."
 
 CLIP = 4.0
 "A sample further than this factor from the law counts as this far: stalls and coalesced tokens are not steps."
@@ -92,7 +95,9 @@ class StepTime:
         if self.samples >= CLIP_AFTER:
             measured_s = min(max(measured_s, predicted_s / CLIP), predicted_s * CLIP)
         off = abs(predicted_s - measured_s) / measured_s
-        self.error = off if self.samples == 0 else ERROR_MEMORY * self.error + (1 - ERROR_MEMORY) * off
+        self.error = (
+            off if self.samples == 0 else ERROR_MEMORY * self.error + (1 - ERROR_MEMORY) * off
+        )
         self.samples += 1
         self._add(measured_s, np.array([1.0, batch, kv_tokens, prefill_tokens]) / SCALES)
         if self.samples % SOLVE_EVERY == 0 or self.samples < CLIP_AFTER:
@@ -107,9 +112,10 @@ class StepTime:
         self._targets += inputs * (measured_s * weight)
 
     def _solve(self) -> None:
-        """Least squares with the prior as four more samples; a negative coefficient becomes 0 and the rest is solved again."""
-        left = self._moments + self._weight
-        right = self._targets + self._weight @ self._prior
+        """Least squares with the prior as a few samples more; no coefficient is negative."""
+        weight = self._weight * max(PRIOR_MEMORY**self.samples, PRIOR_FLOOR)
+        left = self._moments + weight
+        right = self._targets + weight @ self._prior
         free = [0, 1, 2, 3]
         solution = np.zeros(4)
         while free:

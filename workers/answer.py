@@ -9,6 +9,7 @@ from http import HTTPStatus
 import msgspec
 
 from scheduler.errors import EngineError
+from scheduler.wire import Job
 from workers.body import CHAT, NOTHING, Written
 
 GOOD = frozenset({"stop", "length", "tool_calls"})
@@ -168,10 +169,10 @@ class Answer:
         details = self.usage.prompt_tokens_details if self.usage else None
         return details.cached_tokens if details else None
 
-    def response(self, path: str, written: Written = NOTHING) -> bytes:
+    def response(self, job: Job, written: Written = NOTHING) -> bytes:
         """The answer as the engine would have sent it whole, what earlier attempts wrote included."""
         head = self._head or Chunk()
-        is_chat = path == CHAT
+        is_chat = job.path == CHAT
         prompt_tokens = self.prompt_tokens(written)
         output_tokens = self.output_tokens + written.output_tokens
         usage: Fields = {
@@ -186,10 +187,10 @@ class Answer:
         self._choices = self._choices or {0: _Said("length")}
         return msgspec.json.encode(
             {
-                "id": head.id,
+                "id": head.id or job.id,
                 "object": "chat.completion" if is_chat else "text_completion",
                 "created": head.created,
-                "model": head.model,
+                "model": head.model or job.model,
                 "choices": [
                     said.choice(index, written.text if index == 0 else "", is_chat=is_chat)
                     for index, said in sorted(self._choices.items())

@@ -205,7 +205,7 @@ class Attempt:
             ttft_s=self._ttft_s,
             tpot_s=self._tpot_s(finished_at),
             on_time=self._is_on_time(finished_at, is_completed=is_completed),
-            body=answer.response(job.path, self.written) if is_completed else b"",
+            body=answer.response(job, self.written) if is_completed else b"",
         )
 
     def reward(

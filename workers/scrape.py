@@ -1,5 +1,6 @@
 """What an engine's /metrics tell of its load and capacity. Whatever is absent stays unknown."""
 
+import math
 import re
 
 import msgspec
@@ -46,9 +47,9 @@ def parse(page: bytes) -> Load:
             tokens += _whole(config.get(b"kv_cache_size_tokens"))
         elif name == b"engine_sleep_state":
             is_awake = dict(_LABEL.findall(labels)).get(b"sleep_state") == b"awake"
-            is_asleep = is_asleep or (is_awake and float(value) == 0.0)
+            is_asleep = is_asleep or (is_awake and _number(value) == 0.0)
         else:
-            sums[name] = sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0.0) + _number(value)
             counts[name] = counts.get(name, 0) + 1
     usage = b"kv_cache_usage_perc" if b"kv_cache_usage_perc" in sums else b"gpu_cache_usage_perc"
     return Load(
@@ -65,6 +66,14 @@ def parse(page: bytes) -> Load:
 
 def _either(sums: dict[bytes, float], name: bytes) -> float:
     return sums.get(name + b"_total", sums.get(name, 0.0))
+
+
+def _number(text: bytes) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        return 0.0
+    return found if math.isfinite(found) else 0.0
 
 
 def _whole(text: bytes | None) -> int:

@@ -1,0 +1,196 @@
+"""Who may enter the engine: promises, KV tokens and seats stop it; nobody waits for ever."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, composite
+
+from scheduler import batch
+from scheduler.batch import Candidate, Limits, Member, admit
+from scheduler.steptime import Law
+
+LAW = Law(base_s=0.010, sequence_s=0.0, kv_s=1e-6, prefill_s=0.0)
+EXACT = Limits(margin=0.0)
+
+
+def held(prompt=1000, output=1.0, **more):
+    return Candidate(prompt_tokens=prompt, uncached_tokens=0, output_tokens=output, **more)
+
+
+def member(context=1000, **more):
+    return Member(context_tokens=context, remaining_tokens=100.0, **more)
+
+
+class TestPromises:
+    def test_fills_to_the_promise_in_kv_tokens(self):
+        """Requests join until one more would break the tightest TPOT: here five times a thousand tokens."""
+        chosen = admit([], [held(tpot_s=0.0151)] * 9, LAW, EXACT, now=0.0)
+
+        assert len(chosen) == 5
+
+    def test_one_long_member_takes_the_place_of_many_short(self):
+        """The cap counts tokens, not seats."""
+        running = [member(4000, tpot_s=0.0151)]
+
+        assert len(admit(running, [held()] * 9, LAW, EXACT, now=0.0)) == 1
+        assert len(admit([member(0, tpot_s=0.0151)], [held()] * 9, LAW, EXACT, now=0.0)) == 5
+
+    def test_who_is_ahead_may_be_slowed(self):
+        """A promise is a mean: banked seconds are spent on company."""
+        late = member(4900, tpot_s=0.015)
+        ahead = member(4900, tpot_s=0.015, banked_s=0.2)
+
+        assert admit([late], [held()], LAW, EXACT, now=0.0) == []
+        assert admit([ahead], [held()], LAW, EXACT, now=0.0) == [0]
+
+    def test_a_lost_promise_binds_nobody(self):
+        """Who cannot keep its promise even alone does not keep others out."""
+        lost = member(1000, tpot_s=0.005)
+
+        assert admit([lost], [held()] * 3, LAW, EXACT, now=0.0) == [0, 1, 2]
+
+    def test_a_prefill_stalls_the_members(self):
+        """The newcomer's prompt is computed in the members' steps; who has no slack for it keeps it out."""
+        law = Law(base_s=0.010, sequence_s=0.0, kv_s=0.0, prefill_s=1e-3)
+        newcomer = Candidate(prompt_tokens=2000, uncached_tokens=2000, output_tokens=1)
+
+        assert admit([member(tpot_s=0.02)], [newcomer], law, EXACT, now=0.0) == []
+        assert admit([member(tpot_s=0.02, banked_s=2.0)], [newcomer], law, EXACT, now=0.0) == [0]
+
+    def test_the_margin_is_kept_back(self):
+        """A tenth held back of a 15 ms promise leaves room for three thousand tokens of five."""
+        chosen = admit([], [held(tpot_s=0.0151)] * 9, LAW, Limits(margin=0.1), now=0.0)
+
+        assert len(chosen) == 3
+
+    def test_the_operator_may_cap_the_step(self):
+        """Without any promise the step still stays under the operator's own bound."""
+        limits = Limits(margin=0.0, step_s=0.0131)
+
+        assert len(admit([], [held()] * 9, LAW, limits, now=0.0)) == 3
+
+    def test_the_kv_cache_is_not_overdrawn(self):
+        """What members will have grown to must fit, or the engine preempts."""
+        limits = Limits(margin=0.0, kv_tokens=2500)
+
+        assert len(admit([], [held()] * 9, LAW, limits, now=0.0)) == 2
+
+
+class TestOrder:
+    def test_the_feasible_go_first(self):
+        """Who can still keep its promise goes before who cannot."""
+        lost, kept = held(due_at=0.005), held(due_at=1.0)
+
+        assert admit([member()], [lost, kept], LAW, EXACT, now=0.0) == [1, 0]
+
+    def test_then_the_cheapest_for_its_worth(self):
+        """Least KV tokens times steps for its weight."""
+        dear, cheap, worthy = held(4000), held(1000), held(4000, weight=10.0)
+
+        assert admit([member()], [dear, cheap, worthy], LAW, EXACT, now=0.0) == [2, 1, 0]
+
+    def test_priority_comes_before_price(self):
+        """Higher first."""
+        assert admit([member()], [held(), held(9000, priority=1)], LAW, EXACT, now=0.0) == [1, 0]
+
+    def test_patience_ends(self):
+        """Who has waited longest goes first in the end, and nobody passes it while it does not fit."""
+        tight = member(3000, tpot_s=0.015)
+        old = held(9000, held_at=0.0)
+
+        assert admit([tight], [old, held(held_at=9.0)], LAW, EXACT, now=4.0) == [1]
+        assert admit([tight], [old, held(held_at=9.0)], LAW, EXACT, now=9.0) == []
+
+    def test_an_empty_batch_takes_one_whatever_it_costs(self):
+        """Otherwise a request whose promise nobody can keep would wait for ever."""
+        hopeless = held(10**6, tpot_s=1e-9, due_at=0.0)
+        limits = Limits(kv_tokens=10, step_s=1e-9)
+
+        assert admit([], [hopeless] * 2, LAW, limits, now=1e9) == [0]
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        ("allowed_s", "expected"),
+        [
+            pytest.param(0.015, 5000, id="what is left after the base"),
+            pytest.param(0.005, -1, id="not even an empty step"),
+            pytest.param(math.inf, math.inf, id="no promise, no bound"),
+        ],
+    )
+    def test_a_step_time_is_a_number_of_tokens(self, allowed_s, expected):
+        """The law turned round."""
+        assert batch.kv_budget(allowed_s, 4, LAW) == pytest.approx(expected)
+
+    def test_a_law_without_kv_term_does_not_bound_tokens(self):
+        """Division by nothing."""
+        assert batch.kv_budget(0.015, 4, Law(0.010, 0.0, 0.0, 0.0)) == math.inf
+
+
+SECONDS = st.floats(0, 1) | st.just(math.inf)
+
+
+@composite
+def members(draw: DrawFn) -> list[Member]:
+    return draw(
+        st.lists(
+            st.builds(
+                Member,
+                context_tokens=st.integers(0, 50_000),
+                remaining_tokens=st.floats(0, 5000),
+                tpot_s=st.floats(1e-4, 1) | st.just(math.inf),
+                banked_s=st.floats(-5, 5),
+                prefill_tokens=st.floats(0, 5000),
+            ),
+            max_size=12,
+        )
+    )
+
+
+@composite
+def candidates(draw: DrawFn) -> list[Candidate]:
+    return draw(
+        st.lists(
+            st.builds(
+                Candidate,
+                prompt_tokens=st.integers(0, 50_000),
+                uncached_tokens=st.floats(0, 50_000),
+                output_tokens=st.floats(0, 5000),
+                tpot_s=st.floats(1e-4, 1) | st.just(math.inf),
+                due_at=st.floats(0, 100) | st.just(math.inf),
+                held_at=st.floats(0, 100),
+                priority=st.integers(-2, 2),
+            ),
+            max_size=12,
+        )
+    )
+
+
+LAWS = st.builds(Law, *[st.floats(0, 1e-2)] * 4)
+
+
+@given(members(), candidates(), LAWS, st.integers(1, 16), st.floats(0, 100))
+def test_i3_never_overfills(running, waiting, law, seats, now):
+    """I3: running + joined <= seats, each at most once, whatever the prediction says; and never a standstill."""
+    running = running[:seats]
+
+    joined = admit(running, waiting, law, Limits(seats=seats), now)
+
+    assert len(running) + len(joined) <= seats
+    assert len(set(joined)) == len(joined)
+    assert all(0 <= index < len(waiting) for index in joined)
+    if waiting and not running:
+        assert joined
+
+
+@given(candidates(), LAWS)
+def test_everybody_gets_in_once_the_batch_is_empty(waiting, law):
+    """Admitting into an emptied engine again and again empties the line: no deadlock."""
+    turns = 0
+    while waiting:
+        joined = set(admit([], waiting, law, Limits(), now=50.0))
+        waiting = [one for index, one in enumerate(waiting) if index not in joined]
+        turns += 1
+        assert turns <= 12

@@ -1,0 +1,214 @@
+"""An engine's stream: what is a success, what is not, and what is put together from it."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.errors import EngineError
+from scheduler.wire import Job
+from workers.answer import Answer, fault_in, refusal
+from workers.body import Written
+
+JOB = Job(
+    id="r1",
+    entry="1-0",
+    attempt=1,
+    epoch=1,
+    model="m",
+    path="/v1/chat/completions",
+    enqueued_at=0.0,
+    decided_at=0.0,
+)
+
+
+def event(**fields):
+    return (
+        b"data: " + msgspec.json.encode({"id": "c1", "created": 7, "model": "m"} | fields) + b"\n\n"
+    )
+
+
+def said(content, finish=None, **more):
+    return event(
+        choices=[{"index": 0, "delta": {"content": content, **more}, "finish_reason": finish}]
+    )
+
+
+def usage(n_out, n_in=10, cached=4):
+    details = {"prompt_tokens": n_in, "completion_tokens": n_out, "total_tokens": n_in + n_out}
+    return event(choices=[], usage=details | {"prompt_tokens_details": {"cached_tokens": cached}})
+
+
+DONE = b"data: [DONE]\n\n"
+GOOD = said("Hel") + said("lo") + said("", "stop") + usage(3) + DONE
+
+
+def fed(*parts):
+    answer = Answer()
+    for part in parts:
+        answer.feed(part)
+    return answer
+
+
+class TestSuccess:
+    def test_tokens_are_counted_by_usage(self):
+        """Two pieces, three tokens: the engine's own count holds."""
+        answer = fed(GOOD)
+        answer.check()
+
+        assert answer.output_tokens == 3
+        assert answer.take()[2] == 2
+
+    def test_the_response_is_as_if_sent_whole(self):
+        """Content, finish reason, usage with cached tokens, id, model, created."""
+        response = msgspec.json.decode(fed(GOOD).response(JOB))
+
+        assert response == {
+            "id": "c1",
+            "object": "chat.completion",
+            "created": 7,
+            "model": "m",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": "Hello"},
+                    "logprobs": None,
+                    "finish_reason": "stop",
+                    "stop_reason": None,
+                }
+            ],
+            "usage": {
+                "prompt_tokens": 10,
+                "total_tokens": 13,
+                "completion_tokens": 3,
+                "prompt_tokens_details": {"cached_tokens": 4},
+            },
+        }
+
+    def test_what_earlier_attempts_wrote_is_part_of_it(self):
+        """Text and tokens of all attempts; what was continued is output, not prompt."""
+        written = Written(text="Oh. ", pieces=2, output_tokens=2)
+        response = msgspec.json.decode(fed(GOOD).response(JOB, written))
+
+        assert response["choices"][0]["message"]["content"] == "Oh. Hello"
+        assert response["usage"]["completion_tokens"] == 5
+        assert response["usage"]["prompt_tokens"] == 8
+
+    def test_tool_calls_come_in_pieces(self):
+        """Names once, arguments bit by bit; the log keeps the engine's own chunks."""
+        head = {
+            "index": 0,
+            "id": "t1",
+            "type": "function",
+            "function": {"name": "f", "arguments": ""},
+        }
+        parts = [{"index": 0, "function": {"arguments": piece}} for piece in ('{"a"', ":1}")]
+        stream = [said(None, tool_calls=[call]) for call in (head, *parts)]
+        answer = fed(*stream, said("", "tool_calls"), usage(5), DONE)
+        answer.check()
+
+        [call] = msgspec.json.decode(answer.response(JOB))["choices"][0]["message"]["tool_calls"]
+        assert call == {
+            "id": "t1",
+            "type": "function",
+            "function": {"name": "f", "arguments": '{"a":1}'},
+        }
+        text, chunks, pieces = answer.take()
+        assert (text, len(msgspec.json.decode(chunks)), pieces) == ("", 3, 3)
+
+    def test_log_probabilities_are_joined(self):
+        """Lists of each chunk one behind the other."""
+        stream = [
+            event(
+                choices=[
+                    {"index": 0, "delta": {"content": c}, "logprobs": {"content": [{"token": c}]}}
+                ]
+            )
+            for c in "ab"
+        ]
+        answer = fed(*stream, said("", "stop"), usage(2), DONE)
+
+        [choice] = msgspec.json.decode(answer.response(JOB))["choices"]
+        assert choice["logprobs"] == {"content": [{"token": "a"}, {"token": "b"}]}
+
+    @given(st.lists(st.integers(1, len(GOOD) - 1), max_size=8))
+    def test_where_packets_break_does_not_matter(self, cuts):
+        """Any division of the same bytes gives the same answer."""
+        ends = [*sorted(set(cuts)), len(GOOD)]
+        parts = [GOOD[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        answer = fed(*parts)
+        answer.check()
+
+        assert answer.response(JOB) == fed(GOOD).response(JOB)
+
+    def test_comments_and_carriage_returns_are_no_matter(self):
+        """Proxies in between add both."""
+        fed(b": ping\n\n", GOOD.replace(b"\n", b"\r\n")).check()
+
+
+class TestFailure:
+    @pytest.mark.parametrize(
+        ("stream", "words"),
+        [
+            pytest.param(b"", "without a finish reason", id="nothing"),
+            pytest.param(DONE, "without a finish reason", id="only [DONE]"),
+            pytest.param(said("a") + usage(1), "broke off", id="cut"),
+            pytest.param(said("a") + said("", "abort") + usage(1) + DONE, "abort", id="abort"),
+            pytest.param(said("", "stop") + usage(0) + DONE, "no tokens", id="no tokens"),
+            pytest.param(said("a", "stop") + DONE, "no tokens", id="no usage"),
+            pytest.param(said("a") + b'data: {"id"', "ended inside", id="half a chunk"),
+            pytest.param(
+                event(error={"message": "EngineCore died", "code": 500}), "EngineCore", id="error"
+            ),
+        ],
+    )
+    def test_a_200_proves_nothing(self, stream, words):
+        """Every kind of unsuccessful 200 may be tried again."""
+        with pytest.raises(EngineError, match=words) as caught:
+            fed(stream).check()
+        assert caught.value.retryable
+
+    @pytest.mark.parametrize("garbage", [b"<html>\n\n", b"data: {nope}\n\n", b'{"choices":[]}\n\n'])
+    def test_garbage_is_called_so_at_once(self, garbage):
+        """Whatever is no event ends the attempt."""
+        with pytest.raises(EngineError):
+            fed(garbage)
+
+    @pytest.mark.parametrize(
+        ("status", "retryable"),
+        [
+            (400, False),
+            (413, False),
+            (422, False),
+            (404, True),
+            (429, True),
+            (500, True),
+            (503, True),
+        ],
+    )
+    def test_who_is_to_blame(self, status, retryable):
+        """A 4xx that names the request fails anywhere; what names the engine does not."""
+        assert refusal(status, "").retryable is retryable
+
+    @given(st.binary(max_size=200))
+    def test_no_bytes_break_the_parser(self, noise):
+        """It is an answer or an EngineError, nothing else."""
+        try:
+            fed(noise).check()
+        except EngineError:
+            return
+        pytest.fail("noise passed for an answer")
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b'{"error":{"message":"too long","code":400}}',
+            b'{"message":"too long","type":"x"}',
+            b'{"detail":"too long"}',
+            b'{"error":"too long"}',
+            b"too long",
+        ],
+    )
+    def test_the_message_is_found_in_every_shape(self, body):
+        """vLLM's, older vLLM's, FastAPI's, a proxy's."""
+        assert "too long" in fault_in(body)

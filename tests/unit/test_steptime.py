@@ -1,0 +1,93 @@
+"""The step-time law: learned from gaps, bounded by sense, never thrown by one of them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.steptime import Law, StepTime, fit
+
+TRUE = Law(base_s=0.012, sequence_s=1.5e-4, kv_s=2.4e-7, prefill_s=8e-5)
+
+
+def samples(law, n, *, noise=0.0, seed=1):
+    """Steps of a varied load, as an engine of this law takes them."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        n_sequences = int(rng.integers(1, 64))
+        kv_tokens = float(n_sequences * rng.integers(100, 3000))
+        prefill = float(rng.choice([0, 0, 0, 512, 2048]))
+        step_s = law.step_s(n_sequences, kv_tokens, prefill)
+        yield step_s * float(np.exp(noise * rng.normal())), n_sequences, kv_tokens, prefill
+
+
+class TestLearning:
+    def test_the_prior_holds_before_anything_was_seen(self):
+        """An engine that has not decoded yet is predicted by its data sheet."""
+        assert StepTime(TRUE).law == TRUE
+
+    def test_a_wrong_prior_is_overcome(self):
+        """Three hundred noisy steps bring predictions within 5 % of the truth, from four times too fast."""
+        slow = Law(TRUE.base_s * 4, TRUE.sequence_s * 4, TRUE.kv_s * 4, TRUE.prefill_s * 4)
+
+        law = fit(list(samples(slow, 300, noise=0.1)), prior=TRUE)
+
+        for n_sequences, kv_tokens, prefill in [(1, 500, 0), (32, 40_000, 0), (16, 8000, 2048)]:
+            expected = slow.step_s(n_sequences, kv_tokens, prefill)
+            assert law.step_s(n_sequences, kv_tokens, prefill) == pytest.approx(expected, rel=0.05)
+
+    def test_what_did_not_vary_stays_with_the_prior(self):
+        """A batch of always one cannot tell its parts apart; the terms never seen keep the prior's value."""
+        law = fit([(0.024, 1, 500.0, 0.0)] * 200, prior=TRUE)
+
+        assert law.step_s(1, 500.0) == pytest.approx(0.024, rel=0.05)
+        assert law.prefill_s == pytest.approx(TRUE.prefill_s)
+
+    def test_it_forgets(self):
+        """An engine that has become twice as slow is known as such a few seconds later."""
+        slow = Law(*(2 * c for c in (TRUE.base_s, TRUE.sequence_s, TRUE.kv_s, TRUE.prefill_s)))
+        known = StepTime(TRUE)
+        for measured_s, n, kv, prefill in [*samples(TRUE, 400), *samples(slow, 1000)]:
+            known.learn(measured_s, batch=n, kv_tokens=kv, prefill_tokens=prefill)
+
+        assert known.law.step_s(32, 40_000) == pytest.approx(slow.step_s(32, 40_000), rel=0.1)
+
+    def test_one_stall_moves_little(self):
+        """A gap of two seconds among steps of 20 ms is no step."""
+        known = StepTime(TRUE)
+        for measured_s, n, kv, prefill in samples(TRUE, 200):
+            known.learn(measured_s, batch=n, kv_tokens=kv, prefill_tokens=prefill)
+        before = known.law.step_s(32, 40_000)
+
+        known.learn(2.0, batch=32, kv_tokens=40_000)
+
+        assert known.law.step_s(32, 40_000) == pytest.approx(before, rel=0.05)
+
+    @pytest.mark.parametrize("gap_s", [0.0, -1.0, 61.0, float("nan")])
+    def test_what_is_no_gap_is_left_out(self, gap_s):
+        """Clocks that jump and engines that hang teach nothing."""
+        known = StepTime(TRUE)
+
+        known.learn(gap_s, batch=1, kv_tokens=10)
+
+        assert (known.samples, known.law) == (0, TRUE)
+
+    def test_the_error_is_that_of_predictions_before_their_lesson(self):
+        """It tells how far to trust the law."""
+        known = StepTime(TRUE)
+        for measured_s, n, kv, prefill in samples(TRUE, 300, noise=0.1):
+            known.learn(measured_s, batch=n, kv_tokens=kv, prefill_tokens=prefill)
+
+        assert 0.02 < known.error < 0.2
+
+
+GAPS = st.tuples(st.floats(1e-5, 60), st.integers(1, 512), st.floats(0, 2e6), st.floats(0, 8192))
+
+
+@given(st.lists(GAPS, max_size=40))
+def test_the_law_stays_sane_whatever_it_is_told(gaps):
+    """Finite, never negative, growing in every term."""
+    law = fit(gaps)
+
+    parts = [law.base_s, law.sequence_s, law.kv_s, law.prefill_s]
+    assert all(np.isfinite(part) and part >= 0.0 for part in parts)
