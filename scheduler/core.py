@@ -86,6 +86,13 @@ class Scheduler:
         self._now = float("-inf")
         self._strange: dict[str, float] = {}
         "Models that nobody serves or served, and since when that matters."
+        self._reborn: dict[str, Beat] = {}
+        "First beats of new lives: what the old ones held is taken back by the next `decide`, not before the"
+        "rewards that were read in the same step."
+        self._astray: list[tuple[Ticket, Endpoint]] = []
+        "Recovered from an endpoint's earlier life: taken back likewise."
+        self._unwanted: list[tuple[Ticket, int]] = []
+        "Cancelled while held, and at which attempt: aborted likewise."
         self._aside_credit_s = 0.0
         self._room_at: float | None = None
 
@@ -109,7 +116,8 @@ class Scheduler:
     def decide(self, now: float) -> list[Command]:
         """What to do now, in this order. Bounded work however many wait (I8)."""
         self._pass_time(now)
-        self._lose_the_silent()
+        self._take_back_the_lost()
+        self._abort_the_cancelled()
         self._end_the_late()
         self._refuse_strange_models()
         self._plan()
@@ -117,7 +125,7 @@ class Scheduler:
 
     def wakeup_at(self) -> float | None:
         """When `decide` could say something new without a new fact; None: not before one."""
-        if self._outbox:
+        if self._outbox or self._reborn or self._astray or self._unwanted:
             return self._now
         moments = [e.lost_at(self.settings.lease_s) for e in self._fleet.endpoints.values()]
         moments += [since + self.settings.unknown_model_grace_s for since in self._strange.values()]
@@ -164,9 +172,9 @@ class Scheduler:
             found.attempt = max(1, event.attempt)
             self._book.recover(found, endpoint, ledger.uncached(found), self._now)
             if endpoint.epoch != event.epoch:
-                self._take_back(found, endpoint, f"{endpoint.name} began a new life")
-            elif event.cancelled:
-                self._outbox.abort(found)
+                self._astray.append((found, endpoint))
+            if event.cancelled:
+                self._unwanted.append((found, found.attempt))
             return
         found.attempt = event.attempt
         self._book.read(found)
@@ -275,7 +283,7 @@ class Scheduler:
             return
         ticket.is_cancelled = True
         if ticket.is_held:
-            self._outbox.abort(ticket)
+            self._unwanted.append((ticket, ticket.attempt))
         else:
             reason = event.reason or "cancelled by request"
             self._finish(ticket, Ending(outcome="cancelled", reason=reason))
@@ -287,8 +295,9 @@ class Scheduler:
         if beat.epoch < self._fleet.epochs.get(beat.endpoint, 0):
             return  # a worker that was replaced still talks
         if endpoint is not None and beat.epoch > endpoint.epoch:
-            self._lose(endpoint, f"{endpoint.name} began a new life")
-            endpoint = None
+            self._reborn[beat.endpoint] = beat
+            self._fleet.epochs[beat.endpoint] = beat.epoch
+            return
         if endpoint is None:
             self._join(beat)
         else:
@@ -314,8 +323,9 @@ class Scheduler:
             return None
         return ticket if words[1] == str(ticket.attempt) else None
 
-    def _join(self, beat: Beat) -> Endpoint:
+    def _join(self, beat: Beat, *, is_drained: bool = False) -> Endpoint:
         endpoint = self._fleet.join(beat, self._now)
+        self._fleet.drain(endpoint, is_drained=is_drained)
         self._book.ledger.open(endpoint.slot)
         self._predictor.open(endpoint.slot, beat)
         self._prefixes.open(endpoint.slot, beat.kv_tokens)
@@ -326,11 +336,27 @@ class Scheduler:
         beat = Beat(endpoint=event.endpoint, epoch=event.epoch, state="away")
         return self._join(beat)
 
-    def _lose_the_silent(self) -> None:
+    def _take_back_the_lost(self) -> None:
+        """Give back what nobody works on any more: new lives, ended leases, strays of a recovery."""
+        for ticket, endpoint in self._astray:
+            if ticket.is_held and ticket.endpoint == endpoint.name:
+                self._take_back(ticket, endpoint, f"{endpoint.name} began a new life")
+        self._astray.clear()
+        for name, beat in self._reborn.items():
+            endpoint = self._fleet.endpoints[name]
+            self._lose(endpoint, f"{name} began a new life")
+            self._join(beat, is_drained=endpoint.is_drained)
+        self._reborn.clear()
         for endpoint in list(self._fleet.endpoints.values()):
             if endpoint.lost_at(self.settings.lease_s) <= self._now:
                 silent_s = self._now - endpoint.seen_at
-                self._lose(endpoint, f"{endpoint.name} was last well {silent_s:.1f} s ago")
+                self._lose(endpoint, f"{endpoint.name} was last heard {silent_s:.1f} s ago")
+
+    def _abort_the_cancelled(self) -> None:
+        for ticket, attempt in self._unwanted:
+            if ticket.is_held and ticket.attempt == attempt:
+                self._outbox.abort(ticket)
+        self._unwanted.clear()
 
     def _lose(self, endpoint: Endpoint, reason: str) -> None:
         """Take back all it holds, and let it go: it removes itself only, never stalls the pool."""
@@ -461,6 +487,7 @@ class Scheduler:
             tokens=choice.line.tokens + choice.ahead_tokens,
             pairs=choice.line.pairs + choice.ahead_pairs,
             decode_kv=float(self._book.ledger.decode_kv[choice.slot]),
+            start_s=choice.start_s,
         )
         self._outbox.assign(
             assign.command(

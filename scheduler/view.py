@@ -7,7 +7,6 @@ from scheduler.book import Book
 from scheduler.predict import Learned, Predictor
 from scheduler.state import Endpoint
 
-
 AT_RISK_MAX = 1000
 "How many of the most urgent are looked at for `at_risk`; more would say no more."
 

@@ -1,0 +1,39 @@
+"""Running quantiles over the most recent values, as plain numbers that a snapshot can hold."""
+
+import bisect
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+
+class Window:
+    """The last `size` values, sorted as they come.
+
+    >>> lengths = Window(3, [10, 500, 20, 30])
+    >>> lengths.quantile(0.5), list(lengths)
+    (30.0, [500.0, 20.0, 30.0])
+    """
+
+    def __init__(self, size: int, values: Iterable[float] = ()) -> None:
+        """Begin with these, oldest first."""
+        self._recent: deque[float] = deque(maxlen=size)
+        self._sorted: list[float] = []
+        for value in values:
+            self.add(value)
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._recent)
+
+    def add(self, value: float) -> None:
+        """One more; the oldest goes when the window is full."""
+        value = float(value)
+        if len(self._recent) == self._recent.maxlen:
+            del self._sorted[bisect.bisect_left(self._sorted, self._recent[0])]
+        self._recent.append(value)
+        bisect.insort(self._sorted, value)
+
+    def quantile(self, part: float) -> float:
+        """The value that this part of them does not exceed; there must be one."""
+        return self._sorted[min(len(self._sorted) - 1, int(part * len(self._sorted)))]

@@ -1,0 +1,147 @@
+# ruff: noqa: T201 - a bench prints
+"""How long a decision takes: microseconds a request at 16 endpoints, and a full pool's steps at 100 x 1,000.
+
+    python tests/bench/decide.py
+
+Wall-clock figures of this machine; nothing is asserted.
+"""
+
+import statistics
+import time
+
+import numpy as np
+
+from scheduler.core import CoreSettings, Scheduler
+from scheduler.events import Arrived, Assign
+from scheduler.wire import Beat, Request, Reward
+
+
+def pool(endpoints: int) -> Scheduler:
+    core = Scheduler(CoreSettings(lease_s=1e9), np.random.default_rng(0))
+    for i in range(endpoints):
+        hardware = ("h100", "a100", "l40s", "a30")[i % 4]
+        core.receive(
+            Beat(
+                endpoint=f"e{i}",
+                epoch=1,
+                models=("m",),
+                hardware=hardware,
+                kv_tokens=400_000,
+                max_model_len=131_072,
+            ),
+            0.0,
+        )
+    return core
+
+
+def arrive(core: Scheduler, number: int, now: float, rng: np.random.Generator) -> None:
+    group = int(rng.integers(50))
+    request = Request(
+        id=f"r{number}",
+        model="m",
+        prompt_tokens=int(rng.lognormal(7.3, 0.8)),
+        ttft_s=float(rng.choice([0.5, 1.0, 5.0])),
+        blocks=tuple(f"{group}.{i}" for i in range(12)),
+    )
+    core.receive(Arrived(request=request, entry=f"{number}-0", enqueued_at=now), now)
+
+
+def flow(endpoints: int, rate: float, requests: int) -> dict[str, list[float]]:
+    """Poisson arrivals at `rate`; each endpoint finishes prefills one after another as predicted, with noise."""
+    rng = np.random.default_rng(1)
+    core, now, took = pool(endpoints), 0.0, {"receive": [], "decide": [], "learn": []}
+    free_at = dict.fromkeys((f"e{i}" for i in range(endpoints)), 0.0)
+    done: list[tuple[float, Assign]] = []
+    for number in range(requests):
+        now += float(rng.exponential(1 / rate))
+        done.sort(key=lambda item: item[0])
+        while done and done[0][0] <= now:
+            at, assign = done.pop(0)
+            job = assign.job
+            started = time.perf_counter()
+            core.receive(
+                Reward(
+                    id=job.id,
+                    endpoint=assign.endpoint,
+                    epoch=1,
+                    attempt=1,
+                    outcome="completed",
+                    prefill_s=at - job.decided_at,
+                    predicted_s=job.prefill_s,
+                    cached_tokens=job.cached_tokens,
+                    output_tokens=100,
+                    prompt_tokens=job.prompt_tokens,
+                    model="m",
+                    features=job.features,
+                ),
+                now,
+            )
+            took["learn"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        arrive(core, number, now, rng)
+        took["receive"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        commands = core.decide(now)
+        took["decide"].append(time.perf_counter() - started)
+        for command in commands:
+            if isinstance(command, Assign):
+                work_s = (command.decision.prefill_s or 0.0) * float(rng.lognormal(0, 0.1))
+                free_at[command.endpoint] = max(now, free_at[command.endpoint]) + work_s
+                done.append((free_at[command.endpoint], command))
+    view = core.view(now)
+    print(
+        f"  at the end: {view.waiting} waiting, {view.set_aside} set aside, {view.assigned} assigned"
+    )
+    return took
+
+
+def full(endpoints: int, waiting: int, steps: int) -> list[float]:
+    """Every step ends one prefill somewhere, so that something new may go; the lines are kept long."""
+    rng = np.random.default_rng(2)
+    core, now, took, flying, number = pool(endpoints), 0.0, [], [], 0
+    for _ in range(steps + 50):
+        while ((view := core._book.lines) and len(view.waiting) < waiting) or number < waiting:
+            arrive(core, number, now, rng)
+            number += 1
+        started = time.perf_counter()
+        commands = core.decide(now)
+        took.append(time.perf_counter() - started)
+        flying += [c for c in commands if isinstance(c, Assign)]
+        now += 0.01
+        if flying:
+            job = flying.pop(int(rng.integers(len(flying)))).job
+            owner = core._book.tickets[job.id].endpoint
+            core.receive(
+                Reward(
+                    id=job.id,
+                    endpoint=owner,
+                    epoch=1,
+                    attempt=1,
+                    outcome="completed",
+                    prefill_s=job.prefill_s,
+                    features=job.features,
+                ),
+                now,
+            )
+    return took[50:]
+
+
+def say(name: str, seconds: list[float]) -> None:
+    us = sorted(1e6 * s for s in seconds)
+    p50, p99 = us[len(us) // 2], us[int(0.99 * len(us))]
+    print(
+        f"  {name:8s} mean {statistics.fmean(us):7.1f} us  p50 {p50:7.1f}  p99 {p99:7.1f}  max {us[-1]:8.1f}"
+    )
+
+
+def main() -> None:
+    for endpoints, rate in ((16, 60.0), (16, 160.0), (100, 600.0)):
+        print(f"{endpoints} endpoints, {rate:.0f} requests/s")
+        for name, seconds in flow(endpoints, rate, 3000).items():
+            say(name, seconds)
+    print("100 endpoints, 1,000 waiting")
+    say("decide", full(100, 1000, 1000))
+
+
+if __name__ == "__main__":
+    main()

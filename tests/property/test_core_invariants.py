@@ -1,0 +1,349 @@
+"""The whole core under any order of facts: the invariants that must hold whatever happens."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import msgspec
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from scheduler.core import CoreSettings, Scheduler
+from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Forget, Reclaim
+from scheduler.plan import PlanSettings
+from scheduler.policies import BUILT_IN
+from scheduler.settings import Objective
+from scheduler.wire import Beat, Control, Request, Reward
+
+SETTINGS = CoreSettings(
+    objectives={"chat": Objective(ttft_ms=500.0, max_queue_ms=4000.0)},
+    plan=PlanSettings(horizon=16),
+    waiting_max=30,
+)
+MODELS = ("llama", "qwen")
+ENDPOINTS = ("e0", "e1", "e2")
+
+
+def beat_of(name: str, epoch: int, **fields: object) -> Beat:
+    """A small endpoint, so that seats and KV bind."""
+    models = MODELS if name == "e0" else MODELS[:1]
+    defaults: dict[str, object] = {
+        "models": models,
+        "hardware": "a100",
+        "max_num_seqs": 4,
+        "kv_tokens": 20_000,
+        "max_model_len": 16_000,
+    }
+    return Beat(endpoint=name, epoch=epoch, **{**defaults, **fields})  # type: ignore[arg-type]
+
+
+class World(RuleBasedStateMachine):
+    """Clients, workers and time, in any order; the driver's side of the core kept by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = Scheduler(SETTINGS, np.random.default_rng(0))
+        self.log: list[tuple[float, Event | None]] = []
+        self.sent: list[list[Command]] = []
+        self.now = 1000.0
+        self.count = 0
+        self.entries: dict[str, str] = {}
+        self.epochs: dict[str, int] = {}
+        self.held: dict[str, Assign] = {}
+        self.started: set[str] = set()
+        self.prompted: set[str] = set()
+        self.terminal: dict[str, str] = {}
+        self.forgotten: set[str] = set()
+
+    @initialize(policy=st.sampled_from(BUILT_IN))
+    def choose(self, policy):
+        """Whatever the policy, the invariants are the same."""
+        chosen = msgspec.structs.replace(SETTINGS, policy=policy())
+        self.core = Scheduler(chosen, np.random.default_rng(0))
+
+    def tell(self, event: Event) -> None:
+        self.log.append((self.now, event))
+        self.core.receive(event, self.now)
+
+    def end(self, request_id: str, outcome: str) -> None:
+        assert request_id not in self.terminal, f"I2: {request_id} ended twice"
+        self.terminal[request_id] = outcome
+
+    @rule(
+        prompt=st.sampled_from([1, 50, 2_000, 9_000, 15_000, 17_000]),
+        said=st.booleans(),
+        model=st.sampled_from([*MODELS, "nobody"]),
+        objective=st.sampled_from(["", "chat", "missing"]),
+        ttft_s=st.sampled_from([None, 0.01, 0.3, 5.0]),
+        deadline_s=st.sampled_from([None, 0.5, 10.0]),
+        priority=st.sampled_from([None, -1, 2]),
+        attempts=st.sampled_from([None, 1]),
+    )
+    def arrive(self, prompt, said, model, objective, ttft_s, deadline_s, priority, attempts):
+        self.count += 1
+        request = Request(
+            id=f"r{self.count}",
+            model=model,
+            body=b"" if said else b"x" * prompt,
+            prompt_tokens=prompt if said else None,
+            objective=objective,
+            ttft_s=ttft_s,
+            deadline_s=deadline_s,
+            priority=priority,
+            max_attempts=attempts,
+            blocks=tuple(f"b{i}" for i in range(prompt // 1000)),
+        )
+        self.entries[request.id] = f"{self.count}-0"
+        self.tell(Arrived(request=request, entry=f"{self.count}-0", enqueued_at=self.now))
+
+    @precondition(lambda self: self.entries)
+    @rule(data=st.data())
+    def repeat(self, data):
+        """The same id again, under a new entry."""
+        request = Request(
+            id=data.draw(st.sampled_from(sorted(self.entries))), model="llama", body=b"x"
+        )
+        self.count += 1
+        entry = f"{self.count}-0"
+        self.forgotten.add(entry)
+        self.tell(Arrived(request=request, entry=entry, enqueued_at=self.now))
+
+    @rule(
+        name=st.sampled_from(ENDPOINTS), state=st.sampled_from(["ready"] * 4 + ["draining", "away"])
+    )
+    def beat(self, name, state):
+        epoch = self.epochs.setdefault(name, 1)
+        mine = [i for i, job in self.held.items() if job.endpoint == name]
+        started = [i for i in mine if i not in self.started][:2]
+        first = [i for i in mine if i in self.started and i not in self.prompted][:1]
+        self.started.update(started)
+        self.prompted.update(first)
+        self.tell(
+            beat_of(
+                name,
+                epoch,
+                state=state,
+                started=tuple(f"{i}:{self.held[i].job.attempt}" for i in started),
+                first_tokens=tuple(f"{i}:{self.held[i].job.attempt}:30" for i in first),
+            )
+        )
+
+    @rule(name=st.sampled_from(ENDPOINTS), newer=st.booleans())
+    def restart(self, name, newer):
+        """A worker's new life, or a late word of an old one."""
+        epoch = self.epochs.get(name, 1)
+        if newer:
+            self.epochs[name] = epoch + 1
+            self.tell(beat_of(name, epoch + 1))
+        else:
+            self.tell(beat_of(name, epoch - 1, state="away"))
+
+    @precondition(lambda self: self.held)
+    @rule(
+        data=st.data(),
+        outcome=st.sampled_from(["completed", "completed", "returned", "failed", "stale"]),
+        seconds=st.floats(0.001, 3.0),
+    )
+    def reward(self, data, outcome, seconds):
+        request_id = data.draw(st.sampled_from(sorted(self.held)))
+        job = self.held[request_id].job
+        stale = outcome == "stale"
+        self.tell(
+            Reward(
+                id=request_id,
+                endpoint=self.held[request_id].endpoint,
+                epoch=job.epoch,
+                attempt=job.attempt - 1 if stale else job.attempt,
+                outcome="completed" if stale else outcome,
+                model=job.model,
+                prefill_s=seconds,
+                output_tokens=20,
+                prompt_tokens=job.prompt_tokens,
+                cached_tokens=0,
+                features=job.features,
+            )
+        )
+        if not stale:
+            self.drop(request_id)
+        if not stale and outcome != "returned":
+            self.end(request_id, outcome)
+
+    @precondition(lambda self: self.entries)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.tell(Control(action="cancel", id=data.draw(st.sampled_from(sorted(self.entries)))))
+
+    @rule(name=st.sampled_from(ENDPOINTS), action=st.sampled_from(["drain", "resume"]))
+    def drain(self, name, action):
+        self.tell(Control(action=action, endpoint=name))
+
+    @rule(seconds=st.sampled_from([0.0, 0.01, 0.3, 1.0, 4.0]))
+    def pass_time(self, seconds):
+        self.now += seconds
+
+    @rule()
+    def decide(self):
+        self.log.append((self.now, None))
+        commands = self.core.decide(self.now)
+        self.sent.append(commands)
+        for command in commands:
+            self.carry_out(command)
+        wakeup_at = self.core.wakeup_at()
+        assert wakeup_at is None or wakeup_at >= self.now
+
+    def carry_out(self, command: Command) -> None:
+        match command:
+            case Assign():
+                assert command.job.id not in self.held, "assigned twice"
+                assert command.job.id not in self.terminal, "I2: assigned after its end"
+                assert command.decision.reason
+                self.held[command.job.id] = command
+            case Reclaim():
+                assert self.held[command.id].job.attempt == command.attempt
+                self.drop(command.id)
+            case Finish():
+                assert command.result.id not in self.held, "ended while a worker holds it"
+                assert command.result.reason
+                self.end(command.result.id, command.result.outcome)
+            case Abort():
+                assert command.id in self.held
+            case Forget():
+                assert command.entry in self.forgotten
+                self.forgotten.remove(command.entry)
+
+    def drop(self, request_id: str) -> None:
+        del self.held[request_id]
+        self.started.discard(request_id)
+        self.prompted.discard(request_id)
+
+    @invariant()
+    def conserves(self):
+        """I1: every request that arrived waits, is held, or has ended; the core and its driver agree."""
+        book = self.core._book
+        waiting, held = len(book.lines), sum(len(e.held) for e in book.fleet.endpoints.values())
+        assert waiting + held == len(book.tickets)
+        living = set(self.entries) - set(self.terminal)
+        unsent = {c.result.id for c in self.core._outbox._commands if isinstance(c, Finish)}
+        assert set(book.tickets) == living - unsent
+        assert book.lines.tokens == sum(
+            t.prompt_tokens for t in [*book.lines.waiting, *book.lines.aside]
+        )
+
+    @invariant()
+    def keeps_capacity(self):
+        """I3: no endpoint over its seats or its KV, and no account below zero."""
+        ledger, fleet = self.core._book.ledger, self.core._book.fleet
+        for endpoint in fleet.endpoints.values():
+            slot = endpoint.slot
+            assert ledger.seats[slot] == len(endpoint.held) <= fleet.seats_max[slot]
+            assert 0 <= ledger.kv[slot] <= fleet.kv_max[slot]
+            assert 0 <= ledger.decode_kv[slot] <= ledger.kv[slot]
+            assert ledger.tokens[slot] == sum(x.tokens for x in ledger.prefilling[slot].values())
+
+    def teardown(self):
+        """Nobody is stranded: given healthy endpoints and time, everything ends; and the log replays (I5)."""
+        for name in ENDPOINTS:
+            self.tell(Control(action="resume", endpoint=name))
+        for _ in range(400):
+            if set(self.terminal) == set(self.entries) and not self.forgotten:
+                break
+            for name in ENDPOINTS:
+                self.beat(name, "ready")
+            self.decide()
+            for request_id in list(self.held):
+                job = self.held[request_id]
+                self.drop(request_id)
+                self.end(request_id, "completed")
+                self.tell(
+                    Reward(
+                        id=request_id,
+                        endpoint=job.endpoint,
+                        epoch=job.job.epoch,
+                        attempt=job.job.attempt,
+                        outcome="completed",
+                        prefill_s=0.05,
+                        features=job.job.features,
+                    )
+                )
+            self.now += 0.5
+        assert set(self.entries) - set(self.terminal) == set(), "somebody is stranded"
+        assert not self.forgotten, "a duplicate was never acknowledged"
+        again = Scheduler(self.core.settings, np.random.default_rng(0))
+        assert replay(again, self.log) == self.sent, "I5: the log's replay says something else"
+
+
+def replay(core: Scheduler, log: list[tuple[float, Event | None]]) -> list[list[Command]]:
+    """What the core says to this log; None stands for a decision."""
+    sent = []
+    for now, event in log:
+        if event is None:
+            sent.append(core.decide(now))
+        else:
+            core.receive(event, now)
+    return sent
+
+
+def test_any_order_of_facts_keeps_the_invariants():
+    """I1 conservation, I2 one terminal, I3 capacity, I4 time, I5 replay, and nobody is stranded."""
+    run_state_machine_as_test(
+        World,
+        settings=settings(
+            max_examples=100,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def fixed_story() -> bytes:
+    """A busy minute told with a fixed seed; the bytes of every command."""
+    rng = np.random.default_rng(3)
+    core = Scheduler(CoreSettings(), np.random.default_rng(7))
+    now, sent = 0.0, []
+    for step in range(300):
+        now += 0.05
+        if step % 10 == 0:
+            for name in ENDPOINTS:
+                core.receive(beat_of(name, 1), now)
+        request = Request(
+            id=f"r{step}", model="llama", prompt_tokens=int(rng.integers(10, 9000)), ttft_s=1.0
+        )
+        core.receive(Arrived(request=request, entry=f"{step}-0", enqueued_at=now), now)
+        for command in core.decide(now):
+            sent.append(command)
+            if isinstance(command, Assign):
+                job = command.job
+                core.receive(
+                    Reward(
+                        id=job.id,
+                        endpoint=command.endpoint,
+                        epoch=1,
+                        attempt=job.attempt,
+                        outcome="completed",
+                        prefill_s=job.prefill_s * float(rng.lognormal(0, 0.2)),
+                        features=job.features,
+                    ),
+                    now,
+                )
+    return msgspec.json.encode([sent, core.snapshot()])
+
+
+def test_i6_same_seed_same_bytes_under_any_hash_seed():
+    """I6: a process with another hash seed writes the same bytes: nothing iterates a set."""
+    script = "import hashlib, test_core_invariants as t; print(hashlib.sha256(t.fixed_story()).hexdigest())"
+    env = {**os.environ, "PYTHONHASHSEED": "4242", "PYTHONPATH": os.path.dirname(__file__)}  # noqa: PTH120
+    other = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    )
+    assert other.stdout.strip() == hashlib.sha256(fixed_story()).hexdigest()

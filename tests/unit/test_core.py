@@ -1,0 +1,581 @@
+"""The core's behaviour, one fact at a time. Time is a number here."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from scheduler.core import CoreSettings, Scheduler
+from scheduler.events import (
+    Abort,
+    Arrived,
+    Assign,
+    Command,
+    Finish,
+    Forget,
+    Note,
+    Reclaim,
+    Recovered,
+    Refused,
+)
+from scheduler.policies import Fcfs, Urgency
+from scheduler.settings import Objective
+from scheduler.view import Snapshot
+from scheduler.wire import Beat, Control, Request, Reward
+
+A100_TOKEN_S = 1 / 16_000
+
+
+class Pool:
+    """A core and its clock: what a driver would do, in the fewest words."""
+
+    def __init__(self, **settings: object) -> None:
+        self.core = Scheduler(CoreSettings(**settings), np.random.default_rng(0))  # type: ignore[arg-type]
+        self.now = 100.0
+        self.entries = 0
+
+    def beat(self, name: str = "e0", epoch: int = 1, **fields: object) -> None:
+        fields = {"models": ("m",), "hardware": "a100", **fields}
+        self.core.receive(Beat(endpoint=name, epoch=epoch, **fields), self.now)  # type: ignore[arg-type]
+
+    def ask(self, request_id: str, **fields: object) -> None:
+        self.entries += 1
+        fields = {"model": "m", "prompt_tokens": 100, **fields}
+        request = Request(id=request_id, **fields)  # type: ignore[arg-type]
+        self.core.receive(
+            Arrived(request=request, entry=f"{self.entries}-0", enqueued_at=self.now), self.now
+        )
+
+    def reward(self, assign: Assign, outcome: str = "completed", **fields: object) -> None:
+        job = assign.job
+        reward = Reward(
+            id=job.id,
+            endpoint=assign.endpoint,
+            epoch=job.epoch,
+            attempt=job.attempt,
+            outcome=outcome,
+            features=job.features,
+            **fields,  # type: ignore[arg-type]
+        )
+        self.core.receive(reward, self.now)
+
+    def tell(self, event: object) -> None:
+        self.core.receive(event, self.now)
+
+    def decide(self, after_s: float = 0.0) -> list[Command]:
+        """Commands but notes, `after_s` later."""
+        self.now += after_s
+        return [c for c in self.core.decide(self.now) if not isinstance(c, Note)]
+
+    def notes(self) -> list[str]:
+        return [c.decision.kind for c in self.core.decide(self.now) if isinstance(c, Note)]
+
+
+class TestArrival:
+    def test_a_request_goes_to_the_endpoint_that_serves_it(self):
+        """An assignment carries the promise, the attempt, the features and a reason in words."""
+        pool = Pool()
+        pool.beat("other", models=("x",))
+        pool.beat("e0")
+        pool.ask("r", ttft_s=1.0, tenant="t")
+
+        [assign] = pool.decide()
+
+        assert isinstance(assign, Assign)
+        assert (assign.endpoint, assign.job.attempt, assign.job.epoch) == ("e0", 1, 1)
+        assert (assign.job.ttft_s, assign.job.tenant) == (1.0, "t")
+        assert {f.split("=")[0] for f in assign.job.features} >= {"tokens", "overhead", "start"}
+        assert "e0" in assign.decision.reason
+        assert 0 < assign.decision.slack_s < 1.0
+
+    def test_an_unknown_objective_is_invalid_and_names_what_exists(self):
+        """Theirs to mend: the reason says what was found and what is wanted."""
+        pool = Pool(objectives={"chat": Objective(), "batch": Objective()})
+        pool.ask("r", objective="chad")
+
+        [finish] = pool.decide()
+
+        assert isinstance(finish, Finish)
+        assert finish.result.outcome == "invalid"
+        assert finish.is_dead
+        assert "'chad'" in finish.result.reason
+        assert "batch, chat" in finish.result.reason
+
+    def test_a_deadline_that_has_passed_expires_at_once(self):
+        """Deadlines are absolute from the enqueue, also for an entry that lay in Redis for a while."""
+        pool = Pool()
+        request = Request(id="r", model="m", deadline_s=5.0)
+        pool.tell(Arrived(request=request, entry="1-0", enqueued_at=pool.now - 6.0))
+
+        [finish] = pool.decide()
+
+        assert finish.result.outcome == "expired"
+
+    def test_a_waiting_request_expires_when_the_core_asked_to_be_woken(self):
+        """`wakeup_at` names the moment; nothing is said before it, the end is said at it."""
+        pool = Pool()
+        pool.ask("r", deadline_s=5.0)
+        assert pool.decide() == []
+        assert pool.core.wakeup_at() == pool.now + 5.0
+
+        [finish] = pool.decide(after_s=5.0)
+
+        assert finish.result.outcome == "expired"
+        assert pool.core.wakeup_at() is None
+
+    def test_an_id_under_another_entry_is_forgotten_whether_it_lives_or_has_ended(self):
+        """Redis clients repeat a lost reply: the second entry is acknowledged and nothing is written."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r")
+        pool.ask("r")
+        forget, assign = pool.decide()
+        assert isinstance(forget, Forget)
+        assert forget.entry == "2-0"
+
+        pool.reward(assign)
+        pool.ask("r")
+
+        assert [type(c) for c in pool.decide()] == [Forget]
+
+    def test_the_same_entry_read_twice_changes_nothing(self):
+        """A new reader starts a little before the old one's end."""
+        pool = Pool()
+        pool.ask("r")
+        pool.entries = 0
+        pool.ask("r")
+
+        assert pool.decide() == []
+        assert pool.core.view(pool.now).waiting == 1
+
+    def test_more_than_may_wait_is_rejected_with_a_time_to_come_back(self):
+        """Admission is explicit: the client knows when to try again."""
+        pool = Pool(waiting_max=1)
+        pool.ask("a")
+        pool.ask("b")
+
+        [finish] = pool.decide()
+
+        assert (finish.result.id, finish.result.outcome) == ("b", "rejected")
+        assert finish.result.retry_after_s >= 1.0
+
+    def test_an_objective_may_refuse_to_wait(self):
+        """`max_queue_ms`: still without endpoint after that long, it is rejected."""
+        pool = Pool(objectives={"now": Objective(max_queue_ms=250.0)})
+        pool.ask("r", objective="now")
+        assert pool.decide(after_s=0.125) == []
+
+        [finish] = pool.decide(after_s=0.125)
+
+        assert finish.result.outcome == "rejected"
+
+    def test_a_prompt_longer_than_every_context_is_invalid(self):
+        """Only what the client itself said counts; an estimate may be wrong and is tried."""
+        pool = Pool()
+        pool.beat(max_model_len=1000)
+        pool.ask("said", prompt_tokens=1001)
+
+        [finish] = pool.decide()
+
+        assert finish.result.outcome == "invalid"
+        assert "1001" in finish.result.reason
+        assert "1000" in finish.result.reason
+
+    def test_a_model_nobody_ever_served_is_invalid_after_the_grace(self):
+        """A typo is answered; the reason names the models served."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r", model="lama")
+        assert pool.decide() == []
+        assert pool.core.wakeup_at() == pool.now + 2.0
+
+        [finish] = pool.decide(after_s=2.0)
+
+        assert finish.result.outcome == "invalid"
+        assert "'lama'" in finish.result.reason
+        assert "here: m" in finish.result.reason
+
+    def test_without_any_endpoint_everything_waits(self):
+        """Scale to zero: no fleet is no reason to refuse."""
+        pool = Pool()
+        pool.ask("r")
+
+        assert pool.decide(after_s=3600.0) == []
+
+    def test_a_model_that_was_served_once_is_waited_for(self):
+        """A restart of its only endpoint makes a model no stranger."""
+        pool = Pool()
+        pool.beat("a")
+        pool.beat("b", models=("n",))
+        pool.decide(after_s=2.9)
+        pool.beat("b", models=("n",))
+        pool.decide(after_s=0.2)
+        pool.ask("r")
+
+        pool.decide(after_s=2.5)
+
+        assert pool.core.view(pool.now).waiting == 1
+
+
+class TestFleet:
+    def test_silence_for_a_lease_gives_everything_back_with_its_arrival(self):
+        """I1: what a lost endpoint held waits again, is fenced, and goes elsewhere as the next attempt."""
+        pool = Pool()
+        pool.beat("e0")
+        pool.ask("r")
+        [first] = pool.decide()
+        pool.now += 1.0
+        pool.beat("e1", hardware="l4")
+
+        reclaim, second = pool.decide(after_s=2.0)
+
+        assert isinstance(reclaim, Reclaim)
+        assert (reclaim.endpoint, reclaim.attempt) == ("e0", 1)
+        assert (second.endpoint, second.job.attempt) == ("e1", 2)
+        assert second.job.enqueued_at == first.job.enqueued_at
+
+    def test_a_new_epoch_gives_back_what_the_old_one_held(self):
+        """A worker's new life knows nothing of the old one's jobs."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r")
+        pool.decide()
+        pool.beat(epoch=2)
+
+        reclaim, again = pool.decide()
+
+        assert isinstance(reclaim, Reclaim)
+        assert (again.job.epoch, again.job.attempt) == (2, 2)
+
+    def test_a_beat_of_an_older_epoch_is_ignored(self):
+        """A replaced worker that still talks neither takes work nor gives any back."""
+        pool = Pool()
+        pool.beat(epoch=5)
+        pool.ask("r")
+        pool.decide()
+
+        pool.beat(epoch=4, state="away", models=())
+
+        assert pool.decide() == []
+        assert pool.core.view(pool.now).endpoints[0].epoch == 5
+
+    def test_attempts_run_out_into_failed_and_dead(self):
+        """After its attempts a request is answered, and kept for people."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r", max_attempts=1)
+        pool.decide()
+        pool.beat(epoch=2)
+
+        reclaim, finish = pool.decide()
+
+        assert isinstance(reclaim, Reclaim)
+        assert (finish.result.outcome, finish.is_dead) == ("failed", True)
+        assert finish.request is not None
+
+    @pytest.mark.parametrize("state", ["draining", "away"])
+    def test_an_endpoint_that_is_not_ready_gets_no_new_work(self, state):
+        """It keeps what it has; others take what is new."""
+        pool = Pool()
+        pool.beat("e0")
+        pool.ask("a")
+        pool.decide()
+        pool.beat("e0", state=state)
+        pool.ask("b")
+
+        assert pool.decide() == []
+
+    def test_away_for_a_lease_is_lost_though_it_beats(self):
+        """A worker whose engine is gone cannot keep its jobs alive by talking."""
+        pool = Pool()
+        pool.beat("e0")
+        pool.ask("r")
+        pool.decide()
+        for _ in range(4):
+            pool.beat("e0", state="away")
+            pool.now += 1.0
+
+        assert isinstance(pool.decide()[0], Reclaim)
+
+    def test_a_person_drains_and_resumes(self):
+        """Drained it takes nothing, whatever its beats say; resumed it does."""
+        pool = Pool()
+        pool.beat()
+        pool.tell(Control(action="drain", endpoint="e0"))
+        pool.ask("r")
+        pool.beat()
+        assert pool.decide() == []
+
+        pool.tell(Control(action="resume", endpoint="e0"))
+
+        assert [type(c) for c in pool.decide()] == [Assign]
+
+    def test_i3_seats_bind(self):
+        """I3: one seat, one request; the next goes when the reward has freed it."""
+        pool = Pool()
+        pool.beat(max_num_seqs=1)
+        pool.ask("a")
+        pool.ask("b")
+        [first] = pool.decide()
+        assert pool.decide(after_s=1.0) == []
+
+        pool.reward(first)
+
+        assert [c.job.id for c in pool.decide()] == ["b"]
+
+    def test_a_large_request_is_not_starved_by_small_ones(self):
+        """KV for it is never free while small ones keep coming: its endpoint is kept from them until it fits."""
+        pool = Pool(policy=Fcfs())
+        pool.beat(kv_tokens=2000)
+        for i in range(4):
+            pool.ask(f"s{i}")
+        running = [c for c in pool.decide() if isinstance(c, Assign)]
+        pool.ask("large", prompt_tokens=1700)
+        served = []
+        for i in range(10):
+            pool.ask(f"t{i}")
+            if running:
+                pool.reward(running.pop(0))
+            new = [c for c in pool.decide(after_s=0.1) if isinstance(c, Assign)]
+            running += new
+            served += [c.job.id for c in new]
+
+        assert served[0] == "large"
+
+    def test_the_window_binds_late(self):
+        """Only what starts within the commit window leaves; the rest follows as first tokens are seen."""
+        pool = Pool(policy=Fcfs())
+        pool.beat()
+        for i in range(10):
+            pool.ask(f"r{i}", prompt_tokens=8000)
+        first = pool.decide()
+        assert [c.job.id for c in first] == ["r0", "r1"]
+        assert pool.decide() == []
+
+        pool.beat(started=("r0:1",), first_tokens=("r0:1:500",))
+
+        assert [c.job.id for c in pool.decide()] == ["r2"]
+
+    def test_a_hung_endpoint_is_not_taken_for_free(self):
+        """A head that is long overdue pushes `free_in_s` out: silence about progress is no progress."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("a")
+        pool.decide()
+        for _ in range(10):
+            pool.now += 1.0
+            pool.beat()
+            pool.decide()
+
+        assert pool.core.view(pool.now).endpoints[0].free_in_s > 5.0
+
+    def test_reports_that_make_no_sense_move_nothing(self):
+        """Beats are people's and networks' words: unknown ids, old attempts and broken parts are passed over."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r:1")
+        pool.decide()
+
+        pool.beat(started=("", ":", "r:1", "r:1:7", "x:1"), first_tokens=("r:1:1", "r:1:2:5", "::"))
+
+        assert pool.core.view(pool.now).assigned == 1
+        pool.beat(first_tokens=("r:1:1:40",))
+        assert pool.core.view(pool.now).running == 1
+
+
+class TestEnds:
+    def test_a_returned_job_waits_again(self):
+        """Handed back, it keeps its arrival and takes the next attempt."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r")
+        [assign] = pool.decide()
+
+        pool.reward(assign, "returned")
+
+        assert [c.job.attempt for c in pool.decide()] == [2]
+
+    def test_a_reward_of_an_older_attempt_moves_nothing(self):
+        """It may teach, but the present attempt goes on."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r")
+        [first] = pool.decide()
+        pool.reward(first, "returned")
+        pool.decide()
+
+        pool.reward(first, "completed")
+
+        assert pool.core.view(pool.now).assigned == 1
+
+    def test_cancel_ends_a_waiting_request_and_aborts_a_held_one(self):
+        """The core ends what it holds itself; a worker ends what it holds."""
+        pool = Pool()
+        pool.ask("r")
+        pool.tell(Control(action="cancel", id="r"))
+        assert [c.result.outcome for c in pool.decide()] == ["cancelled"]
+
+        pool.beat()
+        pool.ask("q")
+        pool.decide()
+        pool.tell(Control(action="cancel", id="q"))
+        assert [type(c) for c in pool.decide()] == [Abort]
+
+    def test_a_cancelled_request_is_not_tried_again(self):
+        """Its endpoint dies before the abort arrives: it ends as cancelled."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("q")
+        pool.decide()
+        pool.tell(Control(action="cancel", id="q"))
+        pool.decide()
+        pool.beat(epoch=2)
+
+        _, finish = pool.decide()
+
+        assert finish.result.outcome == "cancelled"
+
+    def test_what_redis_refuses_is_forgotten(self):
+        """A refused move means somebody else ended it: its seat is free again."""
+        pool = Pool()
+        pool.beat(max_num_seqs=1)
+        pool.ask("r")
+        pool.decide()
+
+        pool.tell(Refused(id="r", entry="1-0"))
+
+        assert pool.core.view(pool.now).endpoints[0].seats == 0
+
+    def test_i4_time_never_decreases(self):
+        """I4: a clock that runs backwards is a bug of the driver's."""
+        pool = Pool()
+        pool.ask("r")
+        with pytest.raises(AssertionError, match="I4"):
+            pool.core.decide(pool.now - 1.0)
+
+
+class TestRecovery:
+    def test_what_an_endpoint_still_holds_stays_with_it(self):
+        """A new leader takes over in flight work; the endpoint's first beat confirms it."""
+        pool = Pool()
+        request = Request(id="r", model="m", prompt_tokens=10)
+        pool.tell(
+            Recovered(
+                request=request, entry="1-0", enqueued_at=90.0, attempt=2, endpoint="e0", epoch=7
+            )
+        )
+        pool.now += 2.0
+        pool.beat(epoch=7)
+
+        assert pool.decide(after_s=2.0) == []
+        assert pool.core.view(pool.now).assigned == 1
+
+    def test_an_endpoint_that_never_speaks_again_loses_it(self):
+        """A lease from the recovery on, then it waits again."""
+        pool = Pool()
+        request = Request(id="r", model="m")
+        pool.tell(
+            Recovered(
+                request=request, entry="1-0", enqueued_at=90.0, attempt=1, endpoint="e0", epoch=7
+            )
+        )
+
+        [reclaim] = pool.decide(after_s=3.0)
+
+        assert reclaim.attempt == 1
+
+    def test_what_was_learned_is_taken_over_and_nonsense_is_not(self):
+        """A snapshot warms the start; a broken one is refused whole and the start stays cold."""
+        pool = Pool()
+        pool.beat()
+        for i in range(40):
+            pool.ask(f"r{i}", prompt_tokens=2000)
+            for assign in pool.decide(after_s=0.5):
+                pool.reward(assign, prefill_s=0.4)
+            pool.beat()
+        taught = pool.core.snapshot()
+        raw = msgspec.json.encode(taught)
+
+        warm = Pool()
+        assert warm.core.restore(msgspec.json.decode(raw, type=Snapshot))
+        warm.beat()
+        broken = msgspec.structs.replace(
+            taught, learned=msgspec.structs.replace(taught.learned, moment=(float("nan"),) * 5)
+        )
+        cold = Pool()
+        assert not cold.core.restore(broken)
+        cold.beat()
+
+        seen = pool.core.view(pool.now).endpoints[0].speed
+        assert warm.core.view(warm.now).endpoints[0].speed == pytest.approx(seen)
+        assert cold.core.view(cold.now).endpoints[0].speed == 1.0
+
+
+class TestUrgency:
+    def test_setting_aside_is_reversible(self):
+        """Hopeless on the present prediction, it is set aside; a faster endpoint joins and it is taken up again."""
+        pool = Pool(policy=Urgency())
+        pool.beat("slow", hardware="l4", max_num_seqs=1)
+        pool.ask("first", prompt_tokens=2000, ttft_s=9.0)
+        pool.decide()
+        pool.beat("slow", hardware="l4", max_num_seqs=2)
+        pool.ask("r", prompt_tokens=20_000, ttft_s=1.5)
+        assert "set_aside" in pool.notes()
+        assert pool.core.view(pool.now).set_aside == 1
+
+        pool.beat("fast", hardware="h100")
+
+        commands = pool.core.decide(pool.now)
+        assert [c.decision.kind for c in commands] == ["taken_up", "assigned"]
+
+    def test_a_change_is_noted_once_not_every_test(self):
+        """Set aside once, tested at every step, noted once."""
+        pool = Pool(policy=Urgency())
+        pool.beat()
+        pool.ask("a", prompt_tokens=8_000)
+        pool.decide()
+        pool.ask("r", prompt_tokens=20_000, ttft_s=0.05)
+        assert pool.notes() == ["read", "set_aside"]
+        assert pool.notes() == []
+
+    def test_an_idle_endpoint_serves_those_set_aside_shortest_first(self):
+        """Late is better than never, where nobody urgent loses by it."""
+        pool = Pool(policy=Urgency())
+        pool.beat(max_num_seqs=1)
+        pool.ask("long", prompt_tokens=9000, ttft_s=0.001)
+        pool.ask("short", prompt_tokens=500, ttft_s=0.001)
+
+        assigned = [c.job.id for c in pool.decide()]
+
+        assert assigned == ["short"]
+
+    def test_urgent_work_overtakes_patient_work(self):
+        """Earliest due first, and a level of priority is worth a band of seconds."""
+        pool = Pool(policy=Urgency(band_s=5.0))
+        pool.ask("batch")
+        pool.ask("chat", ttft_s=2.0)
+        pool.ask("vip", ttft_s=3.0, priority=1)
+        pool.beat(max_num_seqs=3)
+
+        assert [c.job.id for c in pool.decide()] == ["vip", "chat", "batch"]
+
+    @pytest.mark.parametrize("priority", [0, -2])
+    def test_nobody_starves_under_sustained_urgent_load(self, priority):
+        """Twice what the endpoint can do arrives, all of it urgent: the patient and the late are served too."""
+        pool = Pool(policy=Urgency(patience_s=10.0, aside_share=0.1))
+        pool.beat()
+        pool.ask("patient", prompt_tokens=4000, priority=priority)
+        pool.ask("late", prompt_tokens=4000, ttft_s=0.001)
+        served: list[str] = []
+        flying: list[Assign] = []
+        for step in range(160):
+            for j in range(2):
+                pool.ask(f"u{step}.{j}", prompt_tokens=4000, ttft_s=1.0)
+            flying += [c for c in pool.decide(after_s=0.25) if isinstance(c, Assign)]
+            pool.beat()
+            if flying:
+                done = flying.pop(0)
+                served.append(done.job.id)
+                pool.reward(done, prefill_s=0.26)
+
+        assert "patient" in served
+        assert "late" in served
