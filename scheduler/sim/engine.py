@@ -98,6 +98,17 @@ class Engine:
         """Output tokens of a sequence so far; its own count stands still while it decodes."""
         return sequence.output_tokens + self._decodes.gained(sequence)
 
+    def prefill_left(self) -> tuple[int, int]:
+        """Prompt tokens to compute before a newcomer's, and their (query, key) pairs of attention."""
+        tokens = pairs = 0
+        for sequence in [*self._prefill.values(), *self._line]:
+            is_waiting = sequence.status is Status.WAITING
+            done = self._hits(sequence) * self.settings.block_size if is_waiting else sequence.computed
+            left = sequence.total_tokens - done
+            tokens += left
+            pairs += left * done + left * left // 2
+        return tokens, pairs
+
     def quiet_s(self) -> float | None:
         """Mean seconds until a decode ends if nothing is added; None when a step may do more.
 

@@ -1,5 +1,6 @@
 """One request as the engine sees it, and the line it waits in."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Keys
 from enum import Enum
 from heapq import heappop, heappush
@@ -153,6 +154,10 @@ class Line:
         sequence = heappop(self._heap)[3]
         self.forget(sequence)
         return sequence
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Everybody in line, in no order."""
+        return (entry[3] for entry in self._heap if entry[3].status is Status.WAITING)
 
     def forget(self, sequence: Sequence) -> None:
         """No longer in line; the caller has changed or will change its status."""

@@ -1,0 +1,1 @@
+"""What others do: routers and orders of the field, written from their published formulas."""

@@ -1,0 +1,472 @@
+"""One endpoint in virtual time: an engine, and beside it the worker that admits jobs to it and reports.
+
+The worker is the live one's in all that decides anything: `batch.admit` with the same members, candidates, limits
+and step-time law, learned from the same gaps. What differs is only that its hands are not HTTP and Redis.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+
+from scheduler import batch, cost
+from scheduler.batch import Candidate, Limits, Member
+from scheduler.sim.fate import Fate
+from scheduler.sim.fleet import Delays, Machine
+from scheduler.sim.sequence import Sequence
+from scheduler.sim.step import Step
+from scheduler.steptime import Law, StepTime
+from scheduler.wire import Beat, Job, Reward
+
+TEND_S = 0.1
+"How often a worker looks at those it holds though nothing has happened."
+
+LENGTHS_KEPT = 256
+USUAL_TOKENS = 200.0
+"As in the live worker: how long answers are before any was seen, and how many tell."
+
+LEARN_ALL = 64
+"Steps that all teach the law; after them one in `LEARN_EVERY`, which changes nothing but the time it takes us."
+
+LEARN_EVERY = 8
+
+QUIET_LEAST_S = 0.05
+"A shorter stretch of decoding is run step by step."
+
+QUIET_SHARE = 0.98
+"Of the mean length of a stretch, the part we dare to sleep through: noise may end it sooner."
+
+Report = Callable[[float, Beat | Reward], None]
+"Called with a moment and a fact that leaves the worker then."
+
+
+class Attempt:
+    """One job in a worker's hands."""
+
+    __slots__ = ("admitted_at", "expected_tokens", "fate", "first_at", "job", "pulled_at", "sequence")
+
+    def __init__(
+        self, job: Job, sequence: Sequence, fate: Fate, *, pulled_at: float, expected_tokens: float
+    ) -> None:
+        self.job = job
+        self.sequence = sequence
+        self.fate = fate
+        self.pulled_at = pulled_at
+        self.expected_tokens = expected_tokens
+        self.admitted_at: float | None = None
+        self.first_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.job.id}:{self.job.attempt}"
+
+    @property
+    def uncached_tokens(self) -> int:
+        """What the worker believes is to be prefilled: the dispatcher's word for it."""
+        return max(self.job.prompt_tokens - self.job.cached_tokens, 1)
+
+
+class Endpoint:
+    """Driven by `World`: whatever it is told, it says in `next_at` when it wants a `turn`.
+
+    1. `receive` a job: it is held
+    2. admitted: at once where `is_open`, else when the batch's promises allow it
+    3. after the front end's time the engine has it; steps end, tokens come
+    4. first tokens and ends are reported, at the age at which a dispatcher would hear of them
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        delays: Delays,
+        *,
+        is_open: bool,
+        report: Report,
+        fence: Callable[[str, int], bool],
+        model: str,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            machine: what it is.
+            delays: of its worker.
+            is_open: no admission: every job goes to the engine as it comes.
+            report: takes what the worker says.
+            fence: whether an id's attempt is still the one that counts.
+            model: the name it serves.
+        """
+        self.machine = machine
+        self.name = machine.name
+        self.engine = machine.engine()
+        self.epoch = 1
+        self.is_dead = False
+        self.is_frozen = False
+        self._delays = delays
+        self._is_open = is_open
+        self._report = report
+        self._fence = fence
+        self._model = model
+        self._frontend_s = machine.actual.frontend_s
+        self._clear()
+        self._law = StepTime(_prior(machine.hardware))
+        self._limits = Limits(
+            seats=machine.settings.max_num_seqs, kv_tokens=float(self.engine.kv_tokens)
+        )
+        self._lengths: deque[int] = deque(maxlen=LENGTHS_KEPT)
+        self._usual_tokens = USUAL_TOKENS
+
+    def _clear(self) -> None:
+        self._held: dict[str, Attempt] = {}
+        self._running: dict[str, Attempt] = {}
+        "Admitted; by request id, as all tables here."
+        self._entering: deque[tuple[float, Attempt]] = deque()
+        self._deadlines: list[tuple[float, str, int]] = []
+        self._step: Step | None = None
+        self._at = 0.0
+        "Up to here the engine has been run."
+        self._quiet_until: float | None = None
+        self._prefill_tokens = 0
+        self._started: list[str] = []
+        self._first_tokens: list[str] = []
+        self._news_at = math.inf
+        self._tend_at = math.inf
+        self._n_steps = 0
+
+    # What the world tells.
+
+    def receive(self, job: Job, sequence: Sequence, fate: Fate, now: float) -> None:
+        """A job has come down the stream."""
+        if self.is_dead or job.epoch != self.epoch:
+            return
+        attempt = Attempt(
+            job, sequence, fate, pulled_at=now, expected_tokens=max(self._usual_tokens, 1.0)
+        )
+        self._held[job.id] = attempt
+        if job.deadline_at is not None:
+            heappush(self._deadlines, (job.deadline_at, job.id, job.attempt))
+        self.turn(now)
+
+    def abort(self, request_id: str, attempt: int, now: float) -> bool:
+        """End an attempt and say nothing of it; False where it is not here."""
+        found = self._held.get(request_id) or self._running.get(request_id)
+        if found is None or found.job.attempt != attempt:
+            return False
+        self._drop(found, now)
+        self.turn(now)
+        return True
+
+    def slow(self, factor: float, now: float) -> None:
+        self.turn(now)
+        self.engine.slowdown = factor
+
+    def freeze(self, now: float) -> None:
+        """Engine and worker stand still; what comes meanwhile waits in the stream."""
+        self.turn(now)
+        self.is_frozen = True
+        self.engine.pause(freeze=True)
+
+    def thaw(self, now: float) -> None:
+        """Go on; whatever was given to others meanwhile is dropped."""
+        self.is_frozen = False
+        self.engine.resume()
+        for attempt in [*self._held.values(), *self._running.values()]:
+            if not self._fence(attempt.job.id, attempt.job.attempt):
+                self._drop(attempt, now)
+        self.turn(now)
+
+    def die(self) -> None:
+        """Lose everything."""
+        for attempt in self._running.values():
+            attempt.fate.wasted_tokens += self._computed(attempt)
+        self.is_dead = True
+        self._clear()
+
+    def join(self, now: float) -> None:
+        """Begin a new life, with an empty engine."""
+        self.engine = self.machine.engine()
+        self.epoch += 1
+        self.is_dead = self.is_frozen = False
+        self._clear()
+        self._at = now
+
+    # Time.
+
+    def next_at(self) -> float:
+        """When `turn` would do something; `inf`: not before it is told something."""
+        if self.is_dead or self.is_frozen:
+            return math.inf
+        at = min(self._news_at, self._tend_at)
+        if self._step is not None:
+            at = min(at, self._step.ended_at)
+        elif self._quiet_until is not None:
+            at = min(at, self._quiet_until)
+        if self._entering:
+            at = min(at, self._entering[0][0])
+        if self._deadlines:
+            at = min(at, self._deadlines[0][0])
+        return at
+
+    def turn(self, now: float) -> None:
+        """Bring it up to this moment."""
+        if self.is_dead or self.is_frozen:
+            return
+        self._catch_up(now)
+        if self._deadlines and self._deadlines[0][0] <= now:
+            self._end_the_late(now)
+        if self._held:
+            self._admit(now)
+        while self._entering and self._entering[0][0] <= now:
+            self._enter(self._entering.popleft()[1], now)
+        if self._step is None and self._quiet_until is None:
+            self._begin(now)
+        if self._news_at <= now:
+            self._report(now, self.beat(now))
+
+    def _catch_up(self, now: float) -> None:
+        """Run and settle what is over by now."""
+        if self._quiet_until is not None:
+            self._quiet_until = None
+            self._step = self.engine.step(self._at, until=now)
+        while (step := self._step) is not None and step.ended_at <= now:
+            self._at = step.ended_at
+            self._step = None
+            self._settle(step)
+            if self._at < now:
+                self._step = self.engine.step(self._at, until=now)
+
+    def _begin(self, now: float) -> None:
+        """Start the next step, or sleep through a stretch in which only tokens are decoded."""
+        self._at = now
+        quiet_s = self.engine.quiet_s()
+        if quiet_s is not None and quiet_s > QUIET_LEAST_S:
+            self._quiet_until = now + QUIET_SHARE * quiet_s
+        else:
+            self._step = self.engine.step(now)
+
+    # Admitting.
+
+    def _admit(self, now: float) -> None:
+        held = list(self._held.values())
+        if self._is_open:
+            chosen = list(range(len(held)))
+        else:
+            chosen = batch.admit(
+                [self._member(attempt, now) for attempt in self._running.values()],
+                [_candidate(attempt) for attempt in held],
+                self._law.law,
+                self._limits,
+                now,
+            )
+        for index in chosen:
+            self._start(held[index], now)
+        self._tend_at = now + TEND_S if self._held else math.inf
+
+    def _start(self, attempt: Attempt, now: float) -> None:
+        del self._held[attempt.job.id]
+        self._running[attempt.job.id] = attempt
+        attempt.admitted_at = now
+        self._prefill_tokens += attempt.uncached_tokens
+        self._entering.append((now + self._frontend_s, attempt))
+        self._started.append(attempt.name)
+        self._hurry(now)
+
+    def _enter(self, attempt: Attempt, now: float) -> None:
+        if self._running.get(attempt.job.id) is attempt:
+            attempt.sequence.arrived_at = now
+            self.engine.add(attempt.sequence)
+
+    def _member(self, attempt: Attempt, now: float) -> Member:
+        """As the live worker sees it: tokens it has been told of, and lengths that are usual."""
+        said = self.engine.produced(attempt.sequence)
+        tpot_s = attempt.job.tpot_s or math.inf
+        first_at = attempt.first_at
+        is_bound = first_at is not None and attempt.job.tpot_s
+        return Member(
+            context_tokens=attempt.job.prompt_tokens + said,
+            remaining_tokens=max(attempt.expected_tokens - said, said / 4, 1.0),
+            tpot_s=tpot_s,
+            banked_s=(said - 1) * tpot_s - (now - first_at) if is_bound and first_at else 0.0,
+            prefill_tokens=0.0 if first_at is not None else attempt.uncached_tokens,
+        )
+
+    def first_token_s(self, prompt_tokens: int, keys: list[int], now: float) -> float:
+        """The truth, for the oracle: seconds to a prompt's first token were it admitted now."""
+        self.turn(now)
+        engine, settings = self.engine, self.machine.settings
+        tokens, pairs = engine.prefill_left()
+        limit = (prompt_tokens - 1) // settings.block_size if settings.prefix_caching else 0
+        cached = engine.kv.match(keys, limit) * settings.block_size
+        for _, attempt in self._entering:
+            tokens += attempt.sequence.total_tokens
+            pairs += attempt.sequence.total_tokens**2 // 2
+        own = prompt_tokens - cached
+        tokens += own
+        pairs += own * cached + own * own // 2
+        n_decodes = len(self._running)
+        n_steps = -(-tokens // settings.max_num_batched_tokens)
+        a_step_s = self.machine.actual.step_s(
+            n_decodes + 1, tokens // n_steps + n_decodes, pairs // n_steps, engine.decode_context
+        )
+        under_way_s = 0.0 if self._step is None else self._step.ended_at - now
+        return self._frontend_s + max(under_way_s, 0.0) + n_steps * a_step_s * engine.slowdown
+
+    # What steps bring.
+
+    def _settle(self, step: Step) -> None:
+        now = step.ended_at
+        self._learn(step)
+        for sequence in step.preempted:
+            self._running[sequence.id].fate.wasted_tokens += sequence.total_tokens
+        for sequence in step.prefilled:
+            attempt = self._running[sequence.id]
+            if attempt.first_at is None:
+                self._first_token(attempt, now)
+        for sequence in step.finished:
+            self._finish(self._running[sequence.id], now)
+
+    def _first_token(self, attempt: Attempt, now: float) -> None:
+        attempt.first_at = now
+        self._prefill_tokens -= attempt.uncached_tokens
+        if attempt.fate.first_token_at is None:
+            attempt.fate.first_token_at = now
+        assert attempt.admitted_at is not None
+        self._first_tokens.append(f"{attempt.name}:{(now - attempt.admitted_at) * 1e3:.0f}")
+        self._hurry(now)
+
+    def _finish(self, attempt: Attempt, now: float) -> None:
+        del self._running[attempt.job.id]
+        fate, sequence = attempt.fate, attempt.sequence
+        fate.end = "completed"
+        fate.finished_at = now
+        fate.endpoint = self.name
+        fate.output_tokens = sequence.output_tokens
+        fate.cached_tokens = sequence.cached_tokens
+        if not self._is_open:
+            self._lengths.append(sequence.output_tokens)
+            self._usual_tokens = statistics.median(self._lengths)
+        self._report(now, self._reward(attempt, "completed", now))
+
+    def _end_the_late(self, now: float) -> None:
+        """Stop what is past its deadline."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id, number = heappop(self._deadlines)
+            attempt = self._held.get(request_id) or self._running.get(request_id)
+            if attempt is not None and attempt.job.attempt == number:
+                self._drop(attempt, now)
+                attempt.fate.end = "expired"
+                self._report(now, self._reward(attempt, "expired", now))
+
+    def _drop(self, attempt: Attempt, now: float) -> None:
+        """Out of the worker's hands and out of the engine."""
+        if self._held.pop(attempt.job.id, None) is not None:
+            return
+        if not self.is_frozen:
+            self._catch_up(now)
+        if self._running.pop(attempt.job.id, None) is None:
+            return
+        attempt.fate.wasted_tokens += self._computed(attempt)
+        self.engine.abort(attempt.sequence.id)
+        if attempt.first_at is None:
+            self._prefill_tokens -= attempt.uncached_tokens
+
+    def _computed(self, attempt: Attempt) -> int:
+        sequence = attempt.sequence
+        return max(0, sequence.computed - sequence.cached_tokens) + self.engine.produced(sequence)
+
+    def _learn(self, step: Step) -> None:
+        self._n_steps += 1
+        if self._is_open or not step.decoded:
+            return
+        if self._n_steps > LEARN_ALL and self._n_steps % LEARN_EVERY:
+            return
+        self._law.learn(
+            step.duration_s / step.n_steps,
+            batch=len(step.decoded),
+            kv_tokens=self.engine.decode_context,
+            prefill_tokens=min(self._prefill_tokens, self._limits.chunk_tokens),
+        )
+
+    # What it says.
+
+    def beat(self, now: float) -> Beat:
+        """A heartbeat, with the news so far."""
+        self._news_at = math.inf
+        started, self._started = tuple(self._started), []
+        first_tokens, self._first_tokens = tuple(self._first_tokens), []
+        settings, engine = self.machine.settings, self.engine
+        return Beat(
+            endpoint=self.name,
+            epoch=self.epoch,
+            models=(self._model,),
+            hardware=self.machine.hardware,
+            max_num_seqs=settings.max_num_seqs,
+            kv_tokens=engine.kv_tokens,
+            block_tokens=settings.block_size,
+            max_model_len=self.machine.tokens_max,
+            running=engine.n_running,
+            queued=engine.n_waiting,
+            held=len(self._held),
+            kv_usage=engine.kv_usage,
+            scraped_at=now,
+            started=started,
+            first_tokens=first_tokens,
+        )
+
+    def _hurry(self, now: float) -> None:
+        self._news_at = min(self._news_at, now + self._delays.news_s)
+
+    def _reward(self, attempt: Attempt, outcome: str, now: float) -> Reward:
+        job, sequence, first_at = attempt.job, attempt.sequence, attempt.first_at
+        said = sequence.output_tokens
+        prefill_s = (
+            None if first_at is None or attempt.admitted_at is None else first_at - attempt.admitted_at
+        )
+        return Reward(
+            id=job.id,
+            endpoint=self.name,
+            epoch=self.epoch,
+            attempt=job.attempt,
+            outcome=outcome,
+            model=job.model,
+            hardware=self.machine.hardware,
+            decided_at=job.decided_at,
+            pulled_at=attempt.pulled_at,
+            admitted_at=attempt.admitted_at,
+            first_token_at=first_at,
+            finished_at=now,
+            enqueued_at=job.enqueued_at,
+            prefill_s=prefill_s,
+            predicted_s=job.prefill_s,
+            ttft_s=None if first_at is None else first_at - job.enqueued_at,
+            tpot_s=(now - first_at) / (said - 1) if first_at is not None and said > 1 else None,
+            prompt_tokens=sequence.prompt_tokens,
+            cached_tokens=sequence.cached_tokens,
+            output_tokens=said,
+            on_time=attempt.fate.is_on_time,
+            tenant=job.tenant,
+            features=job.features,
+        )
+
+
+def _candidate(attempt: Attempt) -> Candidate:
+    job = attempt.job
+    return Candidate(
+        prompt_tokens=job.prompt_tokens,
+        uncached_tokens=attempt.uncached_tokens,
+        output_tokens=attempt.expected_tokens,
+        tpot_s=job.tpot_s or math.inf,
+        due_at=math.inf if job.ttft_s is None else job.enqueued_at + job.ttft_s,
+        held_at=attempt.pulled_at,
+        priority=job.priority,
+    )
+
+
+def _prior(hardware: str) -> Law:
+    rated = cost.hardware(hardware)
+    return Law(
+        base_s=rated.step_s,
+        sequence_s=rated.sequence_s,
+        kv_s=rated.kv_s,
+        prefill_s=rated.token_s,
+    )

@@ -1,0 +1,321 @@
+"""Fleets as TOML: which endpoints stand there, how they are reached, and what befalls them.
+
+    [[endpoints]]
+    profile = "a30"            # one of `headgate simulate --help`'s profiles
+    count = 8
+    [endpoints.engine]         # vLLM's own arguments, see `arguments`
+    max_num_seqs = 128
+
+    [chance]                   # how a real fleet differs from its data sheet
+    jitter = 0.3
+
+    [[faults]]
+    at_s = 300.0
+    endpoint = "a30-2"
+    kind = "slow"
+    factor = 3.0
+"""
+
+import tomllib
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+import numpy as np
+from msgspec import structs
+
+from scheduler.errors import SettingsError
+from scheduler.sim import profile
+from scheduler.sim.arguments import EngineSettings
+from scheduler.sim.engine import Engine
+from scheduler.sim.profile import Profile
+
+ENDPOINTS_MAX = 1000
+"More than any pool is meant for."
+
+
+class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One kind of endpoint, `count` times."""
+
+    profile: str
+    "A profile's full name or alias."
+
+    name: str = ""
+    "They are called this and a number; the profile's alias where empty."
+
+    count: int = 1
+
+    role: Literal["both", "prefill", "decode"] = "both"
+
+    hardware: str | None = None
+    "The class that its worker declares; the profile's GPU where absent, empty for unknown."
+
+    engine: EngineSettings = EngineSettings()
+
+
+class Chance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far endpoints differ from their profile and steps from each other, drawn by each seed."""
+
+    jitter: float = 0.3
+    "Each coefficient of each endpoint is multiplied by 1 - jitter ... 1 + jitter."
+
+    step_noise: float = 0.07
+    "Sigma of the log-normal factor on each step."
+
+    stall_probability: float = 0.01
+    stall_s: float = 0.2
+
+
+CERTAIN = Chance(jitter=0.0, step_noise=0.0, stall_probability=0.0)
+"The profile as it stands: for checking the instrument."
+
+
+class Delays(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What lies between a fact and whoever decides on it, in seconds."""
+
+    hop_s: float = 0.0005
+    "One append to a stream until its reader has it."
+
+    turn_s: float = 0.001
+    "One turn of a dispatcher: facts that come within it are decided on together."
+
+    news_s: float = 0.02
+    "How long a worker gathers what has started and what has given its first token."
+
+    beat_s: float = 1.0
+    "Between two heartbeats of a worker."
+
+    scrape_s: float = 0.1
+    "Between two looks at an engine's own figures, for policies that read them."
+
+    lease_s: float = 3.0
+    "Silence after which an endpoint counts as lost."
+
+
+NO_DELAYS = Delays(hop_s=0.0, turn_s=0.0, news_s=0.0, beat_s=1.0, scrape_s=0.02)
+"Everybody knows everything at once (but a scrape, which takes some time)."
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing that befalls one endpoint."""
+
+    at_s: float
+    endpoint: str
+    "As the fleet numbers them: `a30-0`."
+
+    kind: Literal["slow", "freeze", "thaw", "die", "join"]
+    """
+    `slow` multiplies every step by `factor`; `freeze` stops engine and worker until `thaw`; `die` loses all
+    it held; `join` is the moment it starts, again or for the first time.
+    """
+
+    factor: float = 1.0
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of a fleet file."""
+
+    name: str = ""
+    endpoints: tuple[EndpointSpec, ...]
+    chance: Chance = Chance()
+    delays: Delays = Delays()
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return sum(spec.count for spec in self.endpoints)
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """One endpoint of a fleet, as this seed made it."""
+
+    name: str
+    hardware: str
+    "As declared to whoever decides; the jitter is not."
+
+    nominal: Profile
+    "The data sheet."
+
+    actual: Profile
+    "This specimen."
+
+    settings: EngineSettings
+    "Its engine's arguments, step noise included."
+
+    seed: int
+    "Of its step noise."
+
+    def engine(self) -> Engine:
+        return Engine(self.actual, self.settings, np.random.default_rng(self.seed))
+
+    @property
+    def kv_tokens(self) -> int:
+        kv_tokens = self.settings.kv_tokens or self.actual.kv_tokens
+        return kv_tokens // self.settings.block_size * self.settings.block_size
+
+    @property
+    def tokens_max(self) -> int:
+        """The longest prompt and answer together that it can serve."""
+        if self.settings.chunked_prefill:
+            return self.kv_tokens
+        return min(self.kv_tokens, self.settings.max_num_batched_tokens)
+
+
+def parse(text: str, name: str) -> Fleet:
+    """The fleet that this TOML describes.
+
+    Raises:
+        SettingsError: no TOML, an unknown key or profile, or a fleet that cannot be.
+    """
+    try:
+        fleet = msgspec.convert(tomllib.loads(text), Fleet)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"fleet {name}: not TOML: {error}") from None
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"fleet {name}: {error}; {_keys()}") from None
+    return checked(structs.replace(fleet, name=fleet.name or name))
+
+
+def built_in(name: str) -> Fleet:
+    """A fleet by name.
+
+    Raises:
+        SettingsError: there is none of that name, or it needs what does not exist yet.
+    """
+    if name in DISAGGREGATED:
+        raise SettingsError(
+            f"fleet {name!r} parts prefill from decode, which the lab cannot simulate yet; "
+            f"wanted one of: {', '.join(BUILT_IN)}"
+        )
+    if name not in BUILT_IN:
+        raise SettingsError(
+            f"fleet is {name!r}, wanted a TOML file or one of: {', '.join(BUILT_IN)}"
+        )
+    return checked(Fleet(name=name, endpoints=BUILT_IN[name]))
+
+
+def checked(fleet: Fleet) -> Fleet:
+    """The same fleet, if it can be.
+
+    Raises:
+        SettingsError: no endpoint, too many, a role that cannot be simulated, an unknown profile, a KV cache
+            without room, or a fault on an endpoint that is not there.
+    """
+    if not 1 <= fleet.count <= ENDPOINTS_MAX or any(spec.count < 1 for spec in fleet.endpoints):
+        raise SettingsError(
+            f"fleet {fleet.name}: {fleet.count} endpoints, wanted 1 to {ENDPOINTS_MAX}, each kind at least once"
+        )
+    for spec in fleet.endpoints:
+        _check_spec(fleet.name, spec)
+    names = [name for name, _ in _named(fleet)]
+    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
+    if twice is not None:
+        raise SettingsError(f"fleet {fleet.name}: two endpoints are called {twice!r}")
+    for fault in fleet.faults:
+        if fault.endpoint not in names:
+            raise SettingsError(
+                f"fleet {fleet.name}: fault on endpoint {fault.endpoint!r}, wanted one of: {', '.join(names)}"
+            )
+    return fleet
+
+
+def machines(fleet: Fleet, seed: int) -> tuple[Machine, ...]:
+    """Its endpoints as this seed makes them; the same seed makes the same machines for every policy."""
+    rng = np.random.default_rng([seed, 1])
+    chance = fleet.chance
+    made = []
+    for name, spec in _named(fleet):
+        nominal = profile.load(spec.profile)
+        settings = structs.replace(
+            spec.engine,
+            step_noise=spec.engine.step_noise or chance.step_noise,
+            stall_probability=spec.engine.stall_probability or chance.stall_probability,
+            stall_s=chance.stall_s,
+        )
+        made.append(
+            Machine(
+                name=name,
+                hardware=_hardware(nominal) if spec.hardware is None else spec.hardware,
+                nominal=nominal,
+                actual=nominal.jittered(rng, chance.jitter),
+                settings=settings,
+                seed=int(rng.integers(1 << 32)),
+            )
+        )
+    return tuple(made)
+
+
+def _check_spec(fleet: str, spec: EndpointSpec) -> None:
+    if spec.role != "both":
+        raise SettingsError(
+            f"fleet {fleet}: role {spec.role!r} cannot be simulated yet, wanted 'both'"
+        )
+    found = profile.load(spec.profile)
+    kv_tokens = found.kv_tokens if spec.engine.kv_tokens is None else spec.engine.kv_tokens
+    if kv_tokens < spec.engine.max_num_batched_tokens // 8 or kv_tokens < spec.engine.block_size:
+        raise SettingsError(
+            f"fleet {fleet}: {spec.profile} has room for {kv_tokens} KV tokens beside its model; it does not fit"
+        )
+
+
+def _named(fleet: Fleet) -> Iterator[tuple[str, EndpointSpec]]:
+    """Every endpoint's name and kind; kinds of one name are numbered through."""
+    counts: dict[str, int] = {}
+    for spec in fleet.endpoints:
+        stem = spec.name or spec.profile.split("|")[0]
+        for _ in range(spec.count):
+            yield f"{stem}-{counts.get(stem, 0)}", spec
+            counts[stem] = counts.get(stem, 0) + 1
+
+
+def _hardware(found: Profile) -> str:
+    """The GPU in a profile's name: what a worker would declare."""
+    return found.name.split("-")[0]
+
+
+def _keys() -> str:
+    tables = {
+        "": Fleet,
+        "endpoints": EndpointSpec,
+        "endpoints.engine": EngineSettings,
+        "chance": Chance,
+        "delays": Delays,
+        "faults": Fault,
+    }
+    return "; ".join(
+        f"{f'[{table}]' if table else 'keys'}: {', '.join(kind.__struct_fields__)}"
+        for table, kind in tables.items()
+    )
+
+
+# vLLM's own default budget of new tokens a step is 8192 on an H100 and 2048 on smaller GPUs.
+H100_ENGINE = EngineSettings(max_num_batched_tokens=8192)
+
+# As in Lodestar's V100 set-up (no FlashAttention-2): neither prefix cache nor chunked prefill. The budget must then
+# hold the longest prompt whole.
+V100_ENGINE = EngineSettings(
+    prefix_caching=False, chunked_prefill=False, max_num_batched_tokens=32_768
+)
+
+BUILT_IN: dict[str, tuple[EndpointSpec, ...]] = {
+    "a30x8": (EndpointSpec(profile="a30", count=8),),
+    "a30x4-v100x4": (
+        EndpointSpec(profile="a30", count=4),
+        EndpointSpec(profile="v100", count=4, engine=V100_ENGINE),
+    ),
+    "mixed-h100-a100-l40s": (
+        EndpointSpec(profile="h100", count=2, engine=H100_ENGINE),
+        EndpointSpec(profile="a100", count=2),
+        EndpointSpec(profile="l40s", count=4),
+    ),
+    "a100x4": (EndpointSpec(profile="a100", count=4),),
+    "h100x8": (EndpointSpec(profile="h100", count=8, engine=H100_ENGINE),),
+    "agents-h100-l40s": (
+        EndpointSpec(profile="h100", count=1, engine=H100_ENGINE),
+        EndpointSpec(profile="l40s", count=3),
+    ),
+}
+"By the name that the command line knows."
+
+DISAGGREGATED = ("pd-a100x4-a100x4", "pd-h100-70bx4-h100-70bx4")
+"Named in the evaluation; refused until endpoints can have half a request."

@@ -1,0 +1,352 @@
+"""The simulator's heap: arrivals, a dispatcher, endpoints and the delays between them.
+
+    1. an arrival is enqueued; a hop later the dispatcher reads it (`receive`)
+    2. a turn later it decides (`decide`); facts that came meanwhile are decided on together
+    3. an `Assign` reaches its endpoint's worker a hop later
+    4. what the worker says (beats, rewards) reaches the dispatcher a hop after it is said
+    5. whatever the dispatcher asks to be woken for (`wakeup_at`) is a turn as well
+
+The dispatcher is anything of the core's shape: the core that ships, or a baseline. It is handed what a dispatcher
+reads from Redis and nothing else; true lengths stay in `Fate` and in the engines.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import Protocol
+
+import msgspec
+
+from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Reclaim
+from scheduler.sim import chain
+from scheduler.sim.endpoint import Endpoint
+from scheduler.sim.fate import Fate
+from scheduler.sim.fleet import Delays, Fault, Machine
+from scheduler.sim.sequence import Sequence as Prompt
+from scheduler.sim.workload import Arrival
+from scheduler.wire import Beat, Job, Request, Reward
+
+MODEL = "llm"
+"The one model that every endpoint of the lab serves."
+
+DRAIN_LEAST_S = 300.0
+"After the last arrival a run goes on for three times its span, and at least for so long."
+
+DRAIN_SPANS = 3.0
+
+Timer = Callable[[], int]
+"Nanoseconds of a real clock, handed in by whoever has one: how long deciding took."
+
+
+class Dispatch(Protocol):
+    """The core's shape."""
+
+    def receive(self, event: Event, now: float) -> None: ...
+
+    def decide(self, now: float) -> list[Command]: ...
+
+    def wakeup_at(self) -> float | None: ...
+
+
+class Row(msgspec.Struct, frozen=True):
+    """An arrival, made ready for runs: what its client writes and what keeping its promise is worth."""
+
+    arrival: Arrival
+    request: Request
+    weight: float = 1.0
+
+
+def rows(
+    arrivals: Sequence[Arrival], weights: Sequence[float] = (), objectives: Sequence[str] = ()
+) -> tuple[Row, ...]:
+    """A workload as requests; `objectives` name those whose weight the dispatcher should know."""
+    return tuple(
+        Row(
+            arrival,
+            Request(
+                id=str(at),
+                model=MODEL,
+                objective=objectives[at] if objectives else "",
+                ttft_s=arrival.ttft_s,
+                tpot_s=arrival.tpot_s,
+                deadline_s=arrival.deadline_s,
+                priority=arrival.priority or None,
+                tenant=arrival.tenant,
+                session="" if arrival.session is None else str(arrival.session),
+                prompt_tokens=arrival.prompt_tokens,
+                blocks=chain.hashes(arrival),
+            ),
+            weights[at] if weights else 1.0,
+        )
+        for at, arrival in enumerate(arrivals)
+    )
+
+
+class World:
+    """One run of one dispatcher over one workload on one fleet."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        machines: Sequence[Machine],
+        *,
+        delays: Delays,
+        is_open: bool,
+        scrapes: bool = False,
+        faults: Sequence[Fault] = (),
+        closed: bool = False,
+        timer: Timer | None = None,
+    ) -> None:
+        """Set the stage.
+
+        Args:
+            rows: the workload, in order of time.
+            machines: the fleet as this seed made it.
+            delays: between a fact and the decision on it.
+            is_open: endpoints take everything into the engine at once; otherwise their workers admit.
+            scrapes: beats come as often as engines are scraped, for a dispatcher that reads engines' figures.
+            faults: what befalls whom.
+            closed: a turn of a conversation comes no sooner than the turn before has ended.
+            timer: for `decide_ns`; absent: not measured.
+        """
+        self.fates = [Fate(at, row.arrival, row.weight) for at, row in enumerate(rows)]
+        self.decide_ns: list[int] = []
+        self.aborts = 0
+        self.now = 0.0
+        self.endpoints = {
+            machine.name: Endpoint(
+                machine,
+                delays,
+                is_open=is_open,
+                report=self._report,
+                fence=self._counts,
+                model=MODEL,
+            )
+            for machine in machines
+        }
+        self._rows = rows
+        self._delays = delays
+        self._beat_s = min(delays.beat_s, delays.scrape_s) if scrapes else delays.beat_s
+        self._faults = faults
+        self._closed = closed
+        self._timer = timer
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._order = itertools.count()
+        self._wakes: dict[str, float] = dict.fromkeys(self.endpoints, math.inf)
+        self._decide_at = math.inf
+        self._open = len(self.fates)
+        "Requests without an end."
+        self._holders: dict[str, tuple[str, int]] = {}
+        "By request: the endpoint and attempt that count."
+        self._waiting_turns: dict[int, list[int]] = {}
+
+    def run(self, dispatch: Dispatch, *, drain_s: float | None = None) -> None:
+        """Play it to its end: until all have ended, or `drain_s` after the last arrival."""
+        self._dispatch = dispatch
+        span_s = self._rows[-1].arrival.at_s if self._rows else 0.0
+        end_s = span_s + (max(DRAIN_LEAST_S, DRAIN_SPANS * span_s) if drain_s is None else drain_s)
+        self._open_fleet()
+        self._plan_arrivals()
+        heap = self._heap
+        while heap and self._open:
+            at, _, act, what = heappop(heap)
+            if at > end_s:
+                break
+            self.now = at
+            act(*what)
+
+    def truth(self, request_id: str, endpoint: str) -> float:
+        """True seconds to a request's first token on an endpoint; only the oracle is handed this."""
+        arrival, found = self.fates[int(request_id)].arrival, self.endpoints[endpoint]
+        if found.is_dead or found.is_frozen:
+            return math.inf
+        keys = chain.keys(arrival, found.machine.settings.block_size)
+        seconds = found.first_token_s(arrival.prompt_tokens, keys, self.now)
+        self._attend(found)
+        return seconds
+
+    # Setting out.
+
+    def _open_fleet(self) -> None:
+        first_fault: dict[str, Fault] = {}
+        for fault in self._faults:
+            first_fault.setdefault(fault.endpoint, fault)
+            self._at(fault.at_s, self._befall, fault)
+        for at, (name, endpoint) in enumerate(self.endpoints.items()):
+            fault_of_it = first_fault.get(name)
+            # Later beats come one after the other, not all at once.
+            self._at(self._beat_s * (at + 1) / len(self.endpoints), self._beat, endpoint)
+            if fault_of_it is not None and fault_of_it.kind == "join":
+                endpoint.die()
+            else:  # known before the first arrival
+                self._dispatch.receive(endpoint.beat(0.0), 0.0)
+
+    def _plan_arrivals(self) -> None:
+        for at, row in enumerate(self._rows):
+            parent = row.arrival.parent
+            if self._closed and parent is not None:
+                self._waiting_turns.setdefault(parent, []).append(at)
+        held_back = {at for turns in self._waiting_turns.values() for at in turns}
+        self._coming = iter([at for at in range(len(self._rows)) if at not in held_back])
+        self._expect_next()
+
+    def _expect_next(self) -> None:
+        """Arrivals come in order, so only the next of them stands in the heap."""
+        row = next(self._coming, None)
+        if row is not None:
+            self._at(self._rows[row].arrival.at_s, self._arrive_in_order, row)
+
+    def _arrive_in_order(self, row: int) -> None:
+        self._arrive(row)
+        self._expect_next()
+
+    def _arrive(self, row: int) -> None:
+        self.fates[row].enqueued_at = self.now
+        event = Arrived(request=self._rows[row].request, entry=f"{row}-0", enqueued_at=self.now)
+        self._at(self.now + self._delays.hop_s, self._hear, event)
+
+    # The dispatcher.
+
+    def _hear(self, event: Event) -> None:
+        self._dispatch.receive(event, self.now)
+        self._decide_by(self.now + self._delays.turn_s)
+
+    def _decide_by(self, at: float) -> None:
+        if at < self._decide_at:
+            self._decide_at = at
+            self._at(at, self._decide, at)
+
+    def _decide(self, planned_at: float) -> None:
+        if planned_at != self._decide_at:
+            return
+        self._decide_at = math.inf
+        begun = self._timer() if self._timer else 0
+        commands = self._dispatch.decide(self.now)
+        if self._timer:
+            self.decide_ns.append(self._timer() - begun)
+        for command in commands:
+            self._carry_out(command)
+        wanted_at = self._dispatch.wakeup_at()
+        if wanted_at is not None:
+            # One turn ahead at least: a dispatcher that cannot wait still needs its turn's time.
+            self._decide_by(max(wanted_at, self.now + max(self._delays.turn_s, 1e-6)))
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Assign():
+                self._assign(command.job, command.endpoint)
+            case Reclaim():
+                self._holders.pop(command.id, None)
+            case Finish():
+                fate = self.fates[int(command.result.id)]
+                outcome = command.result.outcome
+                fate.end = outcome if outcome in ("expired", "rejected") else "failed"  # type: ignore[assignment]
+                self._ended(fate)
+            case Abort():
+                self.aborts += 1
+                endpoint = self.endpoints[command.endpoint]
+                self._at(self.now + self._delays.hop_s, self._abort, endpoint, command)
+            case _:
+                pass  # notes and duplicates move nothing
+
+    def _assign(self, job: Job, name: str) -> None:
+        fate = self.fates[int(job.id)]
+        fate.attempts += 1
+        self._holders[job.id] = (name, job.attempt)
+        self._at(self.now + self._delays.hop_s, self._deliver, self.endpoints[name], job, fate)
+
+    # The endpoints.
+
+    def _deliver(self, endpoint: Endpoint, job: Job, fate: Fate) -> None:
+        arrival, machine = fate.arrival, endpoint.machine
+        room = machine.tokens_max - arrival.prompt_tokens
+        if room < 1:
+            self._refuse(endpoint, job, fate)
+            return
+        prompt = Prompt(
+            job.id,
+            prompt_tokens=arrival.prompt_tokens,
+            output_tokens=arrival.output_tokens,
+            keys=chain.keys(arrival, machine.settings.block_size),
+            max_tokens=room,
+            priority=-job.priority,
+        )
+        endpoint.receive(job, prompt, fate, self.now)
+        self._attend(endpoint)
+
+    def _refuse(self, endpoint: Endpoint, job: Job, fate: Fate) -> None:
+        """The engine answers 400: the prompt alone is longer than all it has room for."""
+        fate.end = "failed"
+        reward = Reward(
+            id=job.id,
+            endpoint=endpoint.name,
+            epoch=endpoint.epoch,
+            attempt=job.attempt,
+            outcome="failed",
+            reason="longer than the context",
+        )
+        self._report(self.now, reward)
+
+    def _attend(self, endpoint: Endpoint) -> None:
+        at = endpoint.next_at()
+        if at != self._wakes[endpoint.name]:
+            self._wakes[endpoint.name] = at
+            if at < math.inf:
+                self._at(at, self._wake, endpoint, at)
+
+    def _wake(self, endpoint: Endpoint, planned_at: float) -> None:
+        if planned_at == self._wakes[endpoint.name]:
+            self._wakes[endpoint.name] = math.inf
+            endpoint.turn(self.now)
+            self._attend(endpoint)
+
+    def _beat(self, endpoint: Endpoint) -> None:
+        self._at(self.now + self._beat_s, self._beat, endpoint)
+        if not (endpoint.is_dead or endpoint.is_frozen):
+            endpoint.turn(self.now)
+            self._attend(endpoint)
+            self._report(self.now, endpoint.beat(self.now))
+
+    def _abort(self, endpoint: Endpoint, command: Abort) -> None:
+        endpoint.abort(command.id, command.attempt, self.now)
+        self._attend(endpoint)
+
+    def _befall(self, fault: Fault) -> None:
+        endpoint = self.endpoints[fault.endpoint]
+        match fault.kind:
+            case "slow":
+                endpoint.slow(fault.factor, self.now)
+            case "freeze":
+                endpoint.freeze(self.now)
+            case "thaw":
+                endpoint.thaw(self.now)
+            case "die":
+                endpoint.die()
+            case "join":
+                endpoint.join(self.now)
+                self._report(self.now, endpoint.beat(self.now))
+        self._attend(endpoint)
+
+    def _report(self, at: float, fact: Beat | Reward) -> None:
+        """A worker says something; whoever lost the lease is not listened to."""
+        if isinstance(fact, Reward):
+            if not self._counts(fact.id, fact.attempt):
+                return
+            del self._holders[fact.id]
+            if fact.outcome != "returned":
+                self._ended(self.fates[int(fact.id)])
+        self._at(max(at, self.now) + self._delays.hop_s, self._hear, fact)
+
+    def _counts(self, request_id: str, attempt: int) -> bool:
+        held = self._holders.get(request_id)
+        return held is not None and held[1] == attempt
+
+    def _ended(self, fate: Fate) -> None:
+        self._open -= 1
+        for row in self._waiting_turns.get(fate.row, ()):
+            at = max(self.now, self._rows[row].arrival.at_s)
+            self._at(at, self._arrive, row)
+
+    def _at(self, at: float, act: Callable[..., None], *what: object) -> None:
+        heappush(self._heap, (at, next(self._order), act, what))
