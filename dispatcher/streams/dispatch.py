@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from dispatcher.streams.connection import Call, Value
-from dispatcher.streams.producer import counted, milliseconds, score
+from dispatcher.streams.producer import milliseconds, packed, score
 from scheduler import codec
 from scheduler.events import Abort, Arrived, Assign, Finish, Reclaim, Recovered
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
@@ -64,8 +64,8 @@ def assign(keys: Keys, epoch: int, command: Assign) -> Call:
             job.attempt,
             job.epoch,
             DECISIONS_KEPT,
-            *counted(codec.encode(job)),
-            *counted(codec.encode(command.decision)),
+            packed(codec.encode(job)),
+            packed(codec.encode(command.decision)),
         ),
     )
 
@@ -90,7 +90,7 @@ def reclaim(keys: Keys, epoch: int, command: Reclaim) -> Call:
             WORKER_GROUP,
             score(command.deadline_at),
             DECISIONS_KEPT,
-            *counted(codec.encode(command.decision)),
+            packed(codec.encode(command.decision)),
         ),
     )
 
@@ -136,9 +136,9 @@ def conclude(
             result.outcome,
             milliseconds(ttl_s),
             int(reply != keys.results),
-            *counted(codec.encode(result)),
-            *counted(last),
-            *counted(_dead_fields(keys, command, fields)),
+            packed(codec.encode(result)),
+            packed(last),
+            packed(_dead_fields(keys, command, fields)),
         ),
     )
 
@@ -161,15 +161,16 @@ def _dead_fields(
 
 def notes(keys: Keys, epoch: int, decisions: Sequence[Decision]) -> Call:
     """Log decisions that move nothing, in one call. The reply is how many."""
-    parts = [part for decision in decisions for part in counted(codec.encode(decision))]
+    parts = [packed(codec.encode(decision)) for decision in decisions]
     return Call("log", (keys.leader, keys.decisions), (epoch, DECISIONS_KEPT, *parts))
 
 
 def abort(keys: Keys, epoch: int, command: Abort) -> Call:
     """Tell the endpoint's worker, on its own stream, to end an attempt. The reply is 1."""
     control = Control(action="cancel", id=command.id, endpoint=command.endpoint)
-    parts = counted(codec.encode(control))
-    return Call("log", (keys.leader, keys.jobs(command.endpoint)), (epoch, 0, *parts))
+    return Call(
+        "log", (keys.leader, keys.jobs(command.endpoint)), (epoch, 0, packed(codec.encode(control)))
+    )
 
 
 def retire(keys: Keys, consumer: str, *, idle_s: float) -> Call:
@@ -179,4 +180,4 @@ def retire(keys: Keys, consumer: str, *, idle_s: float) -> Call:
 
 def bury(keys: Keys, epoch: int, fields: Mapping[str, Value]) -> Call:
     """Set aside an entry that nobody waits for: a beat, reward or control that cannot be read."""
-    return Call("log", (keys.leader, keys.dead), (epoch, DEAD_KEPT, *counted(fields)))
+    return Call("log", (keys.leader, keys.dead), (epoch, DEAD_KEPT, packed(fields)))

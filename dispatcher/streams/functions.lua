@@ -6,18 +6,15 @@
 -- request:<id> is a hash: state entry attempt endpoint epoch job tokens cancelled outcome result_stream result_entry
 --   state    queued | waiting | assigned | running | terminal
 --   attempt  the fence: a worker's late write carries an older one, or finds another state
--- All keys arrive in KEYS and share one hash tag. A list of n fields travels as: n, field, value, ...
+-- All keys arrive in KEYS and share one hash tag. A list of fields travels as one argument: a MessagePack array of field, value, ...
 
 local function now_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
-local function take(args, at) -- the field list at `at`, and where the next one begins
-  local n = tonumber(args[at])
-  local out = {}
-  for i = 1, n do out[i] = args[at + i] end
-  return out, at + n + 1
+local function take(args, at) -- the field list at `at`, and where the next one is
+  return cmsgpack.unpack(args[at]), at + 1
 end
 
 local function add(key, fields, keep)

@@ -1,6 +1,8 @@
 """A client's moves: enqueue once, cancel, bring the dead back. Each builds one `Call`; nothing here waits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import msgspec
 
 from dispatcher.streams.connection import Call, Value
 from scheduler import codec
@@ -39,7 +41,7 @@ def submit(
             milliseconds(body_ttl_s),
             claim,
             score(deadline_at),
-            *counted(fields),
+            packed(fields),
         ),
     )
 
@@ -47,13 +49,13 @@ def submit(
 def cancel(keys: Keys, request_id: str, *, reason: str = "") -> Call:
     """Set the tombstone and tell the dispatcher. The reply is 1; 0: already terminal; -1: unknown."""
     fields = codec.encode(Control(action="cancel", id=request_id, reason=reason))
-    return Call("cancel", (keys.request(request_id), keys.controls), (request_id, *counted(fields)))
+    return Call("cancel", (keys.request(request_id), keys.controls), (request_id, packed(fields)))
 
 
 def requeue(keys: Keys, dead_entry: str, request_id: str, fields: Mapping[str, Value]) -> Call:
     """Enqueue a dead request's own fields anew. The reply is its entry; 0: no such entry; -1: it lives."""
     names = (keys.dead, keys.request(request_id), keys.requests)
-    return Call("requeue", names, (dead_entry, *counted(fields)))
+    return Call("requeue", names, (dead_entry, packed(fields)))
 
 
 def score(deadline_at: float | None) -> str:
@@ -61,10 +63,26 @@ def score(deadline_at: float | None) -> str:
     return NEVER if deadline_at is None else codec.text_number(deadline_at * 1e3)
 
 
-def counted(fields: Mapping[str, Value]) -> list[Value]:
-    """Fields as a function takes them: how many parts, then name, value, ..."""
+def packed(fields: Mapping[str, Value]) -> bytes:
+    """Fields as a function takes them: one argument, an array of name, value, ...
+
+    Fewer arguments, not fewer bytes: redis-py spends 3 us on each, which was half a dispatcher's CPU.
+    """
     parts = [part for pair in fields.items() for part in pair]
-    return [len(parts), *parts]
+    try:
+        # Redis' unpacker knows MessagePack's text only, not its byte strings.
+        return msgspec.msgpack.encode(
+            [part.decode() if isinstance(part, bytes) else part for part in parts]
+        )
+    except UnicodeDecodeError:
+        return _packed_bytes(parts)
+
+
+def _packed_bytes(parts: Sequence[Value]) -> bytes:
+    """The same for values that are no UTF-8: each as text of any bytes, which Lua's strings are."""
+    raw = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
+    texts = (b"\xdb" + len(one).to_bytes(4, "big") + one for one in raw)
+    return b"\xdd" + len(raw).to_bytes(4, "big") + b"".join(texts)
 
 
 def milliseconds(seconds: float) -> int:

@@ -3,7 +3,7 @@
 import msgspec
 
 from dispatcher.streams.connection import Call
-from dispatcher.streams.producer import counted, milliseconds, score
+from dispatcher.streams.producer import milliseconds, packed, score
 from scheduler import codec
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
 from scheduler.wire import Beat, Dead, Job, Result, Reward, Tokens
@@ -41,8 +41,8 @@ def beat(keys: Keys, message: Beat, *, lease_s: float) -> Call:
             message.epoch,
             BEATS_KEPT,
             milliseconds(600 * lease_s),
-            *counted(glance),
-            *counted(fields),
+            packed(glance),
+            packed(fields),
         ),
     )
 
@@ -63,7 +63,7 @@ def tokens(keys: Keys, held: Held, message: Tokens, *, pieces: int, ttl_s: float
             message.index,
             pieces,
             milliseconds(ttl_s),
-            *counted(codec.encode(message)),
+            packed(codec.encode(message)),
         ),
     )
 
@@ -115,10 +115,10 @@ def finish(
             milliseconds(ttl_s),
             int(reply != keys.results),
             REWARDS_KEPT,
-            *counted(codec.encode(result)),
-            *counted(last),
-            *counted(_dead_fields(keys, held, result) if is_dead else {}),
-            *counted(codec.encode(reward)),
+            packed(codec.encode(result)),
+            packed(last),
+            packed(_dead_fields(keys, held, result) if is_dead else {}),
+            packed(codec.encode(reward)),
         ),
     )
 
@@ -138,7 +138,7 @@ def hand_back(keys: Keys, held: Held, reward: Reward) -> Call:
             job.id,
             score(job.deadline_at),
             REWARDS_KEPT,
-            *counted(codec.encode(reward)),
+            packed(codec.encode(reward)),
         ),
     )
 
