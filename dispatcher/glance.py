@@ -142,7 +142,7 @@ async def _beaten_at(connection: Connection, keys: Keys) -> dict[str, float]:
 
 async def _ingress(connection: Connection, keys: Keys) -> tuple[int, float | None]:
     """Entries nobody has read, and when the oldest that has not ended came."""
-    groups = await connection.command("XINFO", "GROUPS", keys.requests)
+    groups = await connection.command("XINFO GROUPS", keys.requests)
     group = next((g for g in groups if g["name"] == DISPATCHER_GROUP.encode()), None)
     if group is None:
         oldest = await connection.entries(keys.requests, count=1)

@@ -1,5 +1,6 @@
 """How commands speak: results on stdout, talk on stderr, one JSON document a line for machines."""
 
+import sys
 from typing import Any
 
 import msgspec
@@ -8,10 +9,12 @@ from rich.console import Console
 
 from scheduler.wire import Result
 
+PIPE_COLUMNS = 160
+
 
 def console() -> Console:
-    """For results; plain where stdout is no terminal."""
-    return Console(highlight=False, soft_wrap=True)
+    """For results; plain where stdout is no terminal, and wide enough there that no table is cut."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 
 
 def talk(line: str) -> None:

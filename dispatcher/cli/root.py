@@ -28,6 +28,8 @@ from scheduler.settings import LogSettings, Settings
 
 COMMANDS = {
     "dispatcher": "Dispatch a pool's requests; a second one stands by.",
+    "up": "Run everything on this machine: Redis, dispatcher, workers, emulated engines.",
+    "demo": "Play a workload through the whole system on emulated engines.",
     "submit": "Send one request and print its answer.",
     "batch": "Answer a file of requests; run it again and it goes on where it stopped.",
     "status": "The pool at one glance, or where one request stands.",

@@ -65,6 +65,13 @@ class Handle:
         """Whether its terminal record is here."""
         return self._ended.done()
 
+    @property
+    def known(self) -> Result | None:
+        """Its terminal record, if that is here."""
+        if not self._ended.done() or self._ended.exception() is not None:
+            return None
+        return self._ended.result()
+
     def when_done(self, tell: Callable[["Handle"], None]) -> None:
         """Call this when its terminal record is here, or the client is closed."""
         self._ended.add_done_callback(lambda _: tell(self))

@@ -1,0 +1,101 @@
+"""`headgate up`: everything on one machine, each role a process of its own."""
+
+import asyncio
+import signal
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dispatcher.cli import output
+from dispatcher.stack import PROFILES, Engine, Running, Stack, Wanted
+from scheduler.errors import SettingsError
+from scheduler.settings import Settings
+
+app = typer.Typer()
+
+
+@app.command()
+async def up(
+    settings: Settings,
+    *,
+    emulate: Annotated[int, typer.Option(metavar="N", min=0, help="Emulated engines.")] = 0,
+    profiles: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Their hardware, in turn.")
+    ] = ",".join(PROFILES),
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL[,SETTING=VALUE]", help="A real vLLM; repeatable."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="What the emulated engines serve.")] = "emulated",
+    time_scale: Annotated[float, typer.Option(help="Emulated: times faster.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the emulated engines.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    drain_s: Annotated[float, typer.Option(help="For running requests at the end.")] = 5.0,
+    directory: Annotated[
+        Path | None, typer.Option(help="Logs and private Redis; else a temporary one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line when all is ready.")] = False,
+) -> None:
+    """Run everything on this machine: Redis, dispatcher, workers, emulated engines."""
+    wanted = Wanted(
+        engines=tuple(_engine(one) for one in engine or ()),
+        profiles=fleet(emulate, profiles),
+        model=model,
+        time_scale=time_scale,
+        seed=seed,
+        workers=workers,
+        drain_s=drain_s,
+    )
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    with tempfile.TemporaryDirectory(prefix="headgate-") as scratch:
+        stack = Stack(settings, wanted, directory=directory or Path(scratch), told=output.talk)
+        async with stack:
+            if as_json:
+                output.json_line(stack.running)
+            else:
+                _greet(stack.running)
+            watching = asyncio.create_task(stack.watch())
+            ending = asyncio.create_task(told.wait())
+            await asyncio.wait([watching, ending], return_when=asyncio.FIRST_COMPLETED)
+            output.talk("draining")
+            for task in (watching, ending):
+                task.cancel()
+            await asyncio.gather(watching, ending, return_exceptions=True)
+
+
+def fleet(count: int, profiles: str) -> tuple[str, ...]:
+    """So many profiles, taken in turn.
+
+    >>> fleet(3, "h100,a30")
+    ('h100', 'a30', 'h100')
+    """
+    names = [name.strip() for name in profiles.split(",") if name.strip()]
+    if count and not names:
+        raise SettingsError("--profiles is empty, wanted at least one")
+    return tuple(names[n % len(names)] for n in range(count))
+
+
+def _engine(text: str) -> Engine:
+    """One `--engine`; what stands behind the address is the worker's to judge."""
+    address, _, more = text.partition(",")
+    name, equals, url = address.partition("=")
+    if not (name and equals and url):
+        raise SettingsError(f"--engine is {text!r}, wanted NAME=URL[,SETTING=VALUE]")
+    return Engine(name=name, url=url, more=more)
+
+
+def _greet(running: Running) -> None:
+    typer.echo(f"redis   {running.redis}, pool {running.pool}")
+    for one in running.endpoints:
+        typer.echo(f"engine  {one.name} {one.url} {one.hardware}".rstrip())
+    for role, url in running.metrics.items():
+        typer.echo(f"metrics {role} {url}")
+    typer.echo(f"logs    {running.logs}")
+    first = (running.models or ["MODEL"])[0]
+    typer.echo(
+        f"try     headgate submit --redis {running.redis} --pool {running.pool} --model {first} hello"
+    )

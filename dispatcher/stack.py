@@ -1,0 +1,275 @@
+"""All roles on one machine: Redis, dispatcher, workers and, where wanted, emulated engines.
+
+Each is a process of its own, started as a sub-command, so that here nothing of the workers' floor is known.
+"""
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from dispatcher import glance
+from dispatcher.children import Child, Ready
+from dispatcher.local import Server
+from dispatcher.streams.connection import Connection, Where
+from scheduler.errors import SettingsError, StreamError
+from scheduler.keys import Keys
+from scheduler.settings import Settings
+
+PROFILES = ("h100", "a100", "l40s", "a30")
+"The mixed fleet of `--emulate`, taken in turn."
+
+BEATEN_S = 30.0
+"How long the endpoints may take to their first beat after the workers are ready."
+
+KNOCK_S = 0.05
+
+GRACE_S = 10.0
+"Beyond its own drain, how long a child may take to end."
+
+
+class Engine(msgspec.Struct, frozen=True, kw_only=True):
+    """A vLLM server to stand beside."""
+
+    name: str
+    url: str
+    hardware: str = ""
+    more: str = ""
+    "Further settings as the worker's `--engine` takes them."
+
+    @property
+    def option(self) -> str:
+        """As the worker's `--engine` takes it."""
+        hardware = f"hardware={self.hardware}" if self.hardware else ""
+        return ",".join(part for part in (f"{self.name}={self.url}", hardware, self.more) if part)
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What to start."""
+
+    engines: tuple[Engine, ...] = ()
+    "Those that run already."
+
+    profiles: tuple[str, ...] = ()
+    "One emulated engine each."
+
+    model: str = "emulated"
+    time_scale: float = 1.0
+    "Of the emulated engines: times faster than the wall clock."
+
+    seed: int = 0
+    jitter: float = 0.0
+    "Spread of the emulated engines' coefficients, so that no prior is exactly right."
+
+    workers: int = 1
+    drain_s: float = 5.0
+
+
+class Running(msgspec.Struct, frozen=True, kw_only=True):
+    """The line that says all of it is ready."""
+
+    redis: str
+    pool: str
+    models: list[str]
+    endpoints: list[Engine]
+    metrics: dict[str, str]
+    "Where each role's /metrics is."
+
+    pids: dict[str, int]
+    logs: str
+
+
+class Stack:
+    """What `Wanted` asks for, running.
+
+    1. `async with` starts Redis (unless one is given), the emulated engines, the dispatcher, the workers, in this
+       order, and returns when every endpoint has beaten.
+    2. `watch` restarts who dies, until cancelled.
+    3. Leaving drains the workers, then ends the others.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        wanted: Wanted,
+        *,
+        directory: Path,
+        told: Callable[[str], None],
+    ) -> None:
+        """Start nothing yet; logs and the private Redis lie in the directory."""
+        self._settings, self._wanted, self._told = settings, wanted, told
+        self._directory = directory
+        self._server = Server(
+            given_url=settings.redis.login_url if settings.redis.url else "",
+            directory=directory / "redis",
+        )
+        self._engines: list[Child] = []
+        self._dispatcher: Child | None = None
+        self._workers: list[Child] = []
+        self._endpoints: list[Engine] = []
+        self._models: list[str] = []
+
+    @property
+    def settings(self) -> Settings:
+        """The settings, with the Redis that is used."""
+        redis = msgspec.structs.replace(self._settings.redis, url=self._server.url)
+        return msgspec.structs.replace(self._settings, redis=redis)
+
+    @property
+    def running(self) -> Running:
+        """What runs where."""
+        children = [child for child in self._children if child.pid is not None]
+        pids = {child.name: child.pid or 0 for child in children}
+        if self._server.pid is not None:
+            pids["redis"] = self._server.pid
+        return Running(
+            redis=self._server.url if self._server.pid else self._settings.redis.shown_url,
+            pool=self._settings.pool,
+            models=self._models,
+            endpoints=self._endpoints,
+            metrics={
+                child.name: f"http://127.0.0.1:{child.ready['metrics_port']}/metrics"
+                for child in children
+                if child.ready.get("metrics_port")
+            },
+            pids=pids,
+            logs=str(self._directory),
+        )
+
+    async def __aenter__(self) -> Self:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._server.start()
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stop()
+
+    async def watch(self) -> None:
+        """Restart who dies, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for child in self._children:
+                tasks.create_task(child.watch(self._told))
+
+    @property
+    def _children(self) -> list[Child]:
+        one = [self._dispatcher] if self._dispatcher is not None else []
+        return [*self._engines, *one, *self._workers]
+
+    async def _start(self) -> None:
+        counts: Counter[str] = Counter()
+        for profile in self._wanted.profiles:
+            name = f"{profile}-{counts[profile]}"
+            counts[profile] += 1
+            self._engines.append(self._child(name, self._emulator(profile, len(self._engines))))
+        self._dispatcher = self._child("dispatcher", lambda _: ["dispatcher"])
+        await _together([child.start() for child in [*self._engines, self._dispatcher]])
+        # At another speed than the real one the prior for that hardware would be wrong by just as much.
+        is_real = self._wanted.time_scale == 1.0
+        emulated = [
+            Engine(name=child.name, url=child.ready["url"], hardware=profile if is_real else "")
+            for child, profile in zip(self._engines, self._wanted.profiles, strict=True)
+        ]
+        self._endpoints = [*self._wanted.engines, *emulated]
+        if not self._endpoints:
+            raise SettingsError("no engine: wanted --emulate N or --engine NAME=URL")
+        shares = [self._endpoints[n :: self._wanted.workers] for n in range(self._wanted.workers)]
+        self._workers = [
+            self._child(f"worker-{n}", self._worker(share))
+            for n, share in enumerate(shares)
+            if share
+        ]
+        await _together([child.start() for child in self._workers])
+        await self._await_beats()
+
+    def _child(self, name: str, words: Callable[[Ready | None], Sequence[str]]) -> Child:
+        settings = self.settings
+        environ = os.environ | {
+            "HEADGATE_REDIS_URL": settings.redis.url,
+            "HEADGATE_REDIS__PREFIX": settings.redis.prefix,
+            "HEADGATE_POOL": settings.pool,
+        }
+        return Child(name, words, environ=environ, directory=self._directory)
+
+    def _emulator(self, profile: str, number: int) -> Callable[[Ready | None], list[str]]:
+        wanted = self._wanted
+        options: dict[str, Any] = {
+            "profile": profile,
+            "model": wanted.model,
+            "time-scale": wanted.time_scale,
+            "seed": wanted.seed + number,
+            "jitter": wanted.jitter,
+        }
+
+        def words(before: Ready | None) -> list[str]:
+            # Started again it must be found where it was.
+            port = before["url"].rpartition(":")[2].strip("/") if before else 0
+            said = options | {"port": port}
+            return ["emulate", *(part for k, v in said.items() for part in (f"--{k}", str(v)))]
+
+        return words
+
+    def _worker(self, share: Sequence[Engine]) -> Callable[[Ready | None], list[str]]:
+        engines = [part for engine in share for part in ("--engine", engine.option)]
+        return lambda _: ["worker", "--drain-s", str(self._wanted.drain_s), *engines]
+
+    async def _await_beats(self) -> None:
+        """Return when every endpoint has beaten as ready, and somebody leads."""
+        names = {engine.name for engine in self._endpoints}
+        where = Where(
+            url=self.settings.redis.login_url,
+            tls_ca_file=self._settings.redis.tls_ca_file or None,
+        )
+        connection = await Connection.connect(where)
+        keys = Keys(self._settings.redis.prefix, self._settings.pool)
+        try:
+            async with asyncio.timeout(BEATEN_S):
+                while True:
+                    seen = await glance.pool(connection, keys)
+                    alive = {e.beat.endpoint: e.beat for e in seen.endpoints if e.is_alive}
+                    if seen.leader and all(
+                        name in alive and alive[name].state == "ready" for name in names
+                    ):
+                        break
+                    await asyncio.sleep(KNOCK_S)
+        except TimeoutError:
+            silent = ", ".join(sorted(names - set(alive))) or "none"
+            away = ", ".join(f"{n}: {b.reason}" for n, b in alive.items() if b.state != "ready")
+            raise StreamError(
+                f"not ready after {BEATEN_S:g} s: silent {silent}; away {away or 'none'}; "
+                f"leader {seen.leader or 'none'}; logs in {self._directory}"
+            ) from None
+        finally:
+            await connection.close()
+        self._models = sorted({model for beat in alive.values() for model in beat.models})
+
+    async def _stop(self) -> None:
+        grace_s = self._wanted.drain_s + GRACE_S
+        await _together([child.stop(grace_s=grace_s) for child in self._workers])
+        others = [child for child in self._children if child not in self._workers]
+        await _together([child.stop(grace_s=GRACE_S) for child in others])
+        if self._server.was_started_here:
+            await asyncio.to_thread(self._server.stop)
+
+
+async def _together(works: Sequence[Any]) -> None:
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for work in works:
+                tasks.create_task(work)
+    except* StreamError as group:
+        raise group.exceptions[0] from None
