@@ -8,6 +8,7 @@ import asyncio
 
 import structlog
 
+from dispatcher.delivery import wait_out
 from dispatcher.streams import dispatch
 from dispatcher.streams.connection import Connection
 from scheduler.errors import FencedError, StreamError
@@ -36,16 +37,18 @@ class Lease:
 
     async def win(self) -> int:
         """Wait for the lease; the epoch of the reign that begins. Redis may be away meanwhile."""
+        tries = 0
         while True:
-            pause_s = self._ttl_s / RENEWALS
             try:
                 epoch, _, until = await self._lead(0)
-                if epoch:
-                    return epoch
-                pause_s = min(pause_s, until - self._connection.now())
             except StreamError as error:
-                log.warning("redis_waits", reason=str(error))
-            await asyncio.sleep(max(POLL_MIN_S, pause_s))
+                tries = await wait_out(str(error), tries)
+                continue
+            if epoch:
+                return epoch
+            tries = 0
+            left_s = until - self._connection.now()
+            await asyncio.sleep(max(POLL_MIN_S, min(self._ttl_s / RENEWALS, left_s)))
 
     async def keep(self, epoch: int) -> None:
         """Renew until somebody newer leads, or nobody knows of this reign any more.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 import structlog
 
-from dispatcher.delivery import BACKOFF_S, Delivery
+from dispatcher.delivery import Delivery, wait_out
 from dispatcher.intake import Intake, Unreadable
 from dispatcher.metrics import Meter
 from dispatcher.moves import Move, Moves
@@ -279,7 +279,7 @@ class Loop:
                 tries = 0
             except StreamError as error:
                 is_sure = False
-                tries = await _wait_out(error, tries)
+                tries = await wait_out(str(error), tries)
                 continue
             if entries:
                 last = entries[-1][0]
@@ -295,17 +295,11 @@ class Loop:
                 )
                 tries = 0
             except StreamError as error:
-                tries = await _wait_out(error, tries)
+                tries = await wait_out(str(error), tries)
                 continue
             for stream, entries in read.items():
                 cursors[stream] = entries[-1][0]
                 await self._inbox.put(Batch(stream, entries))
-
-
-async def _wait_out(error: StreamError, tries: int) -> int:
-    log.warning("redis_waits", tries=tries, reason=str(error))
-    await asyncio.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
-    return tries + 1
 
 
 def _whose(subject: Arrived | Assign | Reclaim | Finish | Forget | None) -> tuple[str, str]:
