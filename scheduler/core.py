@@ -86,6 +86,8 @@ class Scheduler:
         self._now = float("-inf")
         self._strange: dict[str, float] = {}
         "Models that nobody serves or served, and since when that matters."
+        self._lease_at = float("-inf")
+        "No lease ends before: hearing from an endpoint only moves its end away, so few steps need look."
         self._reborn: dict[str, Beat] = {}
         "First beats of new lives: what the old ones held is taken back by the next `decide`, not before the"
         "rewards that were read in the same step."
@@ -127,7 +129,7 @@ class Scheduler:
         """When `decide` could say something new without a new fact; None: not before one."""
         if self._outbox or self._reborn or self._astray or self._unwanted:
             return self._now
-        moments = [e.lost_at(self.settings.lease_s) for e in self._fleet.endpoints.values()]
+        moments = [self._lease_at] if self._fleet.endpoints else []
         moments += [since + self.settings.unknown_model_grace_s for since in self._strange.values()]
         moments += [at for at in (self._book.next_end_at(), self._room_at) if at is not None]
         return max(self._now, min(moments)) if moments else None
@@ -148,7 +150,7 @@ class Scheduler:
             newcomer,
             self._book,
             waiting_max=self.settings.waiting_max,
-            backlog_s=self._backlog_s(),
+            backlog_s=self._backlog_s,
             now=self._now,
         )
         if ending is not None:
@@ -347,10 +349,17 @@ class Scheduler:
             self._lose(endpoint, f"{name} began a new life")
             self._join(beat, is_drained=endpoint.is_drained)
         self._reborn.clear()
+        if self._lease_at <= self._now:
+            self._lose_the_silent()
+
+    def _lose_the_silent(self) -> None:
+        lease_s = self.settings.lease_s
         for endpoint in list(self._fleet.endpoints.values()):
-            if endpoint.lost_at(self.settings.lease_s) <= self._now:
+            if endpoint.lost_at(lease_s) <= self._now:
                 silent_s = self._now - endpoint.seen_at
                 self._lose(endpoint, f"{endpoint.name} was last heard {silent_s:.1f} s ago")
+        ends = [endpoint.lost_at(lease_s) for endpoint in self._fleet.endpoints.values()]
+        self._lease_at = min(ends, default=self._now + lease_s)
 
     def _abort_the_cancelled(self) -> None:
         for ticket, attempt in self._unwanted:
@@ -400,9 +409,10 @@ class Scheduler:
 
     def _plan(self) -> None:
         self._room_at = None
-        if not self._book.lines or not self._fleet.ready():
+        wanted_s = self._fleet.wanted(self._book.lines.by_model)
+        if not np.isfinite(wanted_s).any():
             return
-        planner = self._planner()
+        planner = self._planner(wanted_s)
         self._take_up(planner)
         self._serve_aged(planner)
         line = self._book.lines.waiting.head(self.settings.plan.horizon)
@@ -412,10 +422,13 @@ class Scheduler:
             self._fill(planner)
         for choice in planner.choices:
             self._hand_over(choice)
-        is_cut = planner.is_exhausted and len(line) == self.settings.plan.horizon
-        self._room_at = self._next_room_at(planner.room, is_cut=is_cut)
+        if planner.is_cut:
+            self._room_at = self._now
+        elif self._book.lines:
+            is_short = planner.is_exhausted and len(line) == self.settings.plan.horizon
+            self._room_at = self._next_room_at(planner.room, is_short=is_short)
 
-    def _planner(self) -> Planner:
+    def _planner(self, wanted_s: Floats) -> Planner:
         book, fleet = self._book.ledger, self._fleet
         rates = self._predictor.rates(book.decode_kv)
         room = Room(
@@ -425,7 +438,7 @@ class Scheduler:
             kv=fleet.kv_max - book.kv,
             kv_max=fleet.kv_max,
             length_max=fleet.length_max,
-            ready_s=fleet.ready_s,
+            wanted_s=wanted_s,
         )
         return Planner(
             room,
@@ -465,6 +478,8 @@ class Scheduler:
             self._note(turn.ticket, "set_aside", reason, slack_s)
 
     def _fill(self, planner: Planner) -> None:
+        if not self._book.lines.aside:
+            return
         chosen = {choice.ticket.id for choice in planner.choices}
         shortest = self._book.lines.aside_by_size.head(FILL_MAX)
         is_calm = all(t.id in chosen for t in self._book.lines.waiting.head(len(chosen) + 1))
@@ -501,16 +516,14 @@ class Scheduler:
             )
         )
 
-    def _next_room_at(self, room: Room, *, is_cut: bool) -> float | None:
+    def _next_room_at(self, room: Room, *, is_short: bool) -> float | None:
         """When an endpoint comes within the window, or falls idle, for those who still wait.
 
         Args:
             room: what this step has left.
-            is_cut: all of the horizon was placed, and there may be room for those behind it.
+            is_short: all of the horizon was placed, and there may be room for those behind it.
         """
-        if not self._book.lines:
-            return None
-        if is_cut:
+        if is_short:
             return self._now + TICK_S
         wanted_s = self.settings.plan.commit_window_s if self._book.lines.waiting else 0.0
         open_s = room.busy_s[np.isfinite(room.shut_s)]

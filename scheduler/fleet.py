@@ -4,6 +4,8 @@ Each has a slot: its column in every array of the core. A slot is given again af
 arrays are as long as the fleet ever was at once.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from scheduler.state import Endpoint, Floats
@@ -23,6 +25,7 @@ class Fleet:
         self.by_slot: list[Endpoint | None] = []
         self._limits: Floats = np.zeros((4, 0))
         self._barriers: dict[str, Floats] = {}
+        self._longest: dict[str, float | None] = {}
         self.epochs: dict[str, int] = {}
         "The newest epoch heard of each name; an older one is a worker that was replaced and still talks."
         self.known_models: dict[str, None] = {}
@@ -99,7 +102,7 @@ class Fleet:
         del self.endpoints[endpoint.name]
         self.by_slot[endpoint.slot] = None
         self._limits[:, endpoint.slot] = 0.0, 0.0, 0.0, np.inf
-        self._barriers.clear()
+        self._forget()
 
     def barrier(self, model: str) -> Floats:
         """Seconds to add to each slot's cost of a request for this model: 0 where it may go, `inf` where not."""
@@ -109,17 +112,28 @@ class Fleet:
             self._barriers[model] = found
         return found
 
-    def serving(self, model: str) -> list[Endpoint]:
-        """Who serves this model, whether or not it takes work just now."""
-        return [e for e in self.endpoints.values() if model in e.beat.models]
+    def longest(self, model: str) -> float | None:
+        """The longest context that anybody serves of this model, now or after a drain; None: nobody serves it."""
+        if model not in self._longest:
+            serving = [e.slot for e in self.endpoints.values() if model in e.beat.models]
+            self._longest[model] = float(self.length_max[serving].max()) if serving else None
+        return self._longest[model]
 
-    def ready(self) -> int:
-        """How many take work."""
-        return sum(e.takes_work for e in self.endpoints.values())
+    def wanted(self, models: Iterable[str]) -> Floats:
+        """0 for each slot where a request for any of these models may go, `inf` for the others."""
+        found = np.full(len(self.by_slot), np.inf)
+        for model in models:
+            np.minimum(found, self.barrier(model), out=found)
+        return found
 
     def _reopen(self, endpoint: Endpoint) -> None:
         self._limits[READY, endpoint.slot] = 0.0 if endpoint.takes_work else np.inf
+        self._forget()
+
+    def _forget(self) -> None:
+        """Something changed that eligibility follows from."""
         self._barriers.clear()
+        self._longest.clear()
 
 
 def _may_take(endpoint: Endpoint | None, model: str) -> bool:

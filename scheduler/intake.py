@@ -1,5 +1,7 @@
 """From a client's request to a ticket in line, or to the reason why not."""
 
+from collections.abc import Callable
+
 from scheduler import slo
 from scheduler.book import Book
 from scheduler.errors import WireError
@@ -44,7 +46,7 @@ def ticket(
 
 
 def obstacle(
-    newcomer: Ticket, book: Book, *, waiting_max: int, backlog_s: float, now: float
+    newcomer: Ticket, book: Book, *, waiting_max: int, backlog_s: Callable[[], float], now: float
 ) -> Ending | None:
     """Why it may not stand in line; None: it is welcome."""
     deadline_at = newcomer.promise.deadline_at
@@ -54,22 +56,19 @@ def obstacle(
         )
     if len(book.lines) >= waiting_max:
         reason = f"{len(book.lines)} requests wait, the limit is {waiting_max}"
-        return Ending(outcome="rejected", reason=reason, retry_after_s=retry_after_s(backlog_s))
+        return Ending(outcome="rejected", reason=reason, retry_after_s=retry_after_s(backlog_s()))
     return too_long(newcomer, book)
 
 
 def too_long(asked: Ticket, book: Book) -> Ending | None:
     """How it ends where no endpoint can ever hold a prompt of the length its client says."""
     said = asked.request.prompt_tokens
-    limits = [
-        float(book.fleet.length_max[endpoint.slot])
-        for endpoint in book.fleet.serving(asked.request.model)
-    ]
-    if said is None or not limits or said <= max(limits):
+    longest = book.fleet.longest(asked.request.model)
+    if said is None or longest is None or said <= longest:
         return None
     return Ending(
         outcome="invalid",
-        reason=f"field 'prompt_tokens' is {said}, wanted at most {max(limits):.0f}, the longest context served",
+        reason=f"field 'prompt_tokens' is {said}, wanted at most {longest:.0f}, the longest context served",
     )
 
 

@@ -29,6 +29,9 @@ CHUNK = 16
 PRICED_MAX = 64
 "The same where nothing can end early."
 
+ASIDE_MAX = 32
+"The most that one step sets aside (I8); the next step, at once, goes on behind them."
+
 IDLE_S = 1e-3
 "An endpoint that could begin within this is idle."
 
@@ -94,11 +97,11 @@ class Room:
         kv: Floats,
         kv_max: Floats,
         length_max: Floats,
-        ready_s: Floats,
+        wanted_s: Floats,
     ) -> None:
         """Start from the ledger; `seats` and `kv` are what is free, `inf` where unknown.
 
-        `ready_s` is 0 for endpoints that take work and `inf` for the others.
+        `wanted_s` is 0 for endpoints that may take something of what waits, and `inf` for the others.
         """
         self.rates = rates
         self.busy_s = backlog.seconds(rates)
@@ -113,7 +116,7 @@ class Room:
         self.length_max = length_max
         self.reserved = np.zeros(len(seats), dtype=bool)
         "Slots that somebody more urgent waits for."
-        self.shut_s = np.where(seats > 0, ready_s, np.inf)
+        self.shut_s = np.where(seats > 0, wanted_s, np.inf)
         "0 where something more may go, `inf` where not."
 
     def can_start(self, within_s: float) -> bool:
@@ -191,6 +194,8 @@ class Planner:
         self.choices: list[Choice] = []
         self.turns: list[Turn] = []
         "Who is to be set aside."
+        self.is_cut = False
+        "Whether it stopped only because it had set enough aside for one step."
         self.is_exhausted = False
         "Whether all of the line was considered: what is idle then, nobody urgent wants."
 
@@ -198,6 +203,9 @@ class Planner:
         """Plan these, most urgent first, until nothing more could start within the window."""
         for offer in self._offers(line):
             if not self.room.can_start(self.settings.commit_window_s):
+                return
+            if len(self.turns) >= ASIDE_MAX:
+                self.is_cut = True
                 return
             self._place(offer)
         self.is_exhausted = True

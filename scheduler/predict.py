@@ -112,7 +112,7 @@ class DecayedRegression(linear_model.BayesianLinearRegression):
         rest = 1.0 - self.decay
         self.precision *= self.decay
         self.precision += (weight * x)[:, None] * x
-        self.precision[np.diag_indices_from(self.precision)] += rest * self.prior_precision
+        self.precision.flat[:: len(x) + 1] += rest * self.prior_precision
         self.moment *= self.decay
         self.moment += rest * self.prior_precision * self.prior_mean + (weight * y) * x
         self.weights = self.solve()
@@ -237,8 +237,8 @@ class Predictor:
         """By what factor this part of the completions beat its prediction; 1 where `part` is 0."""
         if part <= 0:
             return np.ones(len(backlog_s))
-        factors = np.exp([self._log_ratio(bucket, part) for bucket in range(len(self._spreads))])
-        chosen: Floats = factors[np.searchsorted(BUCKETS_S, backlog_s)]
+        logs = np.array([self._log_ratio(bucket, part) for bucket in range(len(self._spreads))])
+        chosen: Floats = np.exp(logs)[np.searchsorted(BUCKETS_S, backlog_s)]
         return chosen
 
     def learn(self, reward: Reward, slot: int) -> None:

@@ -75,16 +75,17 @@ class Index:
     def match(self, chain: Sequence[str]) -> dict[int, int]:
         """How many blocks from the start each slot holds without a gap; slots that hold none are left out."""
         found: dict[int, int] = {}
-        holders = -1
+        holders = self._holders.get(chain[0], 0) if chain else 0
         for depth, block in enumerate(chain):
             still = holders & self._holders.get(block, 0)
-            if depth:
-                found.update((slot, depth) for slot in _slots(holders & ~still))
+            if still != holders:
+                for slot in _slots(holders & ~still):
+                    found[slot] = depth
             holders = still
             if not holders:
-                break
-        else:
-            found.update((slot, len(chain)) for slot in _slots(holders if chain else 0))
+                return found
+        for slot in _slots(holders):
+            found[slot] = len(chain)
         return found
 
     def insert(self, slot: int, chain: Sequence[str]) -> None:

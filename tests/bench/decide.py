@@ -15,6 +15,9 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
 from scheduler.wire import Beat, Request, Reward
 
+TRUE_RATES = (50_000, 14_000, 13_000, 9_000)
+"Tokens a second: never a function of the prediction, or the bench would chase its own tail."
+
 
 def pool(endpoints: int) -> Scheduler:
     core = Scheduler(CoreSettings(lease_s=1e9), np.random.default_rng(0))
@@ -85,7 +88,9 @@ def flow(endpoints: int, rate: float, requests: int) -> dict[str, list[float]]:
         took["decide"].append(time.perf_counter() - started)
         for command in commands:
             if isinstance(command, Assign):
-                work_s = (command.decision.prefill_s or 0.0) * float(rng.lognormal(0, 0.1))
+                job = command.job
+                speed = TRUE_RATES[int(command.endpoint[1:]) % 4]
+                work_s = (job.prompt_tokens - job.cached_tokens) / speed * rng.lognormal(0, 0.1)
                 free_at[command.endpoint] = max(now, free_at[command.endpoint]) + work_s
                 done.append((free_at[command.endpoint], command))
     view = core.view(now)
