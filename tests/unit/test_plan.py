@@ -1,0 +1,197 @@
+"""One step's plan: where the next ones go, and who must wait for what."""
+
+import math
+
+import numpy as np
+import pytest
+
+from scheduler.ledger import Backlog, Ledger, Line, Rates
+from scheduler.plan import ASIDE_MAX, Planner, PlanSettings, Room
+from scheduler.policies import Terms
+from scheduler.slo import Promise
+from scheduler.state import Ticket
+from scheduler.wire import Request
+
+FREE = Promise(ttft_s=None, tpot_s=None, deadline_at=None, priority=0, weight=1.0, refuse_at=None)
+
+
+def ticket(name: str, tokens: int, due_at: float = math.inf) -> Ticket:
+    return Ticket(
+        request=Request(id=name, model="m"),
+        entry="1-0",
+        enqueued_at=0.0,
+        promise=FREE,
+        prompt_tokens=tokens,
+        output_tokens=0,
+        due_at=due_at,
+        rank=0.0,
+        max_attempts=3,
+    )
+
+
+def planner(
+    token_s: list[float],
+    *,
+    busy_tokens: list[float] | None = None,
+    kv: list[float] | None = None,
+    cached: list[float] | None = None,
+    **terms: float,
+) -> Planner:
+    """Endpoints of these speeds, at time 0, with nothing but tokens to cost anything."""
+    n = len(token_s)
+    busy = np.array(busy_tokens or [0.0] * n)
+    free_kv = np.array(kv or [np.inf] * n)
+    room = Room(
+        rates=Rates(overhead_s=np.zeros(n), token_s=np.array(token_s), pair_s=np.zeros(n)),
+        backlog=Backlog(tokens=busy, pairs=np.zeros(n), overdue_s=np.zeros(n)),
+        seats=np.full(n, 100.0),
+        kv=free_kv.copy(),
+        kv_max=free_kv.copy(),
+        length_max=np.full(n, np.inf),
+        wanted_s=np.zeros(n),
+    )
+    held = np.array(cached or [0.0] * n)
+    return Planner(
+        room,
+        now=0.0,
+        settings=PlanSettings(commit_window_s=1.0, tie=0.0),
+        terms=Terms(**terms),
+        spread=np.ones(n),
+        pricer=lambda _: (held, np.zeros(n)),
+        rng=np.random.default_rng(0),
+    )
+
+
+def served(made: Planner) -> list[tuple[str, int]]:
+    return [(choice.ticket.id, choice.slot) for choice in made.choices]
+
+
+def test_the_first_token_comes_earliest():
+    """A fast endpoint with a queue against an idle slow one: predicted seconds decide."""
+    made = planner([0.001, 0.002], busy_tokens=[600.0, 0.0])
+
+    made.serve([ticket("short", 500), ticket("long", 1000)])
+
+    assert served(made) == [("short", 1), ("long", 0)]
+
+
+def test_a_cached_prefix_is_worth_its_seconds():
+    """Nine tenths are there already: no speed makes up for it."""
+    made = planner([0.001, 0.002], cached=[0.0, 900.0])
+
+    made.serve([ticket("r", 1000)])
+
+    assert served(made) == [("r", 1)]
+    assert made.choices[0].line.tokens == 100.0
+
+
+def test_what_starts_beyond_the_window_keeps_its_place_and_is_not_handed_over():
+    """The fast endpoint is kept for the more urgent; the next one does not slip in before it."""
+    made = planner([0.001, 0.1], busy_tokens=[1500.0, 0.0])
+
+    made.serve([ticket("urgent", 1000), ticket("small", 10)])
+
+    assert served(made) == [("small", 1)]
+    assert made.room.start_s[0] == 2.5
+
+
+def test_the_plan_ends_when_nothing_more_can_start():
+    """A full fleet costs nothing: the pricer is not asked."""
+    made = planner([0.001], busy_tokens=[1001.0])
+    made.serve([ticket("r", 10)])
+
+    assert not made.is_exhausted
+    assert served(made) == []
+
+
+def test_the_hopeless_are_set_aside_for_those_who_can():
+    """Feasibility before deadline order: the lost one costs the other nothing."""
+    made = planner([0.001], odds_min=0.5)
+
+    made.serve([ticket("lost", 900, due_at=0.5), ticket("can", 400, due_at=0.6)])
+
+    assert [turn.ticket.id for turn in made.turns] == ["lost"]
+    assert served(made) == [("can", 0)]
+
+
+def test_one_step_sets_aside_a_bounded_number():
+    """I8: behind a thousand hopeless ones the next step goes on."""
+    made = planner([0.001], odds_min=0.5)
+    made.serve([ticket(f"r{i}", 900, due_at=0.1) for i in range(100)])
+
+    assert len(made.turns) == ASIDE_MAX
+    assert made.is_cut
+
+
+def test_the_patient_take_the_slowest_that_makes_it():
+    """Best fit keeps the fast endpoint open for urgent work."""
+    made = planner([0.001, 0.01, 0.1], best_fit_slack_s=5.0)
+
+    made.serve([ticket("patient", 100, due_at=8.0), ticket("urgent", 100, due_at=2.0)])
+
+    assert served(made) == [("patient", 1), ("urgent", 0)]
+
+
+def test_idle_endpoints_serve_those_set_aside():
+    """Short against the window, or in calm, whatever the length."""
+    long, short = ticket("long", 5000), ticket("short", 100)
+    busy = planner([0.001])
+    busy.fill([long, short], is_calm=False)
+    assert served(busy) == [("short", 0)]
+
+    calm = planner([0.001])
+    calm.fill([long], is_calm=True)
+    assert served(calm) == [("long", 0)]
+
+
+def test_a_place_kept_for_the_urgent_is_not_idle():
+    """Nobody late slips in before it."""
+    made = planner([0.001])
+    made.room.reserve(0, 0.0, Line(tokens=1.0, pairs=0.0, kv=1.0))
+
+    made.fill([ticket("late", 10)], is_calm=True)
+
+    assert served(made) == []
+
+
+def test_equals_are_drawn_with_their_propensity():
+    """A tie is decided by chance and says so, for off-policy evaluation."""
+    made = planner([0.001] * 4)
+    made.serve([ticket("r", 100)])
+
+    assert made.choices[0].propensity == 0.25
+
+
+class TestLedger:
+    def test_a_head_is_presumed_to_progress_but_never_to_be_done(self):
+        """Dead reckoning between the facts: half its time, half its tokens; at the end 5 % are left."""
+        rates = Rates(overhead_s=np.zeros(1), token_s=np.full(1, 0.001), pair_s=np.zeros(1))
+        book = Ledger()
+        book.open(0)
+        book.commit(0, "a", Line(tokens=1000.0, pairs=0.0, kv=10.0), now=0.0)
+
+        assert book.backlog(rates, 0.5).seconds(rates)[0] == pytest.approx(0.5)
+        assert book.backlog(rates, 1.5).seconds(rates)[0] == pytest.approx(0.05)
+
+    def test_an_overdue_head_pushes_what_is_behind_it(self):
+        """Twice its time and it is late: the endpoint is less free the longer it says nothing."""
+        rates = Rates(overhead_s=np.zeros(1), token_s=np.full(1, 0.001), pair_s=np.zeros(1))
+        book = Ledger()
+        book.open(0)
+        book.commit(0, "a", Line(tokens=1000.0, pairs=0.0, kv=10.0), now=0.0)
+
+        assert book.backlog(rates, 12.05).overdue_s[0] == pytest.approx(10.0)
+
+    def test_what_is_entered_is_released_to_the_last_token(self):
+        """Whatever the order, an empty endpoint has an empty account."""
+        book = Ledger()
+        book.open(0)
+        for name in "abc":
+            book.commit(0, name, Line(tokens=3.0, pairs=0.5, kv=7.0), now=0.0)
+        book.first_token(0, "b", now=1.0)
+        book.first_token(0, "b", now=1.0)
+        for name in "cab":
+            book.release(0, name, now=2.0)
+
+        for row in (book.tokens, book.pairs, book.seats, book.kv, book.decode_kv):
+            assert row[0] == 0.0

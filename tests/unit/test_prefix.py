@@ -1,0 +1,82 @@
+"""Chained hashes, and who is believed to hold what."""
+
+import pytest
+
+from scheduler.prefix import BLOCK_TOKENS, Index, blocks
+
+
+def index(room_tokens: int = 100 * BLOCK_TOKENS) -> Index:
+    made = Index()
+    made.open(0, room_tokens)
+    made.open(1, room_tokens)
+    return made
+
+
+def test_equal_hashes_mean_equal_beginnings():
+    """A hash is chained over all before it: the same block behind another beginning differs."""
+    a, b = blocks("a" * 512 + "c" * 512), blocks("b" * 512 + "c" * 512)
+
+    assert len(a) == len(b) == 2
+    assert a[1] != b[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        pytest.param("", 0, id="nothing"),
+        pytest.param("x" * 511, 0, id="a part has no hash"),
+        pytest.param("x" * 512, 1, id="four bytes a token"),
+        pytest.param("é" * 256, 1, id="bytes, not letters"),
+        pytest.param(list(range(300)), 2, id="token ids"),
+        pytest.param("x" * 512 * 600, 512, id="bounded"),
+    ],
+)
+def test_only_whole_blocks_are_hashed(prompt, expected):
+    """128 tokens a block, at most 512 of them."""
+    assert len(blocks(prompt)) == expected
+
+
+def test_only_a_beginning_without_gap_matches():
+    """A later block alone is of no use to an engine."""
+    held = index()
+    held.insert(0, ("a", "b", "c"))
+    held.insert(1, ("a",))
+
+    assert held.match(("a", "b", "x", "c")) == {0: 2, 1: 1}
+    assert held.match(("b", "c")) == {0: 2}
+    assert held.match(("x", "a")) == {}
+    assert held.match(()) == {}
+
+
+def test_the_least_recent_goes_first_and_its_tail_before_its_head():
+    """As the engine evicts: a chain loses its end, its beginning stays of use."""
+    held = index(4 * BLOCK_TOKENS)
+    held.insert(0, ("a1", "a2", "a3"))
+    held.insert(0, ("b1", "b2"))
+
+    assert held.match(("a1", "a2", "a3")) == {0: 2}
+    assert held.match(("b1", "b2")) == {0: 2}
+
+
+def test_a_new_life_holds_nothing():
+    """An engine that began anew has an empty cache."""
+    held = index()
+    held.insert(0, ("a",))
+    held.open(0, 0)
+
+    assert held.match(("a",)) == {}
+
+
+def test_an_engine_that_finds_less_than_believed_is_believed_less():
+    """An endpoint without prefix cache is not favoured for long; one that confirms grows back."""
+    held = index()
+    chain = tuple(f"b{i}" for i in range(50))
+    for _ in range(60):
+        held.insert(0, chain)
+        held.correct(0, believed_tokens=50 * BLOCK_TOKENS, cached_tokens=0)
+    assert held.match(chain) == {}
+
+    for _ in range(200):
+        held.correct(0, believed_tokens=10, cached_tokens=10)
+        held.insert(0, chain)
+    assert held.match(chain) == {0: 50}
