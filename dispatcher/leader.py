@@ -71,10 +71,10 @@ class Lease:
                 await self.resign(held)
             raise FencedError(f"epoch {epoch} is over, {holder} leads")
 
-    async def resign(self, epoch: int) -> None:
+    async def resign(self, epoch: int = 0) -> None:
         """End the lease now; a failure only costs the next leader the rest of it."""
         try:
-            call = dispatch.resign(self._keys, epoch)
+            call = dispatch.resign(self._keys, epoch, self._node)
             await self._connection.call(call.function, call.keys, call.args)
         except StreamError as error:
             log.warning("not_resigned", epoch=epoch, reason=str(error))

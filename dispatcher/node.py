@@ -62,7 +62,11 @@ class Node:
     async def run(self) -> None:
         """Stand by and lead, in turn, until cancelled."""
         while True:
-            epoch = await self._lease.win()
+            try:
+                epoch = await self._lease.win()
+            except asyncio.CancelledError:
+                await self._lease.resign()  # it may have been granted in this very moment
+                raise
             try:
                 await self._reign(epoch)
             except* (FencedError, StreamError) as group:

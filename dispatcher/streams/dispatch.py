@@ -24,9 +24,12 @@ def lead(keys: Keys, node: str, *, ttl_s: float, epoch: int = 0) -> Call:
     return Call("lead", (keys.leader,), (node, milliseconds(ttl_s), epoch))
 
 
-def resign(keys: Keys, epoch: int) -> Call:
-    """End the lease at once, so that a standby need not wait for it to run out."""
-    return Call("resign", (keys.leader,), (epoch,))
+def resign(keys: Keys, epoch: int, node: str = "") -> Call:
+    """End the lease at once, so that a standby need not wait for it to run out.
+
+    With an epoch of 0 whichever lease the node has: its grant may have come while the node was being stopped.
+    """
+    return Call("resign", (keys.leader,), (epoch, node))
 
 
 def save(keys: Keys, epoch: int, snapshot: bytes) -> Call:

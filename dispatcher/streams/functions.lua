@@ -50,9 +50,10 @@ local function lead(keys, args)
   return {epoch, args[1], now + args[2]}
 end
 
--- KEYS leader / ARGV epoch
+-- KEYS leader / ARGV epoch(0: whichever this node has) node
 local function resign(keys, args)
-  if not is_leader(keys[1], args[1]) then return 0 end
+  local is_ours = args[1] == '0' and redis.call('HGET', keys[1], 'node') == args[2]
+  if not is_ours and not is_leader(keys[1], args[1]) then return 0 end
   redis.call('HSET', keys[1], 'until', 0)
   return 1
 end
