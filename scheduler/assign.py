@@ -73,7 +73,7 @@ def _job(
         tenant=request.tenant,
         session=request.session,
         reply_to=request.reply_to,
-        max_attempts=ticket.max_attempts,
+        max_attempts=ticket.attempts_allowed,
         prompt_tokens=ticket.prompt_tokens,
         cached_tokens=choice.cached_tokens,
         decided_at=now,

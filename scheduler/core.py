@@ -30,11 +30,18 @@ from scheduler.state import Endpoint, Floats, Ticket
 from scheduler.view import Snapshot, View
 from scheduler.wire import Beat, Control, Reward
 
-RETEST_MAX = 64
+RETEST_MAX = 32
 "How many of those set aside are tested again in one step; the rest keep."
 
 FILL_MAX = 16
 "How many of those set aside are offered what is idle in one step."
+
+FORGIVEN_MAX = 16
+"""Attempts lost before an engine had them that do not count.
+
+A restarted worker takes all its endpoints' jobs with it, once for each endpoint; a request that kills whoever
+takes it, before that can say so, still ends.
+"""
 
 TICK_S = 0.01
 "The core never asks to be woken sooner: predictions are no finer."
@@ -233,7 +240,7 @@ class Scheduler:
             self._finish(ticket, Ending(outcome="cancelled", reason="cancelled by request"))
         elif ticket.is_spent:
             reason = (
-                f"lost {ticket.attempt} times with its endpoint, the limit is {ticket.max_attempts}"
+                f"lost {ticket.attempt} times with its endpoint, the limit is {ticket.attempts_allowed}"
             )
             self._finish(ticket, Ending(outcome="failed", reason=reason, is_dead=True))
 
@@ -376,6 +383,8 @@ class Scheduler:
         self._prefixes.close(endpoint.slot)
 
     def _take_back(self, ticket: Ticket, endpoint: Endpoint, reason: str) -> None:
+        if ticket.state == "assigned" and ticket.forgiven < FORGIVEN_MAX:
+            ticket.forgiven += 1
         self._outbox.reclaim(ticket, endpoint, reason, self._now)
         self._book.give_back(ticket, "reclaim", self._now)
         self._end_if_over(ticket)

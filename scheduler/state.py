@@ -55,6 +55,9 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     attempt: int = 0
     "How often it was assigned."
 
+    forgiven: int = 0
+    "Attempts lost before an engine had it, at most FORGIVEN_MAX: they say nothing about the request."
+
     endpoint: str = ""
     "Who holds it, while assigned or running."
 
@@ -82,7 +85,12 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     @property
     def is_spent(self) -> bool:
         """Whether it has had all its attempts."""
-        return self.attempt >= self.max_attempts
+        return self.attempt >= self.attempts_allowed
+
+    @property
+    def attempts_allowed(self) -> int:
+        """As asked for, and those forgiven."""
+        return self.max_attempts + self.forgiven
 
     def turn(self, turn: Turn) -> None:
         """Take a turn of the lifecycle; one that is not in its table is a bug."""

@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from scheduler.core import CoreSettings, Scheduler
+from scheduler.core import FORGIVEN_MAX, CoreSettings, Scheduler
 from scheduler.events import (
     Abort,
     Arrived,
@@ -264,6 +264,7 @@ class TestFleet:
         pool.beat()
         pool.ask("r", max_attempts=1)
         pool.decide()
+        pool.beat(started=("r:1",))
         pool.beat(epoch=2)
 
         reclaim, finish = pool.decide()
@@ -271,6 +272,23 @@ class TestFleet:
         assert isinstance(reclaim, Reclaim)
         assert (finish.result.outcome, finish.is_dead) == ("failed", True)
         assert finish.request is not None
+
+    def test_an_attempt_that_no_engine_had_is_forgiven(self):
+        """A restarted worker loses what it had not admitted: the request is tried again, but not for ever."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r", max_attempts=1)
+        pool.decide()
+        for lost in range(FORGIVEN_MAX):
+            pool.beat(epoch=2 + lost)
+            reclaim, assign = pool.decide()
+            assert isinstance(reclaim, Reclaim)
+            assert assign.job.max_attempts == 2 + lost
+
+        pool.beat(epoch=100)
+
+        _, finish = pool.decide()
+        assert finish.result.outcome == "failed"
 
     @pytest.mark.parametrize("state", ["draining", "away"])
     def test_an_endpoint_that_is_not_ready_gets_no_new_work(self, state):
