@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the users of one installation: a password file each, and the ACL file with their hashes for Redis.
+# Make the Redis users of one installation: a password file each, and the ACL file with their hashes for Redis.
 #
 #   sh deploy/redis/users.sh DIRECTORY
 #
@@ -31,7 +31,9 @@ work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@block
   user dispatcher "~hg:{*}:* $work $speak +xread +xreadgroup +function|load"
   user worker "$(keys 'jobs:*' 'request:*' 'endpoint:*' 'body:*' 'tokens:*' requests waiting results 'results:*' dead rewards beats) $work $speak +xread +xreadgroup"
   user client "$(keys requests 'request:*' 'body:*' 'tokens:*' waiting controls results 'results:*') $work $speak +xread"
-  # People and autoscalers: they look and change nothing.
+  # People who look after a pool: status, explain, cancel, drain, dead requeue.
+  user operator "%R~hg:{*}:*$(keys requests 'request:*' controls dead) $work $speak +xread"
+  # Probes and autoscalers: they look and change nothing.
   user viewer '%R~hg:{*}:* +@read +@connection +info +time +eval +xinfo +xpending -@dangerous +info'
 } >"$directory/users.acl.new"
 mv "$directory/users.acl.new" "$directory/users.acl"
