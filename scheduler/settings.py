@@ -192,6 +192,9 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gap_s: Seconds = 30.0
     "An engine silent for so long between two tokens has lost the request."
 
+    stall_s: Seconds = 5.0
+    "An engine that sends nothing at all for so long, with answers under way, is frozen: they go elsewhere."
+
     failures_max: Count = 3
     "Requests failing one after the other before the engine counts as away, whatever /health says."
 

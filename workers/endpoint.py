@@ -11,8 +11,6 @@ Silence at every point has a bound, and nothing ends without a reply from Redis 
 
 import asyncio
 import contextlib
-import statistics
-from collections import deque
 from time import perf_counter
 
 import structlog
@@ -21,19 +19,19 @@ from dispatcher.streams import sidecar
 from dispatcher.streams.connection import Connection
 from scheduler import batch
 from scheduler.batch import Limits
-from scheduler.cost import CLASSES, UNKNOWN
 from scheduler.errors import EngineError, FencedError, StreamError, WireError
 from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
-from scheduler.steptime import Law, StepTime
-from scheduler.wire import Beat, EndpointState, Outcome
+from scheduler.wire import Beat, EndpointState
 from workers import body
 from workers.attempt import FENCED, Attempt, Stop
+from workers.ending import Ending
 from workers.engine import Engine
 from workers.health import Health
 from workers.inbox import Arrival, Inbox
 from workers.metrics import Gaps, Meter
 from workers.pulse import Pulse
+from workers.rhythm import Rhythm
 from workers.writer import Writer
 
 TEND_S = 0.1
@@ -42,11 +40,8 @@ TEND_S = 0.1
 RETRY_S = 0.25
 "How long to wait before reading again while Redis is away."
 
-LENGTHS_KEPT = 256
-"Answers whose length says what is usual."
-
-USUAL_TOKENS = 200.0
-"How long an answer is before any was seen: the mean of public chat traces."
+BLIND_S = 1.0
+"A worker that itself stood still for so long cannot say that the engine was silent."
 
 log = structlog.get_logger()
 
@@ -67,7 +62,6 @@ class Endpoint:
         worker: str,
     ) -> None:
         self.name = address.name
-        self.step_time = StepTime(_prior(address.hardware))
         self._address, self._connection, self._writer = address, connection, writer
         self._keys, self._settings, self._lease = keys, settings, lease
         self._meter, self._worker = meter, worker
@@ -75,17 +69,22 @@ class Endpoint:
         self._inbox = Inbox(connection, keys, self.name, worker)
         self._pulse = Pulse(connection, keys, lease, news_s=settings.news_s, beat=self._beat)
         self.health = Health(self._engine, address, settings, clock=connection.now)
-        self._gaps = meter.gaps.setdefault(self.name, Gaps())
+        self.rhythm = Rhythm(address.hardware, meter.gaps.setdefault(self.name, Gaps()))
+        self._ending = Ending(
+            address,
+            writer=writer,
+            keys=keys,
+            settings=settings,
+            meter=meter,
+            clock=connection.now,
+            gone=self._forget,
+        )
         self._epoch = 0
         self._attempts: dict[str, Attempt] = {}
         "Everything not gone, by request id."
         self._held: dict[str, Attempt] = {}
         self._running: dict[str, Attempt] = {}
-        self._lengths: deque[int] = deque(maxlen=LENGTHS_KEPT)
-        self._usual_tokens = USUAL_TOKENS
-        self._step_s = 0.0
-        self._tick: Attempt | None = None
-        "Whose gaps are the samples of the step time: one attempt's are enough, each is a whole step."
+        self._tended_tick = 0.0
         self._changed = asyncio.Event()
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -143,7 +142,7 @@ class Endpoint:
         self._meter.held.labels(self.name).set(len(self._held))
         self._meter.running.labels(self.name).set(len(self._running))
         self._meter.is_ready.labels(self.name).set(self.state == "ready")
-        self._meter.step_law(self.name, self.step_time)
+        self._meter.step_law(self.name, self.rhythm.step_time)
 
     # The tasks.
 
@@ -190,6 +189,7 @@ class Endpoint:
                     await self._changed.wait()
             self._changed.clear()
             self._end_the_late()
+            self._end_the_stalled()
             self._admit()
 
     async def _watch(self) -> None:
@@ -227,19 +227,22 @@ class Endpoint:
         attempt = Attempt(
             arrival.held, parsed, pulled_at=self._connection.now(), written=arrival.written
         )
-        attempt.expect(self._usual_tokens)
+        attempt.expect(self.rhythm.usual_tokens)
         self._attempts[job.id] = attempt
         self._empty.clear()
         if len(self._attempts) >= self._settings.held_max:
             self._has_room.clear()
         if job.attempt > 1:
             self._meter.retries.labels(self.name).inc()
+        if arrival.trouble:
+            self._ending.give_back(attempt, arrival.trouble)
+            return
         if not arrival.raw_body:
             trouble = "its body is gone: the claim check has run out"
         if trouble:
-            self._finish(attempt, "invalid", trouble, is_dead=True)
+            self._ending.finish(attempt, "invalid", trouble, is_dead=True)
         elif self._draining or self.health.away:
-            self._return(attempt, self._draining or f"engine away: {self.health.away}")
+            self._ending.give_back(attempt, self._draining or f"engine away: {self.health.away}")
         else:
             self._held[job.id] = attempt
 
@@ -258,7 +261,7 @@ class Endpoint:
         chosen = batch.admit(
             [attempt.member(tick) for attempt in self._running.values()],
             [attempt.candidate() for attempt in held],
-            self.step_time.law,
+            self.rhythm.step_time.law,
             self._limits(),
             self._connection.now(),
         )
@@ -341,47 +344,24 @@ class Endpoint:
                 self._writer.note(attempt, is_urgent=True)
             return
         attempt.gap_max_s = max(attempt.gap_max_s, gap_s)
-        self._gaps.add(gap_s)
-        if self._tick is None:
-            self._tick = attempt
-        if self._tick is attempt:
-            self._learn(gap_s)
+        self.rhythm.gap(attempt, gap_s, self._running.values())
         if attempt.job.stream:
             self._writer.note(attempt, is_urgent=False)
-
-    def _learn(self, gap_s: float) -> None:
-        kv_tokens = prefill_tokens = 0
-        n_decoding = 0
-        for one in self._running.values():
-            if one.first_token_at is None:
-                prefill_tokens += max(one.prompt_tokens - one.job.cached_tokens, 0)
-            else:
-                n_decoding += 1
-                kv_tokens += one.prompt_tokens + one.new_tokens
-        chunk = min(prefill_tokens, Limits().chunk_tokens)
-        self.step_time.learn(
-            gap_s, batch=max(n_decoding, 1), kv_tokens=kv_tokens, prefill_tokens=chunk
-        )
-        self._step_s = 0.8 * self._step_s + 0.2 * gap_s if self._step_s else gap_s
 
     def _served(self, attempt: Attempt, error: EngineError | None) -> None:
         stop = attempt.stop
         if self._running.get(attempt.job.id) is attempt:
             del self._running[attempt.job.id]
         self._changed.set()
-        if self._tick is attempt:
-            self._tick = None
-        if not self._running:
-            self._step_s = 0.0
+        self.rhythm.left(attempt, is_empty=not self._running)
         if stop is not None and stop.kind == "silent":
             error, stop = EngineError(stop.reason), None
         if stop is not None:
             self._stopped(attempt, stop)
         elif error is None:
             self.health.succeeded()
-            self._lengths.append(attempt.output_tokens)
-            self._usual_tokens = statistics.median(self._lengths)
-            self._finish(attempt, "completed")
+            self.rhythm.said(attempt.output_tokens)
+            self._ending.finish(attempt, "completed")
         else:
             self._failed(attempt, error)
 
@@ -391,9 +371,9 @@ class Endpoint:
         if self.health.failed(error):
             self._engine_turned()
         if error.retryable and attempt.job.attempt < attempt.job.max_attempts:
-            self._return(attempt, str(error))
+            self._ending.give_back(attempt, str(error))
         else:
-            self._finish(attempt, "failed", str(error), status=error.status, is_dead=True)
+            self._ending.finish(attempt, "failed", str(error), status=error.status, is_dead=True)
 
     def _stop(self, attempt: Attempt, stop: Stop) -> None:
         """End it from outside, wherever it stands."""
@@ -407,12 +387,12 @@ class Endpoint:
         if stop.kind == "fenced":
             self._forget(attempt)
         elif stop.kind == "returned":
-            self._return(attempt, stop.reason)
+            self._ending.give_back(attempt, stop.reason)
         elif stop.kind == "cancelled":
-            self._finish(attempt, "cancelled", stop.reason or "cancelled")
+            self._ending.finish(attempt, "cancelled", stop.reason or "cancelled")
         else:
             assert stop.kind == "expired"
-            self._finish(attempt, "expired", stop.reason)
+            self._ending.finish(attempt, "expired", stop.reason)
 
     def _end_the_late(self) -> None:
         """Past their deadline, or given up by an engine that has gone silent."""
@@ -433,6 +413,23 @@ class Endpoint:
             what = "between two tokens" if has_begun else "before the first token"
             attempt.halt(Stop("silent", f"the engine was silent for {limit_s:g} s {what}"))
 
+    def _end_the_stalled(self) -> None:
+        """While answers are under way some token comes every step; none at all from anywhere is a frozen engine."""
+        tick = perf_counter()
+        was_blind = tick - self._tended_tick > BLIND_S
+        self._tended_tick = tick
+        stall_s = self._settings.stall_s
+        has_begun = any(a.first_token_at is not None for a in self._running.values())
+        if was_blind or not has_begun or tick - self.health.heard_tick <= stall_s:
+            return
+        reason = (
+            f"the engine sent nothing for {stall_s:g} s with {len(self._running)} answers under way"
+        )
+        if self.health.distrust(reason):
+            self._engine_turned()
+        for attempt in list(self._running.values()):
+            attempt.halt(Stop("silent", reason))
+
     def _engine_turned(self) -> None:
         if self.health.away:
             self._return_held(f"engine away: {self.health.away}")
@@ -442,85 +439,6 @@ class Endpoint:
     def _return_held(self, reason: str) -> None:
         for attempt in list(self._held.values()):
             self._stop(attempt, Stop("returned", reason))
-
-    def _finish(
-        self,
-        attempt: Attempt,
-        outcome: Outcome,
-        reason: str = "",
-        *,
-        status: int = 0,
-        is_dead: bool = False,
-    ) -> None:
-        """The one terminal record, on its way to Redis."""
-        attempt.stage = "ending"
-        now = self._connection.now()
-        result = attempt.result(outcome, reason, status, now)
-        reward = attempt.reward(
-            outcome, reason, now, retryable=False, hardware=self._address.hardware
-        )
-
-        def replied(reply: int) -> None:
-            self._forget(attempt)
-            if reply == 0:
-                self._meter.fenced.inc()
-                return
-            self._meter.ended(result)
-            log.info(
-                "outcome",
-                request_id=result.id,
-                endpoint=self.name,
-                attempt=result.attempt,
-                outcome=outcome,
-                reason=reason,
-                ttft_s=result.ttft_s,
-                tpot_s=result.tpot_s,
-                prompt_tokens=result.prompt_tokens,
-                output_tokens=result.output_tokens,
-            )
-
-        self._writer.end(
-            attempt,
-            lambda pieces: sidecar.finish(
-                self._keys,
-                attempt.held,
-                result,
-                reward,
-                pieces=pieces,
-                ttl_s=self._settings.keep_s,
-                is_dead=is_dead,
-            ),
-            replied,
-        )
-
-    def _return(self, attempt: Attempt, reason: str) -> None:
-        """To be tried elsewhere; what it has written stays, the next attempt goes on from there."""
-        attempt.stage = "ending"
-        reward = attempt.reward(
-            "returned",
-            reason,
-            self._connection.now(),
-            retryable=True,
-            hardware=self._address.hardware,
-        )
-
-        def replied(reply: int) -> None:
-            self._forget(attempt)
-            if reply == 0:
-                self._meter.fenced.inc()
-                return
-            self._meter.returned.labels(self.name).inc()
-            log.info(
-                "returned",
-                request_id=attempt.job.id,
-                endpoint=self.name,
-                attempt=attempt.job.attempt,
-                reason=reason,
-            )
-
-        self._writer.end(
-            attempt, lambda _: sidecar.hand_back(self._keys, attempt.held, reward), replied
-        )
 
     def _forget(self, attempt: Attempt) -> None:
         attempt.stage = "gone"
@@ -568,7 +486,7 @@ class Endpoint:
             queued=load.queued,
             held=len(self._held),
             kv_usage=load.kv_usage,
-            step_s=self._step_s,
+            step_s=self.rhythm.step_s,
             scraped_at=health.load_at,
             started=started,
             first_tokens=first_tokens,
@@ -581,9 +499,3 @@ async def _either(one: asyncio.Event, other: asyncio.Event) -> None:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
-
-
-def _prior(hardware: str) -> Law:
-    """The data sheet's law of this class of hardware, until the engine has shown its own."""
-    known = CLASSES.get(hardware, UNKNOWN)
-    return Law(known.step_s, known.sequence_s, known.kv_s, known.token_s)

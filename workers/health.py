@@ -41,7 +41,8 @@ class Health:
         self.models: tuple[str, ...] = address.models
         self.max_model_len = address.max_model_len
         self._failures = 0
-        self._heard_tick = float("-inf")
+        self.heard_tick = float("-inf")
+        "When it last sent anything of an answer."
 
     def succeeded(self) -> None:
         """An answer came through."""
@@ -57,14 +58,21 @@ class Health:
         self._turn(f"{self._failures} requests failed in a row, the last: {error}")
         return True
 
+    def distrust(self, reason: str) -> bool:
+        """It has shown that it does not work; True if it counted as ready. It must make a token to come back."""
+        self._failures = max(self._failures, self._settings.failures_max)
+        was_ready = not self.away
+        self._turn(reason)
+        return was_ready
+
     def heard(self, tick: float) -> None:
         """It has sent something."""
-        self._heard_tick = tick
+        self.heard_tick = tick
 
     async def probe(self) -> None:
         """Ask anew; `away` says the result."""
         trouble = await self._trouble()
-        is_alive = perf_counter() - self._heard_tick < 2 * self._settings.probe_s
+        is_alive = perf_counter() - self.heard_tick < 2 * self._settings.probe_s
         if (
             trouble
             and is_alive

@@ -26,13 +26,24 @@ LOG_PAGE = 1000
 log = structlog.get_logger()
 
 
+class _Identity(msgspec.Struct, frozen=True):
+    """The least of a job that must be readable."""
+
+    id: str
+    entry: str
+    attempt: int
+    epoch: int
+
+
 class Arrival(msgspec.Struct, frozen=True):
     """A job of ours, with its body and what earlier attempts wrote."""
 
     held: Held
     raw_body: bytes
     "Empty where its claim check has run out."
-    written: Written
+    written: Written = NOTHING
+    trouble: str = ""
+    "Why the job cannot be read; then only its identity is there."
 
 
 class Inbox:
@@ -93,6 +104,7 @@ class Inbox:
         """
         done: list[str] = []
         held: list[Held] = []
+        odd: list[Arrival] = []
         for entry, fields in self._entries:
             if b"action" in fields:
                 with contextlib.suppress(WireError):
@@ -100,23 +112,40 @@ class Inbox:
                     cancel(control.id, control.reason)
                 done.append(entry)
                 continue
-            job = self._job(entry, fields)
-            if job is None or job.epoch < epoch:
+            try:
+                job = codec.decode(Job, fields)
+            except WireError as error:
+                odd.extend(self._odd(entry, fields, str(error)))
+                continue
+            if job.epoch < epoch:
                 done.append(entry)
             elif job.epoch == epoch and not is_known(job.id, job.attempt):
                 held.append(Held(self._endpoint, job, entry))
-        arrivals = await self._fetched(held)
+        arrivals = odd + await self._fetched(held)
         await self._acknowledge(done)
         self._entries = []
         return arrivals
 
-    def _job(self, entry: str, fields: dict[bytes, bytes]) -> Job | None:
+    def _odd(self, entry: str, fields: dict[bytes, bytes], trouble: str) -> list[Arrival]:
+        """A job that cannot be read: a dispatcher of another version wrote it. It goes back, if it can be named."""
+        log.error("job_unreadable", endpoint=self._endpoint, entry=entry, reason=trouble)
         try:
-            return codec.decode(Job, fields)
+            identity = codec.decode(_Identity, fields)
         except WireError:
-            # Our own dispatcher wrote it, so one of us is of another version; a person must see this.
-            log.exception("job_unreadable", endpoint=self._endpoint, entry=entry)
-            return None
+            return []
+        job = Job(
+            id=identity.id,
+            entry=identity.entry,
+            attempt=identity.attempt,
+            epoch=identity.epoch,
+            model="",
+            path="",
+            enqueued_at=0.0,
+            decided_at=0.0,
+        )
+        return [
+            Arrival(Held(self._endpoint, job, entry), b"", trouble=f"unreadable job: {trouble}")
+        ]
 
     async def _fetched(self, held: Iterable[Held]) -> list[Arrival]:
         jobs = list(held)

@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import aiohttp
 import pytest
 from hand import Hand, until
 
+from dispatcher.local import Server
 from workers.emulator.server import Emulator
 from workers.emulator.settings import EmulatorSettings
 
@@ -32,11 +35,11 @@ async def emulator():
 
 
 @pytest.fixture
-def spawn(redis_url, pool):
-    """Start a worker's process; all are ended with the test."""
+def spawn_at(pool):
+    """Start a worker's process at this Redis; all are ended with the test."""
     started = []
 
-    def start(url: str) -> subprocess.Popen[bytes]:
+    def start(redis_url: str, url: str) -> subprocess.Popen[bytes]:
         environ = os.environ | {
             "HEADGATE_LEASE__WORKER_S": "1",
             "HEADGATE_LEASE__BEAT_S": "0.3",
@@ -57,6 +60,22 @@ def spawn(redis_url, pool):
             process.send_signal(signal.SIGCONT)
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def spawn(redis_url, spawn_at):
+    """The same at the session's Redis."""
+    return partial(spawn_at, redis_url)
+
+
+async def generated_by(emulator):
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(emulator.url + "/metrics") as response,
+    ):
+        page = await response.text()
+    [line] = [li for li in page.splitlines() if li.startswith("vllm:generation_tokens_total{")]
+    return float(line.rsplit(" ", 1)[1])
 
 
 def body(n_tokens):
@@ -127,3 +146,27 @@ def test_a_malformed_url_is_the_users_mistake(spawn):
 
     assert process.returncode == 2
     assert b"url of engine 'e0' is 'localhost:8000', wanted http://host:port" in stderr
+
+
+async def test_a_frozen_redis_costs_no_token(tmp_path, pool, emulator, spawn_at):
+    """Decoding goes on while Redis stands still; what gathered is written after, each token once."""
+    with Server(directory=tmp_path) as server:
+        hand = await Hand.of(server.url, pool)
+        spawn_at(server.url, emulator.url)
+        beat = await hand.ready()
+        await hand.submit("r1", body(500), beat.epoch, stream=True)
+        await until(lambda: hand.tokens("r1"))
+
+        os.kill(server.pid, signal.SIGSTOP)
+        said = await generated_by(emulator)
+
+        async def has_said_more():
+            return await generated_by(emulator) > said + 100
+
+        await until(has_said_more)
+        os.kill(server.pid, signal.SIGCONT)
+
+        result = await hand.result("r1")
+        assert (result.outcome, result.attempt, result.output_tokens) == ("completed", 1, 500)
+        assert await hand.text("r1") == await told_uninterrupted(hand, beat.epoch, 500)
+        await hand.redis.close()

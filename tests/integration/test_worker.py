@@ -1,6 +1,7 @@
 """The sidecar between a real Redis and an emulated vLLM over HTTP; the test plays the dispatcher."""
 
 import asyncio
+import socket
 
 import aiohttp
 import msgspec
@@ -458,7 +459,7 @@ class TestLease:
         """The older stands down with a clear word; what it held runs again under the newer epoch."""
         _, older = await rig.start(emulator.url)
         first = await hand.ready()
-        body = chat(3000)
+        body = chat(1500)
         await hand.submit("r1", body, first.epoch, stream=True)
         await until(lambda: hand.tokens("r1"))
 
@@ -500,6 +501,16 @@ class TestLease:
 
         assert len((await ghost)[stream]) == 1
         assert (await hand.result("r1")).outcome == "completed"
+
+    async def test_a_job_of_another_version_goes_back(self, emulator, hand, rig):
+        """What this worker cannot read is not lost: it is handed back with the reason."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(5), beat.epoch, job_leg="encode")
+
+        reward = await hand.reward("r1")
+        assert (reward.outcome, "'leg' is 'encode'" in reward.reason) == ("returned", True)
 
     async def test_what_was_reclaimed_is_dropped_in_silence(self, emulator, hand, rig):
         """The fence refuses the late writes; the engine is told by closing the connection."""
@@ -573,3 +584,93 @@ class TestEngineState:
 
         await until(was_away)
         await until(is_back)
+
+    async def test_a_frozen_engine_loses_its_streams_to_others(self, emulator, hand, rig):
+        """Not one byte from it while answers are under way: away, whatever /health says, and all goes back."""
+        await rig.start(emulator.url, stall_s=0.3, connect_s=0.3)
+        beat = await hand.ready()
+        body = chat(1200)
+        await hand.submit("r1", body, beat.epoch, stream=True)
+        await until(lambda: hand.tokens("r1"))
+
+        await fault(emulator, "freeze")
+
+        reward = await hand.reward("r1")
+        assert (reward.outcome, "sent nothing" in reward.reason) == ("returned", True)
+
+        async def says_away():
+            return (await hand.beats())[-1].state == "away"
+
+        await until(says_away)
+        await fault(emulator, "thaw")
+
+        async def is_back():
+            return (await hand.beats())[-1].state == "ready"
+
+        await until(is_back)
+        await hand.assign("r1", beat.epoch, attempt=2)
+        assert (await hand.result("r1")).output_tokens == 1200
+        assert await hand.text("r1") == await whole_text(emulator, body)
+
+
+class TestAdmission:
+    async def test_a_tight_promise_keeps_the_batch_small(self, hand, rig):
+        """With room for two hundred, a TPOT promise lets only as many in as its step time allows."""
+        async with Emulator(EmulatorSettings(profile="a100", time_scale=4.0)) as emulator:
+            await rig.start(emulator.url, margin=0.0, patience_s=600.0)
+            beat = await hand.ready()
+            long = [{"role": "user", "content": "x" * 40_000}]
+            alone = chat(100)
+            await hand.submit("r0", alone, beat.epoch)
+            step_s = (await hand.result("r0")).tpot_s
+
+            for number in range(6):
+                body = chat(50, messages=long)
+                await hand.submit(
+                    f"p{number}", body, beat.epoch, tpot_s=1.5 * step_s, job_prompt_tokens=10_000
+                )
+
+            async def beaten():
+                return (await hand.beats())[-1].held >= 1 and await running_in(emulator) >= 1
+
+            await until(beaten)
+            results = [await hand.result(f"p{number}") for number in range(6)]
+            assert {result.outcome for result in results} == {"completed"}
+            await rig.close()
+
+
+class TestMetrics:
+    async def test_prometheus_can_read_them(self, emulator, hand, rig):
+        """Outcomes by reason, tokens, gaps, the step law; vLLM's names where it has one."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        await rig.start(emulator.url, metrics_port=port)
+        beat = await hand.ready()
+        await hand.submit("r1", chat(30), beat.epoch)
+        await hand.result("r1")
+
+        async def page():
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(f"http://127.0.0.1:{port}/metrics") as response,
+            ):
+                text = await response.text()
+                return text if "outcomes_total{" in text else ""
+
+        text = await until(page)
+
+        for line in (
+            'headgate_worker_outcomes_total{endpoint="e0",outcome="completed"} 1.0',
+            'headgate_worker_generation_tokens_total{endpoint="e0"} 30.0',
+            'headgate_worker_inter_token_latency_seconds_count{endpoint="e0"}',
+            'headgate_worker_time_to_first_token_seconds_count{endpoint="e0"} 1.0',
+            'headgate_worker_step_seconds{endpoint="e0",term="base"}',
+            'headgate_worker_engine_ready{endpoint="e0"} 1.0',
+        ):
+            assert line in text
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{port}/readyz") as response,
+        ):
+            assert response.status == 200

@@ -1,0 +1,108 @@
+"""How an attempt ends in Redis: the one terminal record, or back to be tried elsewhere; each one move."""
+
+from collections.abc import Callable
+
+import structlog
+
+from dispatcher.streams import sidecar
+from scheduler.keys import Keys
+from scheduler.settings import EngineAddress, WorkerSettings
+from scheduler.wire import Outcome
+from workers.attempt import Attempt
+from workers.metrics import Meter
+from workers.writer import Writer
+
+log = structlog.get_logger()
+
+
+class Ending:
+    """The last moves of one endpoint's attempts. `gone` is called once Redis has answered."""
+
+    def __init__(
+        self,
+        address: EngineAddress,
+        *,
+        writer: Writer,
+        keys: Keys,
+        settings: WorkerSettings,
+        meter: Meter,
+        clock: Callable[[], float],
+        gone: Callable[[Attempt], None],
+    ) -> None:
+        self._address, self._writer, self._keys = address, writer, keys
+        self._settings, self._meter, self._clock, self._gone = settings, meter, clock, gone
+
+    def finish(
+        self,
+        attempt: Attempt,
+        outcome: Outcome,
+        reason: str = "",
+        *,
+        status: int = 0,
+        is_dead: bool = False,
+    ) -> None:
+        """Send the terminal record on its way; `is_dead` also keeps the request's fields for a requeue."""
+        attempt.stage = "ending"
+        now = self._clock()
+        result = attempt.result(outcome, reason, status, now)
+        reward = attempt.reward(
+            outcome, reason, now, retryable=False, hardware=self._address.hardware
+        )
+
+        def replied(reply: int) -> None:
+            self._gone(attempt)
+            if reply == 0:
+                self._meter.fenced.inc()
+                return
+            self._meter.ended(result)
+            log.info(
+                "outcome",
+                request_id=result.id,
+                endpoint=result.endpoint,
+                attempt=result.attempt,
+                outcome=outcome,
+                reason=reason,
+                ttft_s=result.ttft_s,
+                tpot_s=result.tpot_s,
+                prompt_tokens=result.prompt_tokens,
+                output_tokens=result.output_tokens,
+            )
+
+        self._writer.end(
+            attempt,
+            lambda pieces: sidecar.finish(
+                self._keys,
+                attempt.held,
+                result,
+                reward,
+                pieces=pieces,
+                ttl_s=self._settings.keep_s,
+                is_dead=is_dead,
+            ),
+            replied,
+        )
+
+    def give_back(self, attempt: Attempt, reason: str) -> None:
+        """To be tried elsewhere; what it has written stays, the next attempt goes on from there."""
+        attempt.stage = "ending"
+        reward = attempt.reward(
+            "returned", reason, self._clock(), retryable=True, hardware=self._address.hardware
+        )
+
+        def replied(reply: int) -> None:
+            self._gone(attempt)
+            if reply == 0:
+                self._meter.fenced.inc()
+                return
+            self._meter.returned.labels(reward.endpoint).inc()
+            log.info(
+                "returned",
+                request_id=reward.id,
+                endpoint=reward.endpoint,
+                attempt=reward.attempt,
+                reason=reason,
+            )
+
+        self._writer.end(
+            attempt, lambda _: sidecar.hand_back(self._keys, attempt.held, reward), replied
+        )
