@@ -23,11 +23,11 @@ from scheduler.ledger import Backlog, Line, Rates
 from scheduler.policies import Terms
 from scheduler.state import Floats, Ticket
 
-CHUNK = 16
-"Requests priced at once: enough to amortise numpy's call, few enough that a plan that ends early wastes little."
+CHUNK = 4
+"Requests priced at once to begin with, then twice as many each time: most plans end after a few."
 
 PRICED_MAX = 64
-"The same where nothing can end early."
+"The most priced at once."
 
 ASIDE_MAX = 32
 "The most that one step sets aside (I8); the next step, at once, goes on behind them."
@@ -329,8 +329,10 @@ class Planner:
         return bool(self.room.start_s[slot] <= self.settings.commit_window_s)
 
     def _offers(self, tickets: Sequence[Ticket]) -> Iterator[Offer]:
-        for at in range(0, len(tickets), CHUNK):
-            yield from self._price(tickets[at : at + CHUNK])
+        at, count = 0, CHUNK
+        while at < len(tickets):
+            yield from self._price(tickets[at : at + count])
+            at, count = at + count, min(2 * count, PRICED_MAX)
 
     def _price(self, tickets: Sequence[Ticket]) -> list[Offer]:
         """Price a chunk at once: arrays are float64[n_tickets, n_slots]."""
