@@ -40,6 +40,9 @@ COMMANDS = {
     "resume": "Give a drained endpoint work again.",
     "settings": "Every setting as it stands here, with what it means, as TOML.",
     "trace": "Workloads: get, make, convert and look at them.",
+    "simulate": "What would these policies do with this traffic on this fleet?",
+    "compare": "Tables with intervals and pictures from what `simulate` wrote.",
+    "capacity": "The highest rate that keeps promises, or the smallest fleet for a rate.",
     "redis": "Talk to Redis by hand, on machines without redis-cli.",
     "version": "What is installed here.",
 }

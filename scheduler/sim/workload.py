@@ -287,3 +287,43 @@ def _even_rows(groups: list[list[int]], n: int) -> list[int]:
         else:
             high = count - 1
     return sorted(best)
+
+
+def reblocked(arrivals: Sequence[Arrival], block_tokens: int) -> Workload:
+    """The same sharing with blocks of another length: prompts shrink or grow with their blocks.
+
+    Lodestar's cells, for one, take Mooncake's blocks of 512 tokens as 50.
+
+    >>> row = Arrival(at_s=0, prompt_tokens=1024, output_tokens=1, blocks=(0, 1), block_tokens=512)
+    >>> reblocked([row], 50)[0].prompt_tokens
+    100
+    """
+    return tuple(
+        structs.replace(
+            a,
+            prompt_tokens=max(1, round(a.prompt_tokens * block_tokens / a.block_tokens)),
+            block_tokens=block_tokens,
+        )
+        if a.block_tokens
+        else a
+        for a in arrivals
+    )
+
+
+def trimmed(
+    arrivals: Sequence[Arrival], *, prompt_max: int | None = None, output_scale: float = 1.0
+) -> Workload:
+    """Prompts cut at their end to `prompt_max` tokens, outputs multiplied; never below one token."""
+    found = []
+    for a in arrivals:
+        prompt = a.prompt_tokens if prompt_max is None else min(a.prompt_tokens, prompt_max)
+        n_blocks = -(-prompt // a.block_tokens) if a.block_tokens else 0
+        found.append(
+            structs.replace(
+                a,
+                prompt_tokens=prompt,
+                output_tokens=max(1, round(a.output_tokens * output_scale)),
+                blocks=a.blocks[:n_blocks],
+            )
+        )
+    return tuple(found)

@@ -39,6 +39,10 @@ Timer = Callable[[], int]
 "Nanoseconds of a real clock, handed in by whoever has one: how long deciding took."
 
 
+Moment = tuple[float, int, int, int, float]
+"Seconds, running, waiting in the engine, held by the worker, KV usage."
+
+
 class Dispatch(Protocol):
     """The core's shape."""
 
@@ -113,6 +117,8 @@ class World:
         self.fates = [Fate(at, row.arrival, row.weight) for at, row in enumerate(rows)]
         self.decide_ns: list[int] = []
         self.aborts = 0
+        self.timeline: list[Moment] = []
+        "The first endpoint's load at each of its beats."
         self.now = 0.0
         self.endpoints = {
             machine.name: Endpoint(
@@ -125,6 +131,7 @@ class World:
             )
             for machine in machines
         }
+        self._first = self.endpoints[machines[0].name]
         self._rows = rows
         self._delays = delays
         self._beat_s = min(delays.beat_s, delays.scrape_s) if scrapes else delays.beat_s
@@ -306,7 +313,12 @@ class World:
         if not (endpoint.is_dead or endpoint.is_frozen):
             endpoint.turn(self.now)
             self._attend(endpoint)
-            self._report(self.now, endpoint.beat(self.now))
+            beat = endpoint.beat(self.now)
+            self._report(self.now, beat)
+            if endpoint is self._first:
+                self.timeline.append(
+                    (self.now, beat.running, beat.queued, beat.held, beat.kv_usage)
+                )
 
     def _abort(self, endpoint: Endpoint, command: Abort) -> None:
         endpoint.abort(command.id, command.attempt, self.now)

@@ -1,0 +1,138 @@
+"""What no policy can beat: lower bounds on the mean time to first token, an upper one on the share on time.
+
+Both pool the fleet into one server that prefills as fast as all endpoints together, sees every earlier block in
+every cache, decodes nothing and can be interrupted for free. The endpoints are taken as they really are.
+"""
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
+import numpy as np
+
+from scheduler.sim.fleet import Machine
+from scheduler.sim.workload import Arrival
+from scheduler.state import Floats
+
+
+def service_s(machine: Machine, prompt_tokens: int, cached_tokens: int = 0) -> float:
+    """Seconds from admission to first token on an endpoint that does nothing else."""
+    budget = machine.settings.max_num_batched_tokens
+    done, seconds = cached_tokens, machine.actual.frontend_s
+    while done < prompt_tokens:
+        chunk = min(budget, prompt_tokens - done)
+        attention = chunk * done + chunk * chunk // 2 + 1
+        seconds += machine.actual.step_s(1, chunk, attention)
+        done += chunk
+    return seconds
+
+
+def work_s(machine: Machine, prompt_tokens: int, cached_tokens: int = 0) -> float:
+    """The part of it that no batching can share: the products and the attention of its own tokens."""
+    coef = machine.actual.coef
+    own = prompt_tokens - cached_tokens
+    pairs = own * cached_tokens + own * own / 2
+    return (coef.g * own / 1e3 + coef.ap * pairs / 1e6) / 1e3
+
+
+def cached_at_best(arrivals: Sequence[Arrival]) -> list[int]:
+    """Prompt tokens that some earlier arrival had, for each: what an endless shared cache would spare."""
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for arrival in arrivals:
+        blocks = list(enumerate(arrival.blocks))
+        n_cached = next((at for at, block in enumerate(blocks) if block not in seen), len(blocks))
+        found.append(min(n_cached * arrival.block_tokens, arrival.prompt_tokens - 1))
+        seen.update(blocks)
+    return found
+
+
+def ttft_mean_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> float:
+    """The larger of two lower bounds on the mean: each alone on its fastest endpoint, and the pooled server's SRPT."""
+    if not arrivals:
+        return 0.0
+    alone = [
+        min(service_s(machine, arrival.prompt_tokens, _spared(machine, cached)) for machine in machines)
+        for arrival, cached in zip(arrivals, cached_at_best(arrivals), strict=True)
+    ]
+    at_s = np.array([arrival.at_s for arrival in arrivals])
+    flow = srpt_mean_s(at_s, pooled_s(arrivals, machines))
+    return max(float(np.mean(alone)), flow)
+
+
+def on_time_share(
+    arrivals: Sequence[Arrival], machines: Sequence[Machine], *, ttft_s: float
+) -> float:
+    """The most that can keep a TTFT promise which is the same for all: the pooled server's exact optimum."""
+    if not arrivals:
+        return 1.0
+    at_s = np.array([arrival.at_s for arrival in arrivals])
+    frontend_s = min(machine.actual.frontend_s for machine in machines)
+    return most_on_time(at_s, pooled_s(arrivals, machines), ttft_s - frontend_s) / len(arrivals)
+
+
+def pooled_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> Floats:
+    """Each request's seconds on the pooled server."""
+    found = []
+    for arrival, cached in zip(arrivals, cached_at_best(arrivals), strict=True):
+        rate = sum(
+            1.0 / work_s(machine, arrival.prompt_tokens, _spared(machine, cached))
+            for machine in machines
+        )
+        found.append(1.0 / rate)
+    return np.array(found)
+
+
+def srpt_mean_s(at_s: Floats, work: Floats) -> float:
+    """Mean time in system on one server that always serves what has least left (Schrage 1968): the least possible.
+
+    >>> srpt_mean_s(np.array([0.0, 1.0]), np.array([4.0, 1.0]))
+    3.0
+    """
+    left: list[tuple[float, int]] = []
+    now = total = 0.0
+    coming = 0
+    while coming < len(at_s) or left:
+        if not left:
+            now = max(now, float(at_s[coming]))
+        while coming < len(at_s) and at_s[coming] <= now:
+            heappush(left, (float(work[coming]), coming))
+            coming += 1
+        rest, who = heappop(left)
+        until = float(at_s[coming]) if coming < len(at_s) else np.inf
+        if now + rest <= until:
+            now += rest
+            total += now - float(at_s[who])
+        else:
+            heappush(left, (rest - (until - now), who))
+            now = until
+    return total / len(at_s)
+
+
+def most_on_time(at_s: Floats, work: Floats, allowed_s: float) -> int:
+    """How many of these one server can end within `allowed_s` of their arrival, at most.
+
+    Due moments come in the order of arrivals, which makes the greedy rule exact (Kise, Ibaraki and Mine 1978):
+    where the newest would be late, drop the one without which all end soonest.
+
+    >>> most_on_time(np.array([0.0, 0.0, 1.0]), np.array([3.0, 1.0, 1.0]), 3.0)
+    2
+    """
+    # ends[i]: the last end, were the i-th of those kept the first of its busy period.
+    ends, kept = np.zeros(0), np.zeros(0)
+    for at, work_of_it in zip(at_s.tolist(), work.tolist(), strict=True):
+        if work_of_it > allowed_s:
+            continue
+        ends = np.append(ends + work_of_it, at + work_of_it)
+        kept = np.append(kept, work_of_it)
+        if ends.max() <= at + allowed_s + 1e-9:
+            continue
+        before = np.maximum.accumulate(np.concatenate([[-np.inf], ends[:-1]]))
+        behind = np.maximum.accumulate(np.concatenate([ends[1:], [-np.inf]])[::-1])[::-1]
+        out = int(np.maximum(before - kept, behind).argmin())
+        ends[:out] -= kept[out]
+        ends, kept = np.delete(ends, out), np.delete(kept, out)
+    return len(kept)
+
+
+def _spared(machine: Machine, cached: int) -> int:
+    return cached if machine.settings.prefix_caching else 0

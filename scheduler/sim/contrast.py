@@ -1,0 +1,106 @@
+"""Policies beside each other: medians, bootstrap intervals and differences paired by seed."""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from scheduler.sim.report import Report
+from scheduler.state import Floats
+
+RESAMPLES = 2000
+BOOTSTRAP_SEED = 20_250_101
+
+LESS_IS_BETTER = ("_s", "wasted_tokens", "preemptions", "aborts")
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A median and the interval that 95 % of resampled medians fall into."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Contrast(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy in one cell, and how it stands to the baseline on the same seeds."""
+
+    policy: str
+    place: float
+    "The load, or the rate where loads were not used."
+    n_seeds: int
+    value: Estimate
+    versus: Estimate | None
+    "Baseline over ours where less is better, ours less the baseline otherwise; None for the baseline itself."
+    is_ratio: bool
+    closed_gap: float | None
+    "How much of the way from the baseline to the bound is gone; None without a bound."
+
+
+def bootstrap(values: Sequence[float]) -> Estimate:
+    """The median of few values with its percentile interval; the same values give the same interval.
+
+    >>> bootstrap([1.0, 1.0, 1.0])
+    Estimate(median=1.0, low=1.0, high=1.0)
+    """
+    sample: Floats = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = rng.integers(len(sample), size=(RESAMPLES, len(sample)))
+    medians = np.median(sample[drawn], axis=1)
+    low, high = np.quantile(medians, (0.025, 0.975))
+    return Estimate(float(np.median(sample)), float(low), float(high))
+
+
+def contrasts(reports: Sequence[Report], *, metric: str, baseline: str) -> list[Contrast]:
+    """Every policy and place, in the order in which they first come.
+
+    Raises:
+        KeyError: the baseline was not run.
+    """
+    values: dict[tuple[str, float], dict[int, float]] = {}
+    bounds: dict[tuple[float, int], float | None] = {}
+    for one in reports:
+        found = getattr(one, metric)
+        place = one.rate_rps if one.load is None else one.load
+        bounds[place, one.seed] = _bound(one, metric)
+        if found is not None:
+            values.setdefault((one.policy, place), {})[one.seed] = float(found)
+    if not any(policy == baseline for policy, _ in values):
+        raise KeyError(baseline)
+    is_ratio = metric.endswith(LESS_IS_BETTER) and not metric.endswith("_per_s")
+    found_all = []
+    for (policy, place), by_seed in values.items():
+        base = values.get((baseline, place), {})
+        seeds = [seed for seed in by_seed if seed in base]
+        versus = None
+        if policy != baseline and seeds:
+            versus = bootstrap([_versus(by_seed[s], base[s], is_ratio=is_ratio) for s in seeds])
+        gaps = [
+            (by_seed[s] - base[s]) / (bound - base[s])
+            for s in seeds
+            if (bound := bounds[place, s]) is not None and abs(bound - base[s]) > 1e-9
+        ]
+        found_all.append(
+            Contrast(
+                policy=policy,
+                place=place,
+                n_seeds=len(by_seed),
+                value=bootstrap(list(by_seed.values())),
+                versus=versus,
+                is_ratio=is_ratio,
+                closed_gap=float(np.median(gaps)) if gaps and policy != baseline else None,
+            )
+        )
+    return found_all
+
+
+def _versus(ours: float, theirs: float, *, is_ratio: bool) -> float:
+    if not is_ratio:
+        return ours - theirs
+    return theirs / ours if ours > 0 else 1.0
+
+
+def _bound(one: Report, metric: str) -> float | None:
+    if metric == "ttft_mean_s":
+        return one.ttft_mean_bound_s
+    return one.on_time_bound if metric in ("on_time", "ttft_attainment") else None

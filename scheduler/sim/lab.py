@@ -1,0 +1,169 @@
+"""Cells of an evaluation: one fleet and one workload, at loads, with seeds, under policies.
+
+A seed makes the machines and all chance of a run; every policy meets the same machines and the same arrivals, so
+results are paired by seed.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from msgspec import structs
+
+from scheduler.errors import SettingsError
+from scheduler.sim import bounds, policy, report, workload, world
+from scheduler.sim.fleet import Fleet, Machine, machines
+from scheduler.sim.policy import LabPolicy, Oracle, Stage
+from scheduler.sim.promise import Promised
+from scheduler.sim.report import Report
+from scheduler.sim.workload import Arrival
+from scheduler.sim.world import Timer, World
+
+CAPACITY_ROWS = 3000
+"Arrivals that capacity is measured with."
+
+OVERLOAD = 4.0
+"Times the rate at which the fleet could prefill cold prompts: deep overload, whatever the caches do."
+
+BUSY_FROM, BUSY_TO = 0.15, 0.85
+"Of the completions, those counted: before, the fleet fills, after, it empties."
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """What no policy can beat on one seed's machines at one rate."""
+
+    ttft_mean_s: float
+    on_time: float | None
+
+
+class Lab(msgspec.Struct, frozen=True, kw_only=True):
+    """A fleet and a workload."""
+
+    fleet: Fleet
+    work: Promised
+    trace: str = ""
+    cut: float = 0.0
+    "Share of first arrivals that is left out of the figures."
+    closed: bool = False
+    "Turns of a conversation wait for the turn before."
+
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            SettingsError: no arrivals, or a prompt that no endpoint can hold.
+        """
+        if not self.work.arrivals:
+            raise SettingsError(f"trace {self.trace}: no arrival in this slice")
+        longest = max(machine.tokens_max for machine in machines(self.fleet, 0))
+        fitting = sum(arrival.prompt_tokens < longest for arrival in self.work.arrivals)
+        if not fitting:
+            raise SettingsError(
+                f"fleet {self.fleet.name}: holds at most {longest} tokens, "
+                f"no prompt of trace {self.trace} fits"
+            )
+
+    def capacity_rps(self, seed: int) -> float:
+        """Completions a second in deep overload under earliest-finish, on this seed's machines."""
+        made = machines(self.fleet, seed)
+        some = tuple(
+            structs.replace(arrival, ttft_s=None, tpot_s=None, deadline_s=None)
+            for arrival in self.work.arrivals[:CAPACITY_ROWS]
+        )
+        rate = OVERLOAD * _cold_rate(some, made)
+        run = self._world(world.rows(_at_rate(some, rate)), made, policy.EarliestFinish(), None)
+        run.run(policy.EarliestFinish().dispatch(self._stage(seed)))
+        ends = np.sort([fate.finished_at for fate in run.fates if fate.finished_at is not None])
+        if len(ends) < 2:
+            raise SettingsError(f"trace {self.trace}: {len(ends)} of {len(some)} arrivals could be served")
+        first, last = int(BUSY_FROM * (len(ends) - 1)), int(np.ceil(BUSY_TO * (len(ends) - 1)))
+        return float((last - first) / max(1e-9, ends[last] - ends[first]))
+
+    def run(
+        self,
+        chosen: LabPolicy,
+        *,
+        label: str,
+        seed: int,
+        rate_rps: float,
+        load: float | None = None,
+        timer: Timer | None = None,
+    ) -> tuple[Report, World]:
+        """One cell with one seed."""
+        made = machines(self.fleet, seed)
+        rows = world.rows(
+            _at_rate(self.work.arrivals, rate_rps), self.work.weights, self.work.objectives
+        )
+        run = self._world(rows, made, chosen, timer)
+        stage = self._stage(seed)
+        begun = timer() if timer else 0
+        if isinstance(chosen, Oracle):
+            run.run(chosen.dispatch_knowing(stage, run.truth))
+        else:
+            run.run(chosen.dispatch(stage))
+        wall_s = (timer() - begun) / 1e9 if timer else 0.0
+        found = report.of(
+            run,
+            policy=label,
+            load=load,
+            rate_rps=rate_rps,
+            seed=seed,
+            wall_s=wall_s,
+            cut=self.cut,
+        )
+        return structs.replace(found, fleet=self.fleet.name, trace=self.trace), run
+
+    def bounds(self, seed: int, rate_rps: float) -> Bounds:
+        """The bounds of this seed's machines at this rate."""
+        made = machines(self.fleet, seed)
+        arrivals = _at_rate(self.work.arrivals, rate_rps)
+        kinds = {(a.ttft_s, a.tpot_s, a.deadline_s) for a in arrivals}
+        on_time = None
+        if len(kinds) == 1:
+            ttft_s, tpot_s, deadline_s = kinds.pop()
+            if ttft_s is not None and tpot_s is None and deadline_s is None:
+                on_time = bounds.on_time_share(arrivals, made, ttft_s=ttft_s)
+        return Bounds(bounds.ttft_mean_s(arrivals, made), on_time)
+
+    def _world(
+        self,
+        rows: Sequence[world.Row],
+        made: Sequence[Machine],
+        chosen: LabPolicy,
+        timer: Timer | None,
+    ) -> World:
+        return World(
+            rows,
+            made,
+            delays=self.fleet.delays,
+            is_open=chosen.is_open,
+            scrapes=chosen.scrapes,
+            faults=self.fleet.faults,
+            closed=self.closed,
+            timer=timer,
+        )
+
+    def _stage(self, seed: int) -> Stage:
+        return Stage(
+            rng=np.random.default_rng([seed, 2]),
+            delays=self.fleet.delays,
+            objectives=self.work.known,
+        )
+
+
+def _at_rate(arrivals: Sequence[Arrival], rate_rps: float) -> tuple[Arrival, ...]:
+    """The same arrivals at this mean rate, the first at 0."""
+    start_s = arrivals[0].at_s
+    moved = [structs.replace(a, at_s=a.at_s - start_s) for a in arrivals]
+    if workload.rate(moved) == 0.0:
+        return tuple(moved)
+    return workload.scaled(moved, rate_per_s=rate_rps)
+
+
+def _cold_rate(arrivals: Sequence[Arrival], made: Sequence[Machine]) -> float:
+    """Prompts a second that the fleet could prefill if it did nothing else and cached nothing."""
+    some = arrivals[:: max(1, len(arrivals) // 200)]
+    return sum(
+        1.0 / float(np.mean([bounds.service_s(machine, a.prompt_tokens) for a in some]))
+        for machine in made
+    )
