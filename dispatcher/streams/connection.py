@@ -92,8 +92,12 @@ class Connection:
 
     async def close(self) -> None:
         """Close every connection; calls under way fail."""
-        await self._client.aclose()
-        await self._reader.aclose()
+        for client in (self._client, self._reader):
+            await client.aclose()
+            pool = getattr(client, "connection_pool", None)  # a Cluster's client has one a node
+            sentinels = getattr(getattr(pool, "sentinel_manager", None), "sentinels", ())
+            for sentinel in sentinels:  # redis-py leaves them open
+                await sentinel.aclose()
 
     def now(self) -> float:
         """Unix seconds on the server's clock, which is the one that stamps the entries; never goes back."""
