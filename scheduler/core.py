@@ -16,7 +16,7 @@ import itertools
 import msgspec
 import numpy as np
 
-from scheduler import assign, intake, ledger, view
+from scheduler import assign, intake, ledger, order, view
 from scheduler.book import Book
 from scheduler.events import Arrived, Command, Event, Recovered, Refused
 from scheduler.fleet import Fleet
@@ -239,9 +239,7 @@ class Scheduler:
         if ticket.is_cancelled:
             self._finish(ticket, Ending(outcome="cancelled", reason="cancelled by request"))
         elif ticket.is_spent:
-            reason = (
-                f"lost {ticket.attempt} times with its endpoint, the limit is {ticket.attempts_allowed}"
-            )
+            reason = f"lost {ticket.attempt} times with its endpoint, the limit is {ticket.attempts_allowed}"
             self._finish(ticket, Ending(outcome="failed", reason=reason, is_dead=True))
 
     def _on_refused(self, event: Refused) -> None:
@@ -422,11 +420,10 @@ class Scheduler:
         if not np.isfinite(wanted_s).any():
             return
         planner = self._planner(wanted_s)
-        self._take_up(planner)
         self._serve_aged(planner)
         line = self._book.lines.waiting.head(self.settings.plan.horizon)
-        planner.serve(line)
-        self._set_aside(planner)
+        planner.serve(self._with_the_hopeful(planner, line))
+        self._turn(planner)
         if planner.is_exhausted:
             self._fill(planner)
         for choice in planner.choices:
@@ -466,12 +463,6 @@ class Scheduler:
             cached[slot] = blocks * BLOCK_TOKENS
         return cached, self._fleet.barrier(ticket.request.model)
 
-    def _take_up(self, planner: Planner) -> None:
-        for turn in planner.take_up(self._book.lines.aside.tail(RETEST_MAX)):
-            self._book.lines.take_up(turn.ticket)
-            slack_s = turn.ticket.due_at - self._now - turn.total_s
-            self._note(turn.ticket, "taken_up", "can make it after all", slack_s)
-
     def _serve_aged(self, planner: Planner) -> None:
         """The share of those set aside: the oldest goes first while there is credit."""
         if self._aside_credit_s > 0:
@@ -479,12 +470,24 @@ class Scheduler:
                 planner.serve_aged(ticket)
                 self._aside_credit_s -= sum(choice.work_s for choice in planner.choices)
 
-    def _set_aside(self, planner: Planner) -> None:
+    def _with_the_hopeful(self, planner: Planner, line: list[Ticket]) -> list[Ticket]:
+        """The line and those set aside that could make it after all, in one order."""
+        chosen = {choice.ticket.id for choice in planner.choices}
+        hopeful = planner.hopeful(self._book.lines.aside.tail(RETEST_MAX))
+        again = [ticket for ticket in hopeful if ticket.id not in chosen]
+        return sorted(line + again, key=order.by_rank) if again else line
+
+    def _turn(self, planner: Planner) -> None:
+        """Set aside and take up as planned; each change is noted once."""
         for turn in planner.turns:
-            self._book.lines.set_aside(turn.ticket)
             slack_s = turn.ticket.due_at - self._now - turn.total_s
-            reason = f"cannot make it: {-slack_s:.2f} s too late on the best endpoint"
-            self._note(turn.ticket, "set_aside", reason, slack_s)
+            if turn.kind == "take_up":
+                self._book.lines.take_up(turn.ticket)
+                self._note(turn.ticket, "taken_up", "can make it after all", slack_s)
+            else:
+                self._book.lines.set_aside(turn.ticket)
+                reason = f"cannot make it: {-slack_s:.2f} s too late on the best endpoint"
+                self._note(turn.ticket, "set_aside", reason, slack_s)
 
     def _fill(self, planner: Planner) -> None:
         if not self._book.lines.aside:

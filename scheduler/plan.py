@@ -193,7 +193,7 @@ class Planner:
         self.rng = rng
         self.choices: list[Choice] = []
         self.turns: list[Turn] = []
-        "Who is to be set aside."
+        "Who is to be set aside, and who after all is not."
         self.is_cut = False
         "Whether it stopped only because it had set enough aside for one step."
         self.is_exhausted = False
@@ -210,23 +210,17 @@ class Planner:
             self._place(offer)
         self.is_exhausted = True
 
-    def take_up(self, aside: Sequence[Ticket]) -> list[Turn]:
-        """Who of those set aside can make it after all, on what is free before anybody is placed."""
+    def hopeful(self, aside: Sequence[Ticket]) -> list[Ticket]:
+        """Who of those set aside could make it alone, by the plain prediction: worth another place in the plan."""
         young = [ticket for ticket in aside if ticket.due_at > self.now]
         if not young or not self.room.can_start(self.settings.commit_window_s):
             return []
+        offers = self._price(young[:PRICED_MAX])
         open_s = self.room.start_s + self.room.shut_s
-        turns = []
-        for at in range(0, len(young), PRICED_MAX):
-            offers = self._price(young[at : at + PRICED_MAX])
-            total_s = open_s + np.array([offer.service_s for offer in offers])
-            lucky_s = (total_s * self.spread).min(axis=1)
-            turns += [
-                Turn(kind="take_up", ticket=offer.ticket, total_s=float(best_s))
-                for offer, lucky, best_s in zip(offers, lucky_s, total_s.min(axis=1), strict=True)
-                if lucky <= offer.ticket.due_at - self.now
-            ]
-        return turns
+        best_s = (open_s + np.array([offer.service_s for offer in offers])).min(axis=1)
+        return [
+            o.ticket for o, s in zip(offers, best_s, strict=True) if s <= o.ticket.due_at - self.now
+        ]
 
     def fill(self, aside: Sequence[Ticket], *, is_calm: bool) -> None:
         """Give what the plan leaves idle to these, in their order.
@@ -259,10 +253,13 @@ class Planner:
         if not np.isfinite(total_s[best]):
             self._wait_for_room(offer)
             return
-        if not self._can_make_it(offer.ticket, total_s):
-            self.turns.append(
-                Turn(kind="set_aside", ticket=offer.ticket, total_s=float(total_s[best]))
-            )
+        can_make_it = self._can_make_it(offer.ticket, total_s)
+        if can_make_it == (
+            offer.ticket.state == "set_aside"
+        ):  # a change; a test without one says nothing
+            kind: Literal["set_aside", "take_up"] = "take_up" if can_make_it else "set_aside"
+            self.turns.append(Turn(kind=kind, ticket=offer.ticket, total_s=float(total_s[best])))
+        if not can_make_it:
             return
         slot, propensity, why = self._pick(offer.ticket, total_s, best)
         if self._starts_now(slot):

@@ -531,7 +531,7 @@ class TestRecovery:
 class TestUrgency:
     def test_setting_aside_is_reversible(self):
         """Hopeless on the present prediction, it is set aside; a faster endpoint joins and it is taken up again."""
-        pool = Pool(policy=Urgency())
+        pool = Pool(policy=Urgency(aside_share=0.0))
         pool.beat("slow", hardware="l4", max_num_seqs=1)
         pool.ask("first", prompt_tokens=2000, ttft_s=9.0)
         pool.decide()

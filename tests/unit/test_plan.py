@@ -17,6 +17,7 @@ FREE = Promise(ttft_s=None, tpot_s=None, deadline_at=None, priority=0, weight=1.
 
 def ticket(name: str, tokens: int, due_at: float = math.inf) -> Ticket:
     return Ticket(
+        state="waiting",
         request=Request(id=name, model="m"),
         entry="1-0",
         enqueued_at=0.0,
