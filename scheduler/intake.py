@@ -82,7 +82,7 @@ def out_of_time(late: Ticket, *, backlog_s: float, now: float) -> Ending:
         )
     return Ending(
         outcome="rejected",
-        reason=f"no endpoint within {now - late.enqueued_at:.3f} s, the longest its objective waits",
+        reason=f"no endpoint within {now - late.enqueued_at:.3f} s, the longest it may wait",
         retry_after_s=retry_after_s(backlog_s),
     )
 

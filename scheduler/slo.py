@@ -65,14 +65,14 @@ def promise(request: Request, enqueued_at: float, objectives: Mapping[str, Objec
         )
         if moment is not None
     ]
-    max_queue_s = _seconds(named.max_queue_ms)
+    queues = [s for s in (request.max_queue_s, _seconds(named.max_queue_ms)) if s is not None]
     return Promise(
         ttft_s=_first(request.ttft_s, _seconds(named.ttft_ms)),
         tpot_s=_first(request.tpot_s, _seconds(named.tpot_ms)),
         deadline_at=min(ends, default=None),
         priority=named.priority if request.priority is None else request.priority,
         weight=named.weight,
-        refuse_at=None if max_queue_s is None else enqueued_at + max_queue_s,
+        refuse_at=enqueued_at + min(queues) if queues else None,
     )
 
 

@@ -71,6 +71,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     deadline_at: float | None = None
     "The same as a moment, unix milliseconds; the earlier of the two holds."
 
+    max_queue_s: float | None = None
+    "Still without an endpoint after this long it is rejected; never later than its objective says."
+
     priority: int | None = None
     "Higher first; negative may be shed."
 
@@ -526,7 +529,7 @@ def check(request: Request, *, body_bytes: int, reply_root: str) -> None:
 
 
 def _check_numbers(request: Request) -> None:
-    for name in ("ttft_s", "tpot_s", "deadline_s"):
+    for name in ("ttft_s", "tpot_s", "deadline_s", "max_queue_s"):
         value = getattr(request, name)
         if value is not None and value <= 0:
             _refuse(name.removesuffix("_s") + "_ms", f"{value * 1e3:g}", "more than 0")

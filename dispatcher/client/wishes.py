@@ -30,6 +30,9 @@ class Wishes(TypedDict, total=False):
     deadline_at: float | None
     "The same as a moment, unix seconds; the earlier of the two holds."
 
+    max_queue_s: float | None
+    "Still without an endpoint after this long it is rejected; an objective's own limit holds as well."
+
     priority: int | None
     "Higher first; negative may be shed."
 

@@ -59,3 +59,20 @@ def test_due_is_the_last_good_moment_of_the_first_token(fields, decode_s, expect
 def test_prompt_length_is_said_or_estimated(fields, expected):
     """The dispatcher never parses a body."""
     assert slo.prompt_tokens(Request(model="m", **fields), usual=333) == expected
+
+
+@pytest.mark.parametrize(
+    ("own_s", "objective", "expected"),
+    [
+        pytest.param(None, "", None, id="it waits"),
+        pytest.param(0.5, "", 100.5, id="its own"),
+        pytest.param(0.5, "patient", 100.5, id="shorter than its objective's"),
+        pytest.param(60.0, "patient", 102.0, id="never longer than its objective's"),
+    ],
+)
+def test_the_shorter_queue_holds(own_s, objective, expected):
+    """A request may be less patient than its objective, never more."""
+    named = {"patient": Objective(max_queue_ms=2000.0)}
+    request = Request(model="m", objective=objective, max_queue_s=own_s)
+
+    assert slo.promise(request, 100.0, named).refuse_at == expected
