@@ -27,7 +27,7 @@ from workers import body
 from workers.attempt import FENCED, Attempt, Stop
 from workers.ending import Ending
 from workers.engine import Engine
-from workers.health import Health
+from workers.health import Health, is_broken
 from workers.inbox import Arrival, Inbox
 from workers.metrics import Gaps, Meter
 from workers.pulse import Pulse
@@ -85,6 +85,10 @@ class Endpoint:
         self._held: dict[str, Attempt] = {}
         self._running: dict[str, Attempt] = {}
         self._tended_tick = 0.0
+        self._doubting = asyncio.Lock()
+        self._doubts = 0
+        "Attempts that wait to hear whether the engine still lives; nothing is admitted meanwhile."
+        self._doubted_tick = 0.0
         self._changed = asyncio.Event()
         self._has_room = asyncio.Event()
         self._has_room.set()
@@ -189,7 +193,7 @@ class Endpoint:
                     await self._changed.wait()
             self._changed.clear()
             self._end_the_late()
-            self._end_the_stalled()
+            await self._end_the_stalled()
             self._admit()
 
     async def _watch(self) -> None:
@@ -197,7 +201,7 @@ class Endpoint:
             before = self.health.away
             await self.health.probe()
             if self.health.away != before:
-                self._engine_turned()
+                await self._turned()
             await asyncio.sleep(self._settings.probe_s)
 
     # Arriving.
@@ -254,7 +258,7 @@ class Endpoint:
     # Admitting.
 
     def _admit(self) -> None:
-        if not self._held or self.health.away or self._draining or self._pulse.has_lapsed:
+        if not self._held or not self._may_admit:
             return
         tick = perf_counter()
         held = list(self._held.values())
@@ -267,6 +271,11 @@ class Endpoint:
         )
         for index in chosen:
             self._start(held[index])
+
+    @property
+    def _may_admit(self) -> bool:
+        is_engine_there = not self.health.away and not self._doubts
+        return is_engine_there and not self._draining and not self._pulse.has_lapsed
 
     def _limits(self) -> Limits:
         settings = self._settings
@@ -306,16 +315,7 @@ class Endpoint:
         """Let the engine answer; whatever comes of it, the attempt is brought to an end here."""
         error: EngineError | None = None
         try:
-            post = body.post(
-                attempt.job, attempt.body, attempt.written, by_priority=self._address.by_priority
-            )
-            if not post.is_spent:
-                await self._engine.ask(
-                    post, attempt.answer, lambda more: self._heard(attempt, more=more)
-                )
-                attempt.answer.check(attempt.written)
-        except EngineError as found:
-            error = found
+            error = await self._answered(attempt)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             assert task is not None
@@ -326,6 +326,41 @@ class Endpoint:
             log.exception("serving_failed", request_id=attempt.job.id, endpoint=self.name)
             error = EngineError(f"the worker failed: {type(bug).__name__}: {bug}")
         self._served(attempt, error)
+
+    async def _answered(self, attempt: Attempt) -> EngineError | None:
+        """The engine's answer, all of it taken in; what was wrong with it, or nothing."""
+        try:
+            post = body.post(
+                attempt.job, attempt.body, attempt.written, by_priority=self._address.by_priority
+            )
+            if not post.is_spent:
+                await self._engine.ask(
+                    post, attempt.answer, lambda more: self._heard(attempt, more=more)
+                )
+                attempt.answer.check(attempt.written)
+        except EngineError as error:
+            has_turned = self.health.failed(error)
+            if is_broken(error):
+                has_turned = await self._doubt() or has_turned
+            if has_turned:
+                await self._turned()
+            return error
+        return None
+
+    async def _doubt(self) -> bool:
+        """Ask the engine before anything more is sent to it; True if it has turned out to be away."""
+        asked_tick = perf_counter()
+        self._doubts += 1
+        try:
+            async with self._doubting:
+                if self.health.away or self._doubted_tick > asked_tick:
+                    return False
+                await self.health.probe(is_doubted=True)
+                self._doubted_tick = perf_counter()
+                return bool(self.health.away)
+        finally:
+            self._doubts -= 1
+            self._changed.set()
 
     def _heard(self, attempt: Attempt, *, more: bool) -> None:
         """The engine has sent something for this attempt; the hot path, once a token."""
@@ -356,6 +391,9 @@ class Endpoint:
         self.rhythm.left(attempt, is_empty=not self._running)
         if stop is not None and stop.kind == "silent":
             error, stop = EngineError(stop.reason), None
+            if self.health.failed(error):
+                assert self._group is not None
+                self._group.create_task(self._turned(), name=f"{self.name} turned")
         if stop is not None:
             self._stopped(attempt, stop)
         elif error is None:
@@ -368,8 +406,6 @@ class Endpoint:
     # Ending.
 
     def _failed(self, attempt: Attempt, error: EngineError) -> None:
-        if self.health.failed(error):
-            self._engine_turned()
         if error.retryable and attempt.job.attempt < attempt.job.max_attempts:
             self._ending.give_back(attempt, str(error))
         else:
@@ -413,7 +449,7 @@ class Endpoint:
             what = "between two tokens" if has_begun else "before the first token"
             attempt.halt(Stop("silent", f"the engine was silent for {limit_s:g} s {what}"))
 
-    def _end_the_stalled(self) -> None:
+    async def _end_the_stalled(self) -> None:
         """While answers are under way some token comes every step; none at all from anywhere is a frozen engine."""
         tick = perf_counter()
         was_blind = tick - self._tended_tick > BLIND_S
@@ -426,14 +462,16 @@ class Endpoint:
             f"the engine sent nothing for {stall_s:g} s with {len(self._running)} answers under way"
         )
         if self.health.distrust(reason):
-            self._engine_turned()
+            await self._turned()
         for attempt in list(self._running.values()):
             attempt.halt(Stop("silent", reason))
 
-    def _engine_turned(self) -> None:
+    async def _turned(self) -> None:
+        """The engine has gone or come back. The beat says so first: what is given back must not return at once."""
+        with contextlib.suppress(StreamError):
+            await self._pulse.beat_now()
         if self.health.away:
             self._return_held(f"engine away: {self.health.away}")
-        self._pulse.hurry()
         self._changed.set()
 
     def _return_held(self, reason: str) -> None:

@@ -172,6 +172,8 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
 def _weather(error: BaseException) -> EngineError:
     if isinstance(error, TimeoutError):
         return EngineError("no answer in time")
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return EngineError("the connection broke off in the middle of the answer")
     return EngineError(f"connection: {error or type(error).__name__}")
 
 

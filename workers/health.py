@@ -20,6 +20,11 @@ BUSY = frozenset({404, 429})
 log = structlog.get_logger()
 
 
+def is_broken(error: EngineError) -> bool:
+    """Whether no HTTP status explains it: then the engine may be gone, and the next request would go the same way."""
+    return error.retryable and error.status == 0
+
+
 class Health:
     """One engine's state as its worker sees it, and what it can take."""
 
@@ -69,13 +74,14 @@ class Health:
         """It has sent something."""
         self.heard_tick = tick
 
-    async def probe(self) -> None:
-        """Ask anew; `away` says the result."""
+    async def probe(self, *, is_doubted: bool = False) -> None:
+        """Ask anew; `away` says the result. `is_doubted`: tokens that came lately do not excuse it."""
         trouble = await self._trouble()
         is_alive = perf_counter() - self.heard_tick < 2 * self._settings.probe_s
         if (
             trouble
             and is_alive
+            and not is_doubted
             and not self.away
             and "paused" not in trouble
             and "asleep" not in trouble

@@ -38,6 +38,7 @@ class Pulse:
         self._first_tokens: list[str] = []
         self._news = asyncio.Event()
         self._heard_tick = perf_counter()
+        self._beating = asyncio.Lock()
 
     def started(self, name: str) -> None:
         """This attempt is in the engine."""
@@ -77,6 +78,10 @@ class Pulse:
 
     async def beat_now(self) -> None:
         """One beat, with the news so far; they are kept where it does not get through."""
+        async with self._beating:
+            await self._say()
+
+    async def _say(self) -> None:
         self._news.clear()
         started = tuple(self._started[:NEWS_MAX])
         first_tokens = tuple(self._first_tokens[:NEWS_MAX])

@@ -122,6 +122,11 @@ async def fault(emulator, kind, **fields):
         assert response.status == 200, await response.text()
 
 
+def _id(entry):
+    milliseconds, _, sequence = entry.partition("-")
+    return int(milliseconds), int(sequence)
+
+
 async def running_in(emulator):
     async with (
         aiohttp.ClientSession() as session,
@@ -545,6 +550,28 @@ class TestEngineState:
         async with Emulator(EmulatorSettings(time_scale=20.0, port=int(port))):
             assert (await hand.ready()).models == (MODEL,)
             await rig.close()
+
+    async def test_a_crashed_engine_is_known_before_its_jobs_are_back(self, hand, rig):
+        """The beat that says away comes before the hand-back: a dispatcher must not send the job straight back."""
+        emulator = Emulator(EmulatorSettings(time_scale=20.0))
+        await emulator.start()
+        await rig.start(emulator.url, probe_s=60.0)
+        beat = await hand.ready()
+        await hand.submit("r1", chat(20_000), beat.epoch, stream=True)
+        await until(lambda: hand.tokens("r1"))
+
+        await emulator.stop()
+
+        reward = await hand.reward("r1")
+        assert reward.outcome == "returned"
+        [(returned, _)] = await hand.redis.entries(hand.keys.rewards)
+        away = [
+            entry
+            for entry, fields in await hand.redis.entries(hand.keys.beats)
+            if fields[b"state"] == b"away" and fields[b"reason"] != b"not asked yet"
+        ]
+        assert _id(away[0]) <= _id(returned)
+        await rig.close()
 
     async def test_a_paused_engine_is_away_whatever_health_says(self, emulator, hand, rig):
         """/health is 200 while paused: the worker asks further, and gives back what arrives."""
