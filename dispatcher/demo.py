@@ -20,11 +20,11 @@ from scheduler import codec
 from scheduler.errors import StreamError
 from scheduler.sim import body as bodies
 from scheduler.sim.profile import Profile
-from scheduler.sim.workload import Arrival, Workload, rate, scaled, sliced
+from scheduler.sim.workload import Arrival, Workload, rate, scaled
 from scheduler.wire import Request, Result, Reward
 
-PATIENCE_S = 30.0
-"Wall seconds after the last arrival; who has not ended then is cancelled, and is told so."
+PATIENCE_S = 40.0
+"Wall seconds (a chat answer of 1,000 tokens takes 30 s on a small GPU) after the last arrival; who has not ended then is cancelled, and is told so."
 
 CANCEL_S = 10.0
 "How long the cancelled may take to their terminal records."
@@ -318,12 +318,16 @@ def capacity(profiles: Sequence[Profile], arrivals: Workload) -> float:
 
 
 def fitted(arrivals: Workload, *, rate_per_s: float, duration_s: float) -> Workload:
-    """The first rows at this rate, for so long, at most PROMPTS_BUILT; sessions that are cut lose their tail."""
-    present = rate(arrivals)
-    if present:
-        arrivals = scaled(arrivals, rate_per_s=rate_per_s)
-    window = sliced(arrivals, 0.0, duration_s)[:PROMPTS_BUILT]
-    return tuple(structs.replace(a, parent=None) for a in window)
+    """The first rows that fill so long a time at this rate, at most PROMPTS_BUILT.
+
+    They are cut first and scaled then: the beginning of a day is not its mean. Sessions lose their tail.
+    """
+    rows = arrivals[: min(PROMPTS_BUILT, max(2, round(rate_per_s * duration_s)))]
+    if rate(rows):
+        first_s = rows[0].at_s
+        rows = tuple(structs.replace(a, at_s=a.at_s - first_s) for a in rows)
+        rows = scaled(rows, rate_per_s=rate_per_s)
+    return tuple(structs.replace(a, parent=None) for a in rows)
 
 
 def _promise(arrival: Arrival) -> str:

@@ -155,7 +155,7 @@ def _kind(name: str, hint: object) -> str:
             "milliseconds"
             if name.endswith("_s")
             else "unix ms"
-            if name.endswith("_at")
+            if name.endswith("at")
             else "number"
         )
     return _KINDS.get(hint, "words")

@@ -142,7 +142,7 @@ def _choice(kind: Any) -> tuple[Callable[[Any], str], Callable[[bytes], str]] | 
 
 
 def _numbers(name: str) -> tuple[Callable[[Any], str], Callable[[bytes], Any]]:
-    if name.endswith(("_s", "_at")):
+    if name == "at" or name.endswith(("_s", "_at")):
         return _write_ms, _read_ms
     return _write_float, _read_float
 

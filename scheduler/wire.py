@@ -439,7 +439,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     "What was decided."
 
     at: float | None = None
-    "Not on the wire's clock but the decision's: unix seconds in the core's time."
+    "When, in the core's time; the entry's own id is when it was written down."
 
     policy: str = ""
     "Which policy decided."

@@ -38,14 +38,17 @@ LOOK_S = 1.0
 LINE_S = 5.0
 "Between two lines elsewhere."
 
-LOAD = 0.7
+LOAD = 0.8
 "Deadlines bind, and most can be kept."
 
-PROMISE = Promise(ttft_s=1.0, tpot_s=0.1)
-"For traces, which promise nothing: a person waiting for a chat."
+PROMISE = Promise(ttft_s=0.5, tpot_s=0.05)
+"For traces, which promise nothing: a person in a chat, and what the smaller GPUs keep at a moderate batch only."
 
 JITTER = 0.15
 "Of the emulated engines' coefficients, so that there is something to learn."
+
+MIX_S = 600.0
+"Of the generated mix, at its own rate: some 2,600 rows, of which the first are played."
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -109,9 +112,7 @@ def _chosen(
 ) -> tuple[Workload, str]:
     """What is played, and what to say of it."""
     if trace is None:
-        rows: Workload = generated(
-            MIXES["demo"], duration_s=20 * duration_s, rng=np.random.default_rng(seed)
-        )
+        rows: Workload = generated(MIXES["demo"], duration_s=MIX_S, rng=np.random.default_rng(seed))
         name = "mix demo"
     else:
         rows, name = _rows(trace), trace.name

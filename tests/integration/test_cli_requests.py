@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -115,6 +116,7 @@ class TestWatch:
         code, requeued, _ = await headgate("dead", "requeue", "--all")
 
         assert "to a100-0, attempt 1" in told
+        assert all(re.match(r" \+\d+ ms|r1: failed|  ", line) for line in told.splitlines()), told
         assert "candidates, seconds to first token: a100-0=0.020, l40s-0=0.080" in told
         assert "as the test wants" in listed
         assert "tenant fail" in shown
