@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from dispatcher.streams import sidecar
-from dispatcher.streams.connection import Call, Connection
+from dispatcher.streams.connection import Call, Connection, Entry
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
 from scheduler.keys import WORKER_GROUP, Keys
@@ -76,14 +76,20 @@ class PlayedWorker:
         read = await self.redis.read_group(
             WORKER_GROUP, "played", [stream], count=256, block_s=block_s
         )
-        held = []
-        for entry, fields in read.get(stream, []):
+        entries = read.get(stream, [])
+        for entry, fields in entries:
             if b"action" in fields:
                 self.aborted.append(codec.decode(Control, fields).id)
                 await self.redis.command("XACK", stream, WORKER_GROUP, entry)
-            else:
-                held.append(Held(self.endpoint, codec.decode(Job, fields), entry))
-        return held
+        return self.held(entries)
+
+    def held(self, entries: Sequence[Entry]) -> list[Held]:
+        """The jobs among these entries of its stream."""
+        return [
+            Held(self.endpoint, codec.decode(Job, fields), entry)
+            for entry, fields in entries
+            if b"action" not in fields
+        ]
 
     async def finish(self, held: Sequence[Held], outcome: str = "completed") -> list[object]:
         return await self.redis.batch([self.finishing(one, outcome) for one in held])

@@ -1,9 +1,10 @@
 """The one file that knows redis-py: connect, call a function, batch calls, read streams, tell the time.
 
-Three traps of redis-py 8 are closed here: its default socket timeout of 5 s breaks blocking reads (the reading
+Four traps of redis-py 8 are closed here: its default socket timeout of 5 s breaks blocking reads (the reading
 connection has none, a bound of our own instead); it sends a command again after a lost reply (so every write goes
 through a function that recognises its own repetition); and a group's read sent again would leave what the lost
-reply held pending and unseen (so the reading connection never repeats, and who reads goes back to `history`).
+reply held pending and unseen (so the reading connection never repeats, and who reads goes back to `history`); and
+the 101st call at once is an error (so calls wait for one of few connections).
 """
 
 import asyncio
@@ -29,6 +30,12 @@ FLOOR = (7, 0)
 
 REPLY_TIMEOUT_S = 5.0
 "The longest wait for an answer that does not block on the server."
+
+CALLS_MAX = 16
+"Connections for calls; more calls at once wait their turn, which a server with one thread makes them do anyway."
+
+READS_MAX = 1024
+"Connections for reads that wait on the server: one for each read under way."
 
 Value = str | bytes | int | float
 Entry = tuple[str, dict[bytes, bytes]]
@@ -364,6 +371,7 @@ def _client(where: Where, *, is_reader: bool = False) -> Any:
         "socket_connect_timeout": REPLY_TIMEOUT_S,
         "retry": retry,
         "health_check_interval": 0,
+        "max_connections": READS_MAX,
     }
     if where.username is not None:
         options["username"] = where.username
@@ -380,7 +388,12 @@ def _client(where: Where, *, is_reader: bool = False) -> Any:
         raise ValueError(
             f"scheme is {url.scheme!r}, wanted redis, rediss, unix, redis+sentinel or redis+cluster"
         )
-    return aioredis.Redis.from_url(where.url, **options)
+    if is_reader:
+        return aioredis.Redis.from_url(where.url, **options)
+    pool = aioredis.BlockingConnectionPool.from_url(
+        where.url, timeout=REPLY_TIMEOUT_S, **options | {"max_connections": CALLS_MAX}
+    )
+    return aioredis.Redis.from_pool(pool)
 
 
 def _cluster(netloc: str, _path: str, options: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from dispatcher.local import Server
 from dispatcher.streams import dispatch, producer
 from dispatcher.streams.connection import Connection, Where
 from scheduler.errors import StreamError
-from scheduler.keys import DISPATCHER_GROUP, Keys
+from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
 from scheduler.wire import Request
 
 pytestmark = pytest.mark.chaos
@@ -183,3 +183,28 @@ class TestRedis:
             await serve(worker, redis, keys, 250)
 
             await each_ended_once(redis, keys, 250)
+
+    async def test_every_connection_is_cut_again_and_again(self, server, redis, keys):
+        """A lost reply loses no request and repeats no move: reads go back to what they were given."""
+        worker = PlayedWorker(redis, keys)
+        async with worker.beating(), dispatcher(server.url, keys.pool, "d1"):
+            await leads(redis, keys, "d1")
+            for round_ in range(20):
+                await enqueue(redis, keys, [f"r{round_}-{n}" for n in range(20)])
+                with contextlib.suppress(StreamError):
+                    await redis.command("CLIENT", "KILL", "TYPE", "normal")
+                with contextlib.suppress(StreamError):
+                    await worker.finish(await worker.pull(block_s=0.01))
+            await serve_all(worker, redis, keys, 400)
+
+            await each_ended_once(redis, keys, 400)
+
+
+async def serve_all(worker, redis, keys, total):
+    """As `serve`, and also what a lost reply left pending with the played worker itself."""
+    stream = keys.jobs(worker.endpoint)
+    async with asyncio.timeout(LIMIT_S):
+        while await redis.command("XLEN", keys.results) < total:
+            await worker.pull(block_s=0.1)
+            mine = await redis.history(WORKER_GROUP, "played", stream, after="0-0", count=1000)
+            await worker.finish(worker.held(mine))
