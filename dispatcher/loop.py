@@ -173,7 +173,10 @@ class Loop:
                 continue
             for entry in entries:
                 fact = self._reader.fact(stream, entry)
-                (unreadable if isinstance(fact, Unreadable) else events).append(fact)  # type: ignore[arg-type]
+                if isinstance(fact, Unreadable):
+                    unreadable.append(fact)
+                else:
+                    events.append(fact)
             self._cursors[stream] = entries[-1][0]
         return events, arrived, unreadable
 
@@ -217,6 +220,10 @@ class Loop:
             for move, reply in zip(moves, replies, strict=True)
             if not self._is_done(move, reply)
         ]
+        for command in commands:
+            _say(command)
+        for entry in unreadable:
+            log.warning("unreadable", stream=entry.stream, entry=entry.entry, reason=entry.reason)
         if refused:
             await self._explain(refused)
 
@@ -300,6 +307,23 @@ class Loop:
             for stream, entries in read.items():
                 cursors[stream] = entries[-1][0]
                 await self._inbox.put(Batch(stream, entries))
+
+
+def _say(command: Command) -> None:
+    """One line for what ends here or must be tried again; a worker says the rest."""
+    match command:
+        case Finish(result=result):
+            log.info("ended", request_id=result.id, outcome=result.outcome, reason=result.reason)
+        case Reclaim():
+            log.warning(
+                "reclaimed",
+                request_id=command.id,
+                endpoint=command.endpoint,
+                attempt=command.attempt,
+                reason=command.decision.reason,
+            )
+        case _:
+            pass
 
 
 def _whose(subject: Arrived | Assign | Reclaim | Finish | Forget | None) -> tuple[str, str]:
