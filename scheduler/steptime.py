@@ -24,6 +24,9 @@ PRIOR_SAMPLES = 4.0
 PRIOR_MEMORY, PRIOR_FLOOR = 0.97, 0.01
 "It fades faster than the samples do, to a hundredth: enough to decide what the load never varied."
 
+FLOOR = 8.0
+"No coefficient falls below the prior over this: no memory is so fast, and a KV term of zero would unbind the batch."
+
 CLIP = 4.0
 "A sample further than this factor from the law counts as this far: stalls and coalesced tokens are not steps."
 
@@ -78,6 +81,7 @@ class StepTime:
         self.error = 0.0
         "Recent mean of |predicted - measured| / measured."
         self._prior = _vector(prior)
+        self._floor = self._prior / FLOOR
         self._weight = np.diag(PRIOR_SAMPLES / np.maximum(self._prior, 1e-4) ** 2)
         self._moments = np.zeros((4, 4))
         self._targets = np.zeros(4)
@@ -112,10 +116,10 @@ class StepTime:
         self._targets += inputs * (measured_s * weight)
 
     def _solve(self) -> None:
-        """Least squares with the prior as a few samples more; no coefficient is negative."""
+        """Least squares with the prior as a few samples more; no coefficient falls below its floor."""
         weight = self._weight * max(PRIOR_MEMORY**self.samples, PRIOR_FLOOR)
         left = self._moments + weight
-        right = self._targets + weight @ self._prior
+        right = self._targets + weight @ self._prior - left @ self._floor
         free = [0, 1, 2, 3]
         solution = np.zeros(4)
         while free:
@@ -125,7 +129,7 @@ class StepTime:
                 break
             free.pop(int(part.argmin()))
         if np.isfinite(solution).all():
-            self.law = Law(*(solution / SCALES).tolist())
+            self.law = Law(*((solution + self._floor) / SCALES).tolist())
 
 
 def fit(samples: Sequence[tuple[float, int, float, float]], prior: Law = Law()) -> Law:  # noqa: B008

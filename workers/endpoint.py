@@ -374,12 +374,13 @@ class Endpoint:
             attempt.first_token_at = self._connection.now()
             attempt.first_tick = tick
             self._pulse.first_token(attempt.name, tick - attempt.admitted_tick)
+            self.rhythm.first(attempt, tick)
             self._changed.set()
             if attempt.job.stream:
                 self._writer.note(attempt, is_urgent=True)
             return
         attempt.gap_max_s = max(attempt.gap_max_s, gap_s)
-        self.rhythm.gap(attempt, gap_s, self._running.values())
+        self.rhythm.gap(attempt, gap_s, tick, self._running.values())
         if attempt.job.stream:
             self._writer.note(attempt, is_urgent=False)
 

@@ -52,6 +52,12 @@ class TestLearning:
 
         assert known.law.step_s(32, 40_000) == pytest.approx(slow.step_s(32, 40_000), rel=0.1)
 
+    def test_no_term_vanishes(self):
+        """Gaps that seem to shrink as contexts grow do not make KV free: the batch would lose its bound."""
+        backwards = [(0.03 - 1e-8 * kv, 16, float(kv), 0.0) for kv in range(10_000, 60_000, 500)]
+
+        assert fit(backwards * 3, prior=TRUE).kv_s == pytest.approx(TRUE.kv_s / 8)
+
     def test_one_stall_moves_little(self):
         """A gap of two seconds among steps of 20 ms is no step."""
         known = StepTime(TRUE)
