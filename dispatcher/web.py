@@ -25,6 +25,12 @@ class Pages:
         self._unready = unready
         self._metrics = metrics
 
+    def add_to(self, app: web.Application) -> None:
+        """Serve them among an application's own."""
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics_page)
+
     @asynccontextmanager
     async def served(self, port: int) -> AsyncIterator[int]:
         """Serve while the block runs; the port, also where 0 asked for a free one.
@@ -33,9 +39,7 @@ class Pages:
             SettingsError: the port cannot be had.
         """
         app = web.Application()
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/metrics", self._metrics_page)
+        self.add_to(app)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         try:

@@ -243,6 +243,47 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError(f"engines has {min(twice)!r} twice, wanted each name once")
 
 
+class DoorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The OpenAI-compatible front door."""
+
+    host: str = "127.0.0.1"
+    "Where it listens; 0.0.0.0 for every interface. Without API keys whoever reaches it may use it."
+
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    "Its port; 0: a free one."
+
+    metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    "Where /metrics, /healthz and /readyz are served beside the door itself; 0: only there."
+
+    api_keys_file: str = ""
+    "A file with lines of KEY TENANT; empty: no key is wanted, and clients say themselves who they are."
+
+    api_keys_variable: str = ""
+    "An environment variable with the same, separated by commas or line ends."
+
+    tls_cert_file: str = ""
+    "The certificate chain for HTTPS; empty: HTTP."
+
+    tls_key_file: str = ""
+    "The certificate's private key."
+
+    open_max: Count = 10_000
+    "Requests open at once; one more is refused with 503."
+
+    read_s: Seconds = 60.0
+    "How long a client may take to send its request."
+
+    write_s: Seconds = 60.0
+    "A client that takes nothing of its answer for so long is cut off."
+
+    drain_s: Annotated[float, Meta(ge=0)] = 30.0
+    "After SIGTERM, how long open requests may finish before they are cancelled."
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            raise ValueError("one of tls_cert_file and tls_key_file is empty, wanted both or none")
+
+
 class LogSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is said on stderr. stdout carries results only."""
 
@@ -264,6 +305,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lease: LeaseSettings = LeaseSettings()
     limits: LimitSettings = LimitSettings()
     worker: WorkerSettings = WorkerSettings()
+    door: DoorSettings = DoorSettings()
     log: LogSettings = LogSettings()
 
     policy: dict[str, object] = {}

@@ -28,6 +28,7 @@ from scheduler.settings import LogSettings, Settings
 
 COMMANDS = {
     "dispatcher": "Dispatch a pool's requests; a second one stands by.",
+    "door": "Serve OpenAI's HTTP API on a pool.",
     "up": "Run everything on this machine: Redis, dispatcher, workers, emulated engines.",
     "demo": "Play a workload through the whole system on emulated engines.",
     "submit": "Send one request and print its answer.",

@@ -1,7 +1,7 @@
 """A request as its client holds it: wait for it, read its tokens, cancel it, ask where it stands."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -88,7 +88,7 @@ class Handle:
         """Where it stands now."""
         return await self._client.status(self.id)
 
-    async def pieces(self, *, after: str = BEGINNING) -> AsyncIterator[Piece]:
+    async def pieces(self, *, after: str = BEGINNING) -> AsyncGenerator[Piece, None]:
         """The token log behind an entry, to its end, as it is written.
 
         Each piece comes once, also when the request is tried again elsewhere meanwhile. Ends without a raise

@@ -1,0 +1,104 @@
+"""How a request is answered: its terminal record's body as it stands, or its token log as it grows.
+
+A stream's status waits for its first word: who is refused before it gets an honest one. A slow reader holds nothing
+but its own connection: past the transport's buffer the log is read no further, and the log keeps the rest.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+from aiohttp import web
+
+from dispatcher.client.handle import Handle
+from dispatcher.door.ask import Ask
+from dispatcher.door.chunks import Chunks
+from dispatcher.door.refusal import Refusal
+from scheduler.wire import Result
+
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold the tokens back
+}
+
+TOLD = "headgate-told"
+"Where a request keeps the headers that every answer to it bears, whatever it is."
+
+Judge = Callable[[Result, str], Awaitable[Refusal]]
+"What a record that is no answer is to the client."
+
+
+async def whole(request: web.Request, ask: Ask, handle: Handle, refused: Judge) -> web.Response:
+    """The answer in one piece.
+
+    Raises:
+        Refusal: it ended otherwise.
+    """
+    record = await handle.record()
+    request[TOLD] |= _server(record)
+    if record.outcome != "completed":
+        raise await refused(record, ask.model)
+    return web.Response(body=record.body, content_type="application/json", headers=request[TOLD])
+
+
+class Stream:
+    """An answer as chunks."""
+
+    def __init__(self, request: web.Request, ask: Ask, handle: Handle, *, write_s: float) -> None:
+        """A client that takes nothing for `write_s` is cut off."""
+        self._request, self._ask, self._handle = request, ask, handle
+        self._write_s = write_s
+        self._chunks = Chunks(ask, request_id=ask.name or handle.id, created=int(time.time()))
+        self._response = web.StreamResponse(headers=STREAM_HEADERS | request[TOLD])
+        self.broken_by = ""
+        "The reason of the error it ended with, after its first word."
+
+    async def run(self, refused: Judge, begun: Callable[[], None]) -> web.StreamResponse:
+        """Write it from its first word to its end.
+
+        Raises:
+            Refusal: it ended without an answer before its first word.
+            ConnectionResetError: the client is gone, or takes nothing.
+        """
+        handle, chunks = self._handle, self._chunks
+        async with aclosing(handle.pieces()) as pieces:
+            first = await anext(pieces, None)
+            if first is None:
+                record = await handle.record()
+                if record.outcome != "completed":
+                    self._request[TOLD] |= _server(record)
+                    raise await refused(record, self._ask.model)
+            begun()
+            await self._response.prepare(self._request)
+            if first is not None:
+                await self._write(chunks.piece(first))
+            async for piece in pieces:
+                await self._write(chunks.piece(piece))
+        await self._write(await self._ending(await handle.record(), refused))
+        await self._response.write_eof()
+        return self._response
+
+    async def _ending(self, record: Result, refused: Judge) -> bytes:
+        if record.outcome == "completed":
+            return self._chunks.end(record)
+        refusal = await refused(record, self._ask.model)
+        self.broken_by = refusal.reason
+        return self._chunks.broken(refusal)
+
+    async def _write(self, events: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._write_s):
+                await self._response.write(events)
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError(f"the client took nothing for {self._write_s:g} s") from None
+
+
+def _server(record: Result) -> dict[str, str]:
+    """Who answered, where anybody did."""
+    if not record.attempt:
+        return {}
+    return {"x-headgate-endpoint": record.endpoint, "x-headgate-attempt": str(record.attempt)}

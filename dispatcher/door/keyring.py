@@ -1,0 +1,87 @@
+"""Who may come in, and as which tenant."""
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Self
+
+from dispatcher.door.refusal import Refusal
+from scheduler.errors import SettingsError
+from scheduler.settings import DoorSettings
+from scheduler.wire import ID_PATTERN
+
+BEARER = "Bearer "
+
+
+class Keyring:
+    """API keys and whose they are; an empty one lets everybody in, each as the tenant it says."""
+
+    def __init__(self, tenants: Mapping[str, str]) -> None:
+        """Tenants by key; kept are digests, so that every comparison is of equal lengths."""
+        self._tenants = [(_digest(key), tenant) for key, tenant in tenants.items()]
+
+    @classmethod
+    def from_settings(cls, settings: DoorSettings, environ: Mapping[str, str]) -> Self:
+        """The keys in the file and in the variable that the settings name.
+
+        Raises:
+            SettingsError: one is named and cannot be read, or holds no key.
+        """
+        tenants: dict[str, str] = {}
+        if settings.api_keys_file:
+            tenants |= _read(_lines_of(settings.api_keys_file), "door.api_keys_file")
+        if settings.api_keys_variable:
+            lines = environ.get(settings.api_keys_variable, "").replace(",", "\n").splitlines()
+            tenants |= _read(lines, f"door.api_keys_variable ({settings.api_keys_variable})")
+        return cls(tenants)
+
+    def tenant(self, headers: Mapping[str, str]) -> str | None:
+        """Whose key these headers show; None or empty: as they say themselves.
+
+        Raises:
+            Refusal: 401.
+        """
+        if not self._tenants:
+            return None
+        said = headers.get("Authorization", "")
+        shown = _digest(said.removeprefix(BEARER) if said.startswith(BEARER) else "")
+        found = None
+        # Every key is compared, whichever fits, so that the time tells nothing.
+        for digest, tenant in self._tenants:
+            if hmac.compare_digest(digest, shown):
+                found = tenant
+        if found is None:
+            raise Refusal(401, "unauthorized", "no API key of this door, wanted a Bearer token")
+        return found
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+def _lines_of(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError as error:
+        raise SettingsError(
+            f"door.api_keys_file is {path!r}, wanted a readable file: {error.strerror}"
+        ) from None
+
+
+def _read(lines: Iterable[str], where: str) -> dict[str, str]:
+    """Lines `key tenant`; the holder of a key alone says itself who it is, as a proxy does."""
+    tenants: dict[str, str] = {}
+    for line in lines:
+        words = line.partition("#")[0].split()
+        if len(words) > 2:
+            raise SettingsError(f"{where} has a line of {len(words)} words, wanted KEY TENANT")
+        if len(words) == 2 and not ID_PATTERN.fullmatch(words[1]):
+            raise SettingsError(
+                f"{where} has tenant {words[1]!r}, wanted letters, digits or . _ : @ -"
+            )
+        if words:
+            tenants[words[0]] = words[1] if len(words) == 2 else ""
+    if not tenants:
+        raise SettingsError(f"{where} holds no key, wanted lines of KEY TENANT")
+    return tenants
