@@ -8,9 +8,13 @@ fade, the prior never quite does: where the load has not varied (a batch of alwa
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
 
 SCALES = np.array([1.0, 16.0, 16_384.0, 512.0])
 "Typical size of each term's input, so that the four coefficients are of one magnitude (normalisation)."
@@ -107,7 +111,7 @@ class StepTime:
         if self.samples % SOLVE_EVERY == 0 or self.samples < CLIP_AFTER:
             self._solve()
 
-    def _add(self, measured_s: float, inputs: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+    def _add(self, measured_s: float, inputs: Floats) -> None:
         # Relative error: a step of 200 ms must not outweigh twenty of 10 ms.
         weight = 1.0 / measured_s**2
         self._moments *= MEMORY
@@ -140,5 +144,7 @@ def fit(samples: Sequence[tuple[float, int, float, float]], prior: Law = Law()) 
     return step_time.law
 
 
-def _vector(law: Law) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    return np.array([law.base_s, law.sequence_s, law.kv_s, law.prefill_s]) * SCALES
+def _vector(law: Law) -> Floats:
+    return (
+        np.array([law.base_s, law.sequence_s, law.kv_s, law.prefill_s], dtype=np.float64) * SCALES
+    )
