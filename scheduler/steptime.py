@@ -145,6 +145,6 @@ def fit(samples: Sequence[tuple[float, int, float, float]], prior: Law = Law()) 
 
 
 def _vector(law: Law) -> Floats:
-    return (
-        np.array([law.base_s, law.sequence_s, law.kv_s, law.prefill_s], dtype=np.float64) * SCALES
-    )
+    parts: Floats = np.array([law.base_s, law.sequence_s, law.kv_s, law.prefill_s])
+    scaled: Floats = parts * SCALES
+    return scaled
