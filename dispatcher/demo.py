@@ -23,7 +23,7 @@ from scheduler.sim.profile import Profile
 from scheduler.sim.workload import Arrival, Workload, rate, scaled
 from scheduler.wire import Request, Result, Reward
 
-PATIENCE_S = 40.0
+PATIENCE_S = 35.0
 "Wall seconds (a chat answer of 1,000 tokens takes 30 s on a small GPU) after the last arrival; who has not ended then is cancelled, and is told so."
 
 CANCEL_S = 10.0

@@ -38,7 +38,7 @@ LOOK_S = 1.0
 LINE_S = 5.0
 "Between two lines elsewhere."
 
-LOAD = 0.8
+LOAD = 0.65
 "Deadlines bind, and most can be kept."
 
 PROMISE = Promise(ttft_s=0.5, tpot_s=0.05)
@@ -60,7 +60,7 @@ async def demo(
     trace: Annotated[Path | None, typer.Option(help="A trace file; else a generated mix.")] = None,
     duration_s: Annotated[
         float, typer.Option("--seconds", min=5, max=60, help="Of arrivals, by the wall.")
-    ] = 40.0,
+    ] = 35.0,
     load: Annotated[float, typer.Option(help="Part of the fleet's capacity.")] = LOAD,
     rate: Annotated[float | None, typer.Option(help="Requests a second instead.")] = None,
     endpoints: Annotated[int, typer.Option(min=1, help="Emulated engines.")] = 4,
