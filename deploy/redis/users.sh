@@ -33,8 +33,9 @@ work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@block
   user client "$(keys requests 'request:*' 'body:*' 'tokens:*' waiting controls results 'results:*') $work $speak +xread"
   # People who look after a pool: status, explain, cancel, drain, dead requeue.
   user operator "%R~hg:{*}:*$(keys requests 'request:*' controls dead) $work $speak +xread"
-  # Probes and autoscalers: they look and change nothing.
-  user viewer '%R~hg:{*}:* +@read +@connection +info +time +eval +xinfo +xpending -@dangerous +info'
+  # Probes and autoscalers: they look and change nothing. KEDA counts by a script, whose key must be writable,
+  # though none of the commands that this user has could write it.
+  user viewer '%R~hg:{*}:* ~hg:{*}:waiting +@read +@connection +info +time +eval +xinfo +xpending -@dangerous +info'
 } >"$directory/users.acl.new"
 mv "$directory/users.acl.new" "$directory/users.acl"
 password grafana # the administrator of the dashboard; no user of Redis

@@ -95,14 +95,25 @@ class Composed:
         return self
 
     def __exit__(self, *_):
-        for process in self.running.values():
+        self.down()
+
+    def down(self):
+        """Stop what runs, Redis last as Compose would, and kill what will not; the exit codes by service."""
+        last = [name for name in self.running if name == "redis"]
+        codes = self._stopped([name for name in self.running if name not in last])
+        return codes | self._stopped(last)
+
+    def _stopped(self, names):
+        leaving = {name: self.running.pop(name) for name in names}
+        for process in leaving.values():
             process.send_signal(signal.SIGTERM)
-        for process in self.running.values():
+        for process in leaving.values():
             try:
                 process.wait(END_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        return {name: process.returncode for name, process in leaving.items()}
 
     def address(self, host, port):
         """Where a service's port is here; a KeyError where the file declares no such port."""
@@ -118,6 +129,15 @@ class Composed:
                 words, cwd=home, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
+    def listens(self, name):
+        """Whether all that it exposes can be connected to."""
+        for port in container_ports(self.file["services"][name]):
+            try:
+                socket.create_connection(self.address(name, port), timeout=1).close()
+            except OSError:
+                return False
+        return True
+
     def run(self, name, *words, **more):
         """`docker compose run NAME WORDS`: one command in a service's place."""
         command, environ = self.words(name, words)
@@ -127,7 +147,7 @@ class Composed:
             env=environ | more,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=30,
             check=False,
         )
 

@@ -17,6 +17,7 @@ from composed import ROOT, Composed, is_ours
 from ruamel.yaml import YAML
 
 from dispatcher.resp import Connection, Failure
+from workers import worker
 
 pytestmark = pytest.mark.xdist_group("compose")  # one system for all of them
 
@@ -74,6 +75,8 @@ class Stack(Composed):
         for name in ours:
             self.start(name)
         for name in ours:
+            until(lambda name=name: self.listens(name), lambda name=name: self.said(name))
+        for name in ours:  # a program each, so only when it is likely to be content
             until(
                 lambda name=name: self.check(name).returncode == 0,
                 lambda name=name: self.said(name),
@@ -191,6 +194,21 @@ class TestFile:
             if drain_s:
                 assert float(service["stop_grace_period"].rstrip("s")) >= float(drain_s) + 10, name
 
+    def test_every_worker_stands_beside_an_engine(self, file):
+        """What --engine names is a service of the file, and a port that it has."""
+        beside = {}
+        for name, service in file["services"].items():
+            if service.get("command", [""])[0] == "worker":
+                engine = worker.address(service["command"][2])
+                host, _, port = engine.url.removeprefix("http://").partition(":")
+                if host == "127.0.0.1":
+                    host = service["network_mode"].removeprefix("service:")
+                words = file["services"][host]["command"]
+                assert words[words.index("--port") + 1] == port, name
+                beside[engine.name] = host
+
+        assert len(beside) == len(set(beside.values())) == 4
+
     def test_prometheus_scrapes_every_role(self, file):
         """A role that is added to the file must be added to Prometheus' settings."""
         stack = Composed(ROOT, {})
@@ -292,17 +310,26 @@ class TestSystem:
             "maxmemory": b"1073741824",
         }
 
-    def test_people_see_what_is_there(self, stack):
-        """An operator's user is enough to look at the pool."""
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("status", "--json"),
+            ("dead", "list"),
+            ("drain", "a100-0", "--no-wait"),
+            ("resume", "a100-0"),
+        ],
+        ids=" ".join,
+    )
+    def test_people_can_look_after_it(self, stack, words):
+        """The operator's user has all the rights that an operator needs."""
         operator = {
             "HEADGATE_REDIS_USERNAME": "operator",
             "HEADGATE_REDIS_PASSWORD_FILE": str(stack.secret("operator")),
         }
 
-        done = stack.run("client", "status", "--json", **operator)
+        done = stack.run("client", *words, **operator)
 
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["leader"]
 
     def test_the_standby_goes_on(self, stack):
         """The leader is stopped as Compose stops it; the next request is answered all the same."""
@@ -317,6 +344,12 @@ class TestSystem:
 
         assert json.loads(done.stdout)["outcome"] == "completed"
         assert stack.leaders() == [name for name in DISPATCHERS if name != leader]
+
+    def test_an_autoscaler_may_count_what_waits(self, stack):
+        """KEDA's redis scaler asks by a script of its own; a viewer may run it."""
+        script = "if redis.call('type', KEYS[1]).ok == 'zset' then return redis.call('zcard', KEYS[1]) end return 0"
+        with stack.redis("viewer") as redis:
+            assert redis.call("EVAL", script, "1", "hg:{default}:waiting") == 0
 
     def test_no_role_wanted_more_than_it_may(self, stack):
         """The rights suffice for all of the above. Only a dispatcher may load functions; the others can do without."""
@@ -420,6 +453,16 @@ class TestRights:
 
         assert isinstance(said, Failure)
         assert said.startswith(("NOPERM", "NOAUTH"))
+
+
+class TestEnd:
+    """The last of this file's: it ends the system that the others use."""
+
+    def test_every_role_leaves_at_sigterm(self, stack):
+        """`docker compose stop` has nobody to kill, and nothing counts as a failure to be restarted."""
+        codes = stack.down()
+
+        assert set(codes.values()) == {0}, codes
 
 
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "headgate.json"

@@ -259,6 +259,17 @@ class TestScaling:
 
         assert pods(built)[target]["metadata"]["labels"]["headgate.io/role"] == "worker"
 
+    def test_the_documented_alternative_is_valid(self):
+        """What docs/DEPLOYMENT.md offers to those without Prometheus is taken as it stands there."""
+        text = (ROOT / "docs" / "DEPLOYMENT.md").read_text()
+        [block] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+        found = kustomized.load(block)
+        for resource in found:
+            schema = SCHEMAS["kinds"][f"keda.sh/v1alpha1 {resource['kind']}"]
+            jsonschema.validate(resource, schema | {"$defs": SCHEMAS["$defs"]})
+
+        assert [r["kind"] for r in found] == ["TriggerAuthentication", "ScaledObject"]
+
     def test_rules_are_prometheus_own(self, built):
         """The operator's copy of the rules says what deploy/prometheus/rules.yml says."""
         rules = YAML(typ="safe", pure=True).load(ROOT / "deploy/prometheus/rules.yml")
