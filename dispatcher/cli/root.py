@@ -27,7 +27,7 @@ from scheduler.errors import HeadgateError
 from scheduler.settings import LogSettings, Settings
 
 COMMANDS = {
-    "dispatcher": "Dispatch a pool's requests; a second one stands by.",
+    "dispatcher": "Dispatch a pool's requests to its endpoints; a second process stands by.",
     "door": "Serve OpenAI's HTTP API on a pool.",
     "up": "Run everything on this machine: Redis, dispatcher, workers, emulated engines.",
     "demo": "Play a workload through the whole system on emulated engines.",

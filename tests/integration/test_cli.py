@@ -94,7 +94,7 @@ class TestDoor:
         ran = headgate("sttings")
 
         assert ran.returncode == 2
-        assert "Did you mean 'settings'?" in ran.stderr
+        assert "Did you mean 'settings'" in ran.stderr
 
     def test_mistakes_out_of_a_task_group_leave_by_the_same_door(self, monkeypatch, capsys):
         """A group of our errors is one line each, however deep they lie."""
