@@ -68,6 +68,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     workers: int = 1
     drain_s: float = 5.0
+    door_port: int | None = None
+    "Of the HTTP door; 0: a free one; None: no door."
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +82,9 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, str]
     "Where each role's /metrics is."
 
+    door: str
+    "The HTTP door's URL; empty where there is none."
+
     pids: dict[str, int]
     logs: str
 
@@ -87,10 +92,10 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 class Stack:
     """What `Wanted` asks for, running.
 
-    1. `async with` starts Redis (unless one is given), the emulated engines, the dispatcher, the workers, in this
-       order, and returns when every endpoint has beaten.
+    1. `async with` starts Redis (unless one is given), the emulated engines, the dispatcher, the workers and the
+       door, in this order, and returns when every endpoint has beaten.
     2. `watch` restarts who dies, until cancelled.
-    3. Leaving drains the workers, then ends the others.
+    3. Leaving closes the door, drains the workers, then ends the others.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class Stack:
         self._engines: list[Child] = []
         self._dispatcher: Child | None = None
         self._workers: list[Child] = []
+        self._door: Child | None = None
         self._endpoints: list[Engine] = []
         self._models: list[str] = []
 
@@ -137,6 +143,7 @@ class Stack:
                 for child in children
                 if child.ready.get("metrics_port")
             },
+            door=self._door.ready["url"] if self._door is not None else "",
             pids=pids,
             logs=str(self._directory),
         )
@@ -167,8 +174,8 @@ class Stack:
 
     @property
     def _children(self) -> list[Child]:
-        one = [self._dispatcher] if self._dispatcher is not None else []
-        return [*self._engines, *one, *self._workers]
+        ones = [self._dispatcher, *self._workers, self._door]
+        return [*self._engines, *(one for one in ones if one is not None)]
 
     async def _start(self) -> None:
         counts: Counter[str] = Counter()
@@ -193,8 +200,19 @@ class Stack:
             for n, share in enumerate(shares)
             if share
         ]
-        await _together([child.start() for child in self._workers])
+        if self._wanted.door_port is not None:
+            self._door = self._child("door", self._door_words(self._wanted.door_port))
+        doors = [self._door] if self._door is not None else []
+        await _together([child.start() for child in [*self._workers, *doors]])
         await self._await_beats()
+
+    def _door_words(self, port: int) -> Callable[[Ready | None], list[str]]:
+        def words(before: Ready | None) -> list[str]:
+            # Started again it must be found where it was.
+            bound = before["url"].rpartition(":")[2] if before else str(port)
+            return ["door", "--port", bound, "--drain-s", str(self._wanted.drain_s)]
+
+        return words
 
     def _child(self, name: str, words: Callable[[Ready | None], Sequence[str]]) -> Child:
         settings = self.settings
@@ -259,8 +277,11 @@ class Stack:
 
     async def _stop(self) -> None:
         grace_s = self._wanted.drain_s + GRACE_S
+        if self._door is not None:
+            await self._door.stop(grace_s=grace_s)
         await _together([child.stop(grace_s=grace_s) for child in self._workers])
-        others = [child for child in self._children if child not in self._workers]
+        ended = [*self._workers, self._door]
+        others = [child for child in self._children if child not in ended]
         await _together([child.stop(grace_s=GRACE_S) for child in others])
         if self._server.was_started_here:
             await asyncio.to_thread(self._server.stop)

@@ -43,6 +43,10 @@ async def door(
         int | None,
         typer.Option(min=0, max=65535, help="A second one for /metrics; 0: only the door's own."),
     ] = None,
+    drain_s: Annotated[
+        float | None,
+        typer.Option(min=0, help="For open requests at the end; else door.drain_s."),
+    ] = None,
     ready_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write the ready line as well.")
     ] = None,
@@ -51,7 +55,7 @@ async def door(
 
     Prints one line of JSON when it is open. SIGTERM: open requests may finish, then exits 0.
     """
-    said = {"host": host, "port": port, "metrics_port": metrics_port}
+    said = {"host": host, "port": port, "metrics_port": metrics_port, "drain_s": drain_s}
     own = msgspec.structs.replace(
         settings.door, **{name: value for name, value in said.items() if value is not None}
     )

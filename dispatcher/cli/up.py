@@ -32,6 +32,9 @@ async def up(
     time_scale: Annotated[float, typer.Option(help="Emulated: times faster.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the emulated engines.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
+    door_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the HTTP door; 0: a free one.")
+    ] = 0,
     drain_s: Annotated[float, typer.Option(help="For running requests at the end.")] = 5.0,
     directory: Annotated[
         Path | None, typer.Option(help="Logs and private Redis; else a temporary one.")
@@ -47,6 +50,7 @@ async def up(
         seed=seed,
         workers=workers,
         drain_s=drain_s,
+        door_port=door_port,
     )
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -92,6 +96,7 @@ def _greet(running: Running) -> None:
     typer.echo(f"redis   {running.redis}, pool {running.pool}")
     for one in running.endpoints:
         typer.echo(f"engine  {one.name} {one.url} {one.hardware}".rstrip())
+    typer.echo(f"door    {running.door}/v1")
     for role, url in running.metrics.items():
         typer.echo(f"metrics {role} {url}")
     typer.echo(f"logs    {running.logs}")
