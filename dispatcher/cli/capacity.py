@@ -32,7 +32,9 @@ def capacity(
     ] = "0.99,0.9",
     rate: Annotated[
         float | None,
-        typer.Option(help="Find the smallest fleet for this rate: the given one, scaled in proportion."),
+        typer.Option(
+            help="Find the smallest fleet for this rate: the given one, scaled in proportion."
+        ),
     ] = None,
     seeds: cells.SeedsOption = 3,
     slice_: cells.SliceOption = None,
@@ -61,7 +63,7 @@ def capacity(
                 with Bench(stage, jobs) as bench:
                     found = f"{_highest_rate(bench, name, share, seeds):.2f}"
             else:
-                found = _smallest_fleet(stage, name, share, rate, seeds, jobs)
+                found = _smallest_fleet(stage, name, share, rate_rps=rate, seeds=seeds, jobs=jobs)
             table.add_row(name, f"{share:.0%}", found)
     Console().print(table)
 
@@ -86,14 +88,12 @@ def _bisected(keeps: Callable[[float], bool], most: float) -> float:
 
 
 def _smallest_fleet(
-    stage: Lab, name: str, share: float, rate_rps: float, seeds: int, jobs: int | None
+    stage: Lab, name: str, share: float, *, rate_rps: float, seeds: int, jobs: int | None
 ) -> str:
     """How many endpoints of the fleet's mix keep this share at this rate."""
 
     def keeps(times: int) -> bool:
-        grown = tuple(
-            structs.replace(spec, count=spec.count * times) for spec in unit.endpoints
-        )
+        grown = tuple(structs.replace(spec, count=spec.count * times) for spec in unit.endpoints)
         fleet = structs.replace(unit, endpoints=grown)
         with Bench(structs.replace(stage, fleet=fleet), jobs) as bench:
             found = bench.cells([Cell(name, seed, rate_rps, None) for seed in range(seeds)])

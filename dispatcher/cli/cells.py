@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Annotated, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import msgspec
 import typer
@@ -60,7 +60,8 @@ ClosedOption = Annotated[
     bool, typer.Option("--closed", help="A turn of a conversation waits for the one before.")
 ]
 ExactOption = Annotated[
-    bool, typer.Option("--exact", help="Machines as their profiles say: no jitter, noise or stalls.")
+    bool,
+    typer.Option("--exact", help="Machines as their profiles say: no jitter, noise or stalls."),
 ]
 ZeroDelayOption = Annotated[
     bool, typer.Option("--zero-delay", help="Everybody knows everything at once.")
@@ -164,7 +165,7 @@ class Bench:
             jobs or os.cpu_count() or 1, initializer=_hold, initargs=(stage,)
         )
 
-    def __enter__(self) -> "Bench":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -31,7 +31,9 @@ def compare(
     ] = ",".join(METRICS),
     plots: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write pictures and one page there; needs headgate[plots]."),
+        typer.Option(
+            metavar="DIR", help="Write pictures and one page there; needs headgate[plots]."
+        ),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables for a document.")] = False,
 ) -> None:

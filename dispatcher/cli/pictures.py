@@ -72,7 +72,9 @@ def _by_load(key: str, rows: Sequence[Contrast]) -> "Figure":
             middle - np.array([row.value.low for row in own]),
             np.array([row.value.high for row in own]) - middle,
         ]
-        axes.errorbar(places, middle, yerr=np.maximum(errors, 0.0), label=policy, capsize=2, marker="o", ms=3)
+        axes.errorbar(
+            places, middle, yerr=np.maximum(errors, 0.0), label=policy, capsize=2, marker="o", ms=3
+        )
     if key.endswith("_s"):
         axes.set_yscale("log")
     axes.legend(fontsize="x-small", ncols=2)
@@ -118,12 +120,15 @@ def _page(
     folder: Path, names: Sequence[str], tables: Mapping[str, Sequence[Contrast]], base: str
 ) -> str:
     """HTML that needs nothing beside itself."""
+    style = (
+        "body{font:14px sans-serif;max-width:1000px;margin:2em auto}"
+        "td,th{padding:2px 10px;text-align:left}img{max-width:100%}"
+    )
+    how = "Medians with 95 % bootstrap intervals, paired by seed."
     parts = [
         "<!doctype html><meta charset='utf-8'><title>headgate compare</title>",
-        "<style>body{font:14px sans-serif;max-width:1000px;margin:2em auto}"
-        "td,th{padding:2px 10px;text-align:left}img{max-width:100%}</style>",
-        f"<h1>headgate compare</h1><p>Baseline: {html.escape(base)}. "
-        "Medians with 95 % bootstrap intervals, paired by seed.</p>",
+        f"<style>{style}</style>",
+        f"<h1>headgate compare</h1><p>Baseline: {html.escape(base)}. {how}</p>",
     ]
     for name in names:
         image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
@@ -135,9 +140,11 @@ def _page(
 
 
 def _rows(rows: Sequence[Contrast]) -> str:
-    lines = ["<table><tr><th>policy<th>at<th>median<th>low<th>high<th>vs baseline<th>low<th>high</tr>"]
+    lines = [
+        "<table><tr><th>policy<th>at<th>median<th>low<th>high<th>vs baseline<th>low<th>high</tr>"
+    ]
     for row in rows:
-        versus = ("-",) * 3
+        versus: tuple[str, ...] = ("-",) * 3
         if row.versus is not None:
             versus = tuple(f"{v:.3f}" for v in (row.versus.median, row.versus.low, row.versus.high))
         own = (f"{v:.3f}" for v in (row.value.median, row.value.low, row.value.high))

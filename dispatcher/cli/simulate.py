@@ -31,7 +31,8 @@ def simulate(
     ] = None,
     seeds: cells.SeedsOption = 1,
     out: Annotated[
-        Path | None, typer.Option("--json", metavar="OUT", help="A list, one object a cell and seed.")
+        Path | None,
+        typer.Option("--json", metavar="OUT", help="A list, one object a cell and seed."),
     ] = None,
     slo: cells.SloOption = None,
     slice_: cells.SliceOption = None,

@@ -51,7 +51,10 @@ def ttft_mean_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> flo
     if not arrivals:
         return 0.0
     alone = [
-        min(service_s(machine, arrival.prompt_tokens, _spared(machine, cached)) for machine in machines)
+        min(
+            service_s(machine, arrival.prompt_tokens, _spared(machine, cached))
+            for machine in machines
+        )
         for arrival, cached in zip(arrivals, cached_at_best(arrivals), strict=True)
     ]
     at_s = np.array([arrival.at_s for arrival in arrivals])

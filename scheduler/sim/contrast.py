@@ -6,7 +6,6 @@ import msgspec
 import numpy as np
 
 from scheduler.sim.report import Report
-from scheduler.state import Floats
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_250_101
@@ -43,7 +42,7 @@ def bootstrap(values: Sequence[float]) -> Estimate:
     >>> bootstrap([1.0, 1.0, 1.0])
     Estimate(median=1.0, low=1.0, high=1.0)
     """
-    sample: Floats = np.asarray(values, dtype=np.float64)
+    sample = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     drawn = rng.integers(len(sample), size=(RESAMPLES, len(sample)))
     medians = np.median(sample[drawn], axis=1)

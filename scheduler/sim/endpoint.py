@@ -44,7 +44,15 @@ Report = Callable[[float, Beat | Reward], None]
 class Attempt:
     """One job in a worker's hands."""
 
-    __slots__ = ("admitted_at", "expected_tokens", "fate", "first_at", "job", "pulled_at", "sequence")
+    __slots__ = (
+        "admitted_at",
+        "expected_tokens",
+        "fate",
+        "first_at",
+        "job",
+        "pulled_at",
+        "sequence",
+    )
 
     def __init__(
         self, job: Job, sequence: Sequence, fate: Fate, *, pulled_at: float, expected_tokens: float
@@ -131,6 +139,8 @@ class Endpoint:
         self._first_tokens: list[str] = []
         self._news_at = math.inf
         self._tend_at = math.inf
+        self._has_changed = False
+        "Since the last look at the held: who may enter can only differ by it, or by time."
         self._n_steps = 0
 
     # What the world tells.
@@ -139,10 +149,14 @@ class Endpoint:
         """A job has come down the stream."""
         if self.is_dead or job.epoch != self.epoch:
             return
+        older = self._held.get(job.id) or self._running.get(job.id)
+        if older is not None:  # it was taken from us and has come back
+            self._drop(older, now)
         attempt = Attempt(
             job, sequence, fate, pulled_at=now, expected_tokens=max(self._usual_tokens, 1.0)
         )
         self._held[job.id] = attempt
+        self._has_changed = True
         if job.deadline_at is not None:
             heappush(self._deadlines, (job.deadline_at, job.id, job.attempt))
         self.turn(now)
@@ -214,7 +228,7 @@ class Endpoint:
         self._catch_up(now)
         if self._deadlines and self._deadlines[0][0] <= now:
             self._end_the_late(now)
-        if self._held:
+        if self._held and (self._has_changed or now >= self._tend_at):
             self._admit(now)
         while self._entering and self._entering[0][0] <= now:
             self._enter(self._entering.popleft()[1], now)
@@ -247,6 +261,7 @@ class Endpoint:
     # Admitting.
 
     def _admit(self, now: float) -> None:
+        self._has_changed = False
         held = list(self._held.values())
         if self._is_open:
             chosen = list(range(len(held)))
@@ -316,17 +331,22 @@ class Endpoint:
     def _settle(self, step: Step) -> None:
         now = step.ended_at
         self._learn(step)
+        # Whoever was dropped while this step was under way is in it still, and is nobody's any more.
         for sequence in step.preempted:
-            self._running[sequence.id].fate.wasted_tokens += sequence.total_tokens
+            if sequence.id in self._running:
+                self._running[sequence.id].fate.wasted_tokens += sequence.total_tokens
         for sequence in step.prefilled:
-            attempt = self._running[sequence.id]
-            if attempt.first_at is None:
+            attempt = self._running.get(sequence.id)
+            if attempt is not None and attempt.first_at is None:
                 self._first_token(attempt, now)
         for sequence in step.finished:
-            self._finish(self._running[sequence.id], now)
+            attempt = self._running.get(sequence.id)
+            if attempt is not None:
+                self._finish(attempt, now)
 
     def _first_token(self, attempt: Attempt, now: float) -> None:
         attempt.first_at = now
+        self._has_changed = True
         self._prefill_tokens -= attempt.uncached_tokens
         if attempt.fate.first_token_at is None:
             attempt.fate.first_token_at = now
@@ -336,6 +356,7 @@ class Endpoint:
 
     def _finish(self, attempt: Attempt, now: float) -> None:
         del self._running[attempt.job.id]
+        self._has_changed = True
         fate, sequence = attempt.fate, attempt.sequence
         fate.end = "completed"
         fate.finished_at = now
@@ -359,12 +380,15 @@ class Endpoint:
 
     def _drop(self, attempt: Attempt, now: float) -> None:
         """Out of the worker's hands and out of the engine."""
-        if self._held.pop(attempt.job.id, None) is not None:
+        self._has_changed = True
+        if self._held.get(attempt.job.id) is attempt:
+            del self._held[attempt.job.id]
             return
         if not self.is_frozen:
             self._catch_up(now)
-        if self._running.pop(attempt.job.id, None) is None:
+        if self._running.get(attempt.job.id) is not attempt:
             return
+        del self._running[attempt.job.id]
         attempt.fate.wasted_tokens += self._computed(attempt)
         self.engine.abort(attempt.sequence.id)
         if attempt.first_at is None:
@@ -420,7 +444,9 @@ class Endpoint:
         job, sequence, first_at = attempt.job, attempt.sequence, attempt.first_at
         said = sequence.output_tokens
         prefill_s = (
-            None if first_at is None or attempt.admitted_at is None else first_at - attempt.admitted_at
+            None
+            if first_at is None or attempt.admitted_at is None
+            else first_at - attempt.admitted_at
         )
         return Reward(
             id=job.id,

@@ -103,7 +103,9 @@ class Engine:
         tokens = pairs = 0
         for sequence in [*self._prefill.values(), *self._line]:
             is_waiting = sequence.status is Status.WAITING
-            done = self._hits(sequence) * self.settings.block_size if is_waiting else sequence.computed
+            done = (
+                self._hits(sequence) * self.settings.block_size if is_waiting else sequence.computed
+            )
             left = sequence.total_tokens - done
             tokens += left
             pairs += left * done + left * left // 2

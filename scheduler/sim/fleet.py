@@ -1,19 +1,19 @@
 """Fleets as TOML: which endpoints stand there, how they are reached, and what befalls them.
 
-    [[endpoints]]
-    profile = "a30"            # one of `headgate simulate --help`'s profiles
-    count = 8
-    [endpoints.engine]         # vLLM's own arguments, see `arguments`
-    max_num_seqs = 128
+[[endpoints]]
+profile = "a30"            # one of `headgate simulate --help`'s profiles
+count = 8
+[endpoints.engine]         # vLLM's own arguments, see `arguments`
+max_num_seqs = 128
 
-    [chance]                   # how a real fleet differs from its data sheet
-    jitter = 0.3
+[chance]                   # how a real fleet differs from its data sheet
+jitter = 0.3
 
-    [[faults]]
-    at_s = 300.0
-    endpoint = "a30-2"
-    kind = "slow"
-    factor = 3.0
+[[faults]]
+at_s = 300.0
+endpoint = "a30-2"
+kind = "slow"
+factor = 3.0
 """
 
 import tomllib

@@ -227,9 +227,7 @@ class _Bound(LabPolicy, frozen=True):
         raise NotImplementedError
 
     def dispatch(self, stage: Stage) -> Dispatch:
-        desk = Desk(
-            lease_s=stage.delays.lease_s, prefix_blocks=PREFIX_BLOCKS, learns=self.learns
-        )
+        desk = Desk(lease_s=stage.delays.lease_s, prefix_blocks=PREFIX_BLOCKS, learns=self.learns)
         return Bound(desk, self.router(desk, stage.rng))
 
 
@@ -403,7 +401,7 @@ class EarliestFinish(_Bound, frozen=True, tag="earliest-finish"):
 class Oracle(LabPolicy, frozen=True, tag="oracle"):
     """Greedy on the truth: real coefficients, caches and queues, without delay. Cannot exist."""
 
-    def dispatch(self, stage: Stage) -> Dispatch:
+    def dispatch(self, stage: Stage) -> Dispatch:  # noqa: ARG002
         raise AssertionError("the oracle cannot begin without the truth")
 
     def dispatch_knowing(self, stage: Stage, truth: Truth) -> Dispatch:
@@ -443,9 +441,7 @@ ALL: tuple[type[LabPolicy], ...] = (
     Oracle,
 )
 
-BY_NAME: Mapping[str, type[LabPolicy]] = {
-    str(kind.__struct_config__.tag): kind for kind in ALL
-}
+BY_NAME: Mapping[str, type[LabPolicy]] = {str(kind.__struct_config__.tag): kind for kind in ALL}
 
 
 def named(text: str) -> LabPolicy:

@@ -1,12 +1,12 @@
 """Promises for traces that carry none: classes of requests as TOML.
 
-    [[classes]]                 # the first class that takes an arrival promises for it
-    client = "61"               # of the trace; absent: anybody
-    share = 0.4                 # of those it could take, drawn by a fixed seed; absent: all
-    ttft_ms = 500
-    ttft_prefills = 3.0         # and so many times its own cold prefill on `reference`
-    tpot_ms = 50
-    weight = 2.0
+[[classes]]                 # the first class that takes an arrival promises for it
+client = "61"               # of the trace; absent: anybody
+share = 0.4                 # of those it could take, drawn by a fixed seed; absent: all
+ttft_ms = 500
+ttft_prefills = 3.0         # and so many times its own cold prefill on `reference`
+tpot_ms = 50
+weight = 2.0
 """
 
 import tomllib

@@ -197,7 +197,9 @@ def _by_decile(fates: Sequence[Fate]) -> list[float]:
 def _waited_s(fate: Fate, now: float) -> float:
     if fate.ttft_s is not None:
         return fate.ttft_s
-    return max(0.0, (fate.finished_at or now) - fate.enqueued_at) if fate.end == "unfinished" else 0.0
+    return (
+        max(0.0, (fate.finished_at or now) - fate.enqueued_at) if fate.end == "unfinished" else 0.0
+    )
 
 
 def _mean(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:

@@ -248,7 +248,7 @@ class World:
             case Finish():
                 fate = self.fates[int(command.result.id)]
                 outcome = command.result.outcome
-                fate.end = outcome if outcome in ("expired", "rejected") else "failed"  # type: ignore[assignment]
+                fate.end = outcome if outcome in ("expired", "rejected") else "failed"
                 self._ended(fate)
             case Abort():
                 self.aborts += 1

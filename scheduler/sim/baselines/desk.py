@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 
 from scheduler import cost
-from scheduler.events import Arrived, Assign, Command, Event, Finish
+from scheduler.events import Arrived, Assign, Command, Event, Finish, Reclaim
 from scheduler.ledger import Ledger, Line
 from scheduler.predict import Predictor
 from scheduler.prefix import BLOCK_TOKENS, Index
-from scheduler.state import Floats
+from scheduler.state import Bools, Floats
 from scheduler.wire import Beat, Decision, Job, Request, Result, Reward
 
 NEVER = float("inf")
@@ -182,6 +182,7 @@ class Desk:
         self._lease_s = lease_s
         self._held: dict[str, tuple[int, Asked]] = {}
         self._attempts: dict[str, int] = {}
+        self._reclaims: list[Command] = []
         self._usual_tokens = 256.0
 
     def living(self, asked: Asked, now: float) -> list[int]:
@@ -192,6 +193,11 @@ class Desk:
             if now - seen_at <= self._lease_s
             and asked.prompt_tokens < self.beats[slot].max_model_len
         ]
+
+    def is_heard(self, now: float) -> Bools:
+        """Which slots were heard from within the lease."""
+        found: Bools = now - np.array(self._seen_at) <= self._lease_s
+        return found
 
     def is_possible(self, asked: Asked) -> bool:
         """Whether any endpoint ever seen could hold this prompt."""
@@ -209,7 +215,9 @@ class Desk:
             self.prefixes.insert(slot, asked)
         self._held[asked.id] = (slot, asked)
         self._attempts[asked.id] = self._attempts.get(asked.id, 0) + 1
-        return self._command(asked, slot, cached, predicted_s, features, now)
+        return self._command(
+            asked, slot, cached=cached, predicted_s=predicted_s, features=features, now=now
+        )
 
     def _features(self, slot: int, tokens: float, pairs: float, now: float) -> tuple[str, ...]:
         """What the predictor is to learn from when the answer has passed."""
@@ -228,6 +236,7 @@ class Desk:
         self,
         asked: Asked,
         slot: int,
+        *,
         cached: int,
         predicted_s: float,
         features: tuple[str, ...],
@@ -321,7 +330,25 @@ class Desk:
         for asked in lost:
             del self._held[asked.id]
             self.ledger.release(slot, asked.id, now)
+            self._reclaims.append(self._reclaim(asked, self.names[slot], now))
         return lost
+
+    def reclaims(self) -> list[Command]:
+        """Words that fence what lost endpoints may still say, since they were last asked for."""
+        taken, self._reclaims = self._reclaims, []
+        return taken
+
+    def _reclaim(self, asked: Asked, endpoint: str, now: float) -> Reclaim:
+        attempt = self._attempts[asked.id]
+        decision = Decision(id=asked.id, kind="reclaimed", at=now, endpoint=endpoint)
+        return Reclaim(
+            id=asked.id,
+            entry=asked.entry,
+            endpoint=endpoint,
+            attempt=attempt,
+            deadline_at=None,
+            decision=decision,
+        )
 
     def lapse_at(self) -> float | None:
         """When the next endpoint that holds something would count as lost."""
@@ -353,7 +380,7 @@ class Bound:
     def decide(self, now: float) -> list[Command]:
         for slot in self._desk.silent(now):
             self._new.extend(self._desk.lose(slot, now))
-        commands: list[Command] = []
+        commands = self._desk.reclaims()
         for _ in range(len(self._new)):
             asked = self._new.popleft()
             slots = self._desk.living(asked, now)
@@ -363,11 +390,11 @@ class Bound:
                 else:
                     commands.append(self._desk.refuse(asked, "longer than every context", now))
                 continue
-            slot = self._router.choose(asked, slots, now)
-            if slot is None:
+            chosen = self._router.choose(asked, slots, now)
+            if chosen is None:
                 commands.append(self._desk.refuse(asked, "its promise cannot be kept", now))
             else:
-                commands.append(self._desk.send(asked, slot, now))
+                commands.append(self._desk.send(asked, chosen, now))
         return commands
 
     def wakeup_at(self) -> float | None:
@@ -404,20 +431,22 @@ class Lined:
         for asked in self._stuck:
             self._order.add(asked)
         self._stuck = []
-        commands: list[Command] = []
+        commands = self._desk.reclaims()
         while len(self._order) and self._free(now).any():
             chosen = self._order.pop(now)
             if chosen is None:
                 break
-            commands.append(self._place(chosen, now))
+            command = self._place(chosen, now)
+            if command is not None:
+                commands.append(command)
         commands += [
             self._desk.refuse(asked, "its promise cannot be kept", now)
             for asked in self._order.dropped()
         ]
         self._plan_wakeup(now)
-        return [command for command in commands if command is not None]
+        return commands
 
-    def _place(self, asked: Asked, now: float) -> Command | None:  # type: ignore[return]
+    def _place(self, asked: Asked, now: float) -> Command | None:
         desk = self._desk
         living = desk.living(asked, now)
         free = self._free(now)
@@ -432,17 +461,17 @@ class Lined:
         slot = min(slots, key=lambda at: (float(total_s[at]), at))
         return desk.send(asked, slot, now, float(total_s[slot]))
 
-    def _free(self, now: float) -> Floats:
+    def _free(self, now: float) -> Bools:
         desk = self._desk
         seats = np.array([beat.max_num_seqs for beat in desk.beats])
         kv = np.array([beat.kv_tokens for beat in desk.beats])
         roomy = (desk.ledger.seats < seats) & ((desk.ledger.kv < kv) | (desk.ledger.seats == 0))
-        found: Floats = roomy & (desk.costs.backlog_s(now) <= self._window_s)
+        found: Bools = roomy & desk.is_heard(now) & (desk.costs.backlog_s(now) <= self._window_s)
         return found
 
     def _plan_wakeup(self, now: float) -> None:
         self._room_at = None
-        if len(self._order):
+        if len(self._order) or self._stuck:
             wait_s = self._desk.costs.backlog_s(now) - self._window_s
             ahead = wait_s[wait_s > 0]
             self._room_at = now + max(0.01, float(ahead.min()) if len(ahead) else 0.05)

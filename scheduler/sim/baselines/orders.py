@@ -57,9 +57,7 @@ class Dropping(Ranked):
         return lost
 
 
-def moore_hodgson(
-    due: list[float], service_s: list[float], now: float, speed: float
-) -> list[int]:
+def moore_hodgson(due: list[float], service_s: list[float], now: float, speed: float) -> list[int]:
     """Places of the most requests that can all be on time on one server of `speed` (Moore 1968), in due order.
 
     In due order each is taken; where one is late, the longest taken so far is given up.
