@@ -13,7 +13,9 @@ umask 022
 
 # A key's name is prefix:{pool}:kind; this covers every pool under the prefix hg.
 keys() { for kind in "$@"; do printf ' ~hg:{*}:%s' "$kind"; done; }
-hash() { printf %s "$1" | sha256sum | cut -d ' ' -f 1; }
+sum=sha256sum
+command -v $sum >/dev/null || sum='shasum -a 256' # macOS
+hash() { printf %s "$1" | $sum | cut -d ' ' -f 1; }
 
 password() { [ -s "$directory/$1" ] || od -An -N24 -tx1 /dev/urandom | tr -d ' \n' >"$directory/$1"; }
 
