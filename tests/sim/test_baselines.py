@@ -232,13 +232,13 @@ class TestOrders:
         assert order.dropped() == []
 
     def test_least_slack(self):
-        """Slack: lost -2, long 1, soon 1 (the older first), tiny 10.5."""
-        order = orders.Ranked(lambda one: one.due_at - service_s(one))
-        assert served(order, LINE) == ["lost", "long", "soon", "tiny"]
+        """Slack: long 1, soon 1 (the older first), tiny 10.5; lost, at -2, waits behind."""
+        order = orders.Relegating(lambda one: one.due_at - service_s(one), service_s)
+        assert served(order, LINE) == ["long", "soon", "tiny", "lost"]
 
     def test_moore_hodgson_gives_up_the_longest(self):
         """soon (2 s by 3), long (5 s by 6) and tiny (0.5 s by 11): soon and long cannot both be; long goes."""
-        order = orders.MooreHodgson(service_s, lambda: 1.0)
+        order = orders.MooreHodgson(service_s, service_s, lambda: 1.0)
         for one in LINE:
             order.add(one)
         assert order.pop(0.0).id == "soon"
@@ -247,7 +247,8 @@ class TestOrders:
 
     def test_niyama(self):
         """Due + 0.5 * work: soon 4, long 8.5, tiny 11.25; lost is relegated to the end."""
-        assert served(orders.Relegating(service_s, 0.5), LINE) == ["soon", "long", "tiny", "lost"]
+        order = orders.Relegating(lambda one: one.due_at + 0.5 * service_s(one), service_s)
+        assert served(order, LINE) == ["soon", "long", "tiny", "lost"]
 
     def test_kairos_takes_the_highest_urgency_below_one(self):
         """Urgency: long 5/6, soon 2/3, tiny 0.5/11; lost is beyond 1 and waits."""

@@ -39,15 +39,16 @@ class Ranked:
 class Dropping(Ranked):
     """Earliest due first; who cannot make it any more when its turn comes is refused."""
 
-    def __init__(self, service_s: Service, pace: float = 1.0) -> None:
+    def __init__(self, finish_s: Service) -> None:
+        """`finish_s` says how long a request takes if it goes next."""
         super().__init__(lambda asked: asked.due_at)
-        self._service_s, self._pace = service_s, pace
+        self._finish_s = finish_s
         self._lost: list[Asked] = []
 
     def pop(self, now: float) -> Asked | None:
         while self._heap:
             asked = heappop(self._heap)[3]
-            if now + self._pace * self._service_s(asked) <= asked.due_at:
+            if now + self._finish_s(asked) <= asked.due_at:
                 return asked
             self._lost.append(asked)
         return None
@@ -79,24 +80,25 @@ def moore_hodgson(due: list[float], service_s: list[float], now: float, speed: f
 class MooreHodgson:
     """The most on time of those who wait, by their due moments; the others when nothing else waits, shortest first."""
 
-    def __init__(self, service_s: Service, speed: Callable[[], float]) -> None:
-        """`speed` says how many mean endpoints serve the line."""
-        self._service_s, self._speed = service_s, speed
-        self._line: dict[str, tuple[float, float, Asked]] = {}
+    def __init__(self, service_s: Service, finish_s: Service, speed: Callable[[], float]) -> None:
+        """`finish_s` says how long one takes if it goes next, `speed` how many mean endpoints serve the line."""
+        self._service_s, self._finish_s, self._speed = service_s, finish_s, speed
+        self._line: dict[str, tuple[float, float, Asked, float]] = {}
 
     def __len__(self) -> int:
         return len(self._line)
 
     def add(self, asked: Asked) -> None:
-        self._line[asked.id] = (asked.due_at, self._service_s(asked), asked)
+        last_at = asked.due_at - self._finish_s(asked)
+        self._line[asked.id] = (asked.due_at, self._service_s(asked), asked, last_at)
 
     def pop(self, now: float) -> Asked | None:
         if not self._line:
             return None
-        able = [entry for entry in self._line.values() if now + entry[1] <= entry[0]]
+        able = [entry for entry in self._line.values() if now <= entry[3]]
         seen = nsmallest(CONSIDERED, able, key=lambda entry: (entry[0], entry[2].enqueued_at))
         taken = moore_hodgson(
-            [due for due, _, _ in seen], [cost_s for _, cost_s, _ in seen], now, self._speed()
+            [entry[0] for entry in seen], [entry[1] for entry in seen], now, self._speed()
         )
         if taken:
             chosen = seen[taken[0]][2]
@@ -110,15 +112,15 @@ class MooreHodgson:
 
 
 class Relegating(Ranked):
-    """Niyama: due moment + alpha x own work, and one-shot relegation.
+    """Any rank, with one-shot relegation.
 
     Whoever is found unable to make it when its turn comes goes behind everybody for good (Niyama's eager
     relegation, arXiv 2503.22562, section 3); among those the order is the same.
     """
 
-    def __init__(self, service_s: Service, alpha: float) -> None:
-        super().__init__(lambda asked: asked.due_at + alpha * service_s(asked))
-        self._service_s = service_s
+    def __init__(self, rank: Callable[[Asked], float], finish_s: Service) -> None:
+        super().__init__(rank)
+        self._finish_s = finish_s
         self._relegated: list[tuple[float, float, str, Asked]] = []
 
     def __len__(self) -> int:
@@ -127,7 +129,7 @@ class Relegating(Ranked):
     def pop(self, now: float) -> Asked | None:
         while self._heap:
             entry = heappop(self._heap)
-            if now + self._service_s(entry[3]) <= entry[3].due_at:
+            if now + self._finish_s(entry[3]) <= entry[3].due_at:
                 return entry[3]
             heappush(self._relegated, entry)
         return heappop(self._relegated)[3] if self._relegated else None
@@ -140,8 +142,8 @@ class UrgencyFirst:
     shortest first. Decoding is packed by the worker's slack-guided admission.
     """
 
-    def __init__(self, service_s: Service) -> None:
-        self._service_s = service_s
+    def __init__(self, finish_s: Service) -> None:
+        self._finish_s = finish_s
         self._line: dict[str, tuple[float, Asked]] = {}
         self._late: list[tuple[float, float, str, Asked]] = []
 
@@ -149,7 +151,7 @@ class UrgencyFirst:
         return len(self._line) + len(self._late)
 
     def add(self, asked: Asked) -> None:
-        self._line[asked.id] = (self._service_s(asked), asked)
+        self._line[asked.id] = (self._finish_s(asked), asked)
 
     def pop(self, now: float) -> Asked | None:
         best: tuple[float, float, str] | None = None
