@@ -1,0 +1,128 @@
+"""What the way through the door adds at one client: door, Redis, dispatcher, worker and back, against the engine itself.
+
+    python tests/bench/latency.py [--requests 300] [--time-scale 1000]
+
+The engine is emulated and so fast that it costs nothing but its HTTP. Both ways are asked in turn, so that a noisy
+neighbour disturbs both. Printed: the median and 95th percentile of each way in milliseconds, what the door adds, and
+where it goes, by the moments that the terminal records and rewards keep.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+
+import aiohttp
+import uvloop
+
+from dispatcher.client import Client
+from scheduler import codec
+from scheduler.wire import Reward
+
+HEADGATE = Path(sys.executable).with_name("headgate")
+
+WARM = 30
+"Requests before the first that counts: connections, caches, the predictor's first steps."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--time-scale", type=float, default=1000.0)
+    said = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="headgate-latency-") as directory:
+        process = subprocess.Popen(
+            [
+                *(HEADGATE, "up", "--emulate", "1", "--model", "m", "--json"),
+                *("--time-scale", str(said.time_scale), "--directory", directory),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HOME": directory, "XDG_STATE_HOME": directory},
+        )
+        try:
+            uvloop.run(compare(json.loads(process.stdout.readline()), said.requests))
+        finally:
+            process.terminate()
+            process.wait()
+
+
+async def compare(up, requests: int) -> None:
+    ways = {"engine": up["endpoints"][0]["url"], "door": up["door"]}
+    async with aiohttp.ClientSession() as session, Client(redis=up["redis"]) as client:
+        for is_stream in (False, True):
+            taken = {name: [] for name in (*ways, "client")}
+            for number in range(WARM + requests):
+                for name, url in ways.items():
+                    taken[name].append(await http(session, url, is_stream=is_stream))
+                taken["client"].append(await library(client, is_stream=is_stream, number=number))
+            show("stream, to its first token" if is_stream else "whole", taken)
+        await stages(client, requests)
+
+
+def body(*, is_stream: bool):
+    return {
+        "model": "m",
+        "messages": [{"role": "user", "content": "why is the sky blue?"}],
+        "max_tokens": 2 if is_stream else 1,
+        "stream": is_stream,
+    }
+
+
+async def http(session, url: str, *, is_stream: bool) -> float:
+    began_at = perf_counter()
+    async with session.post(
+        f"{url}/v1/chat/completions", json=body(is_stream=is_stream)
+    ) as answer:
+        assert answer.status == 200, await answer.text()
+        first = await answer.content.readany() if is_stream else await answer.read()
+        took_s = perf_counter() - began_at
+        assert first
+        await answer.read()
+    return took_s
+
+
+async def library(client: Client, *, is_stream: bool, number: int) -> float:
+    began_at = perf_counter()
+    handle = await client.submit(body(is_stream=is_stream))
+    if is_stream:
+        await anext(aiter(handle))
+    else:
+        await handle
+    took_s = perf_counter() - began_at
+    await handle.record()
+    return took_s
+
+
+def show(what: str, taken) -> None:
+    print(f"\n{what}, ms          p50     p95   over the engine's p50")
+    base = median(taken["engine"][WARM:])
+    for name, times in taken.items():
+        kept = times[WARM:]
+        p50, p95 = median(kept), quantiles(kept, n=20)[-1]
+        print(f"  {name:16} {p50 * 1e3:9.3f} {p95 * 1e3:7.3f} {(p50 - base) * 1e3:+9.3f}")
+
+
+async def stages(client: Client, requests: int) -> None:
+    """Medians between the moments that the rewards of the client's own requests name."""
+    rewards = await client.connection.newest(client.keys.rewards, after="0", count=requests)
+    found = [codec.decode(Reward, fields) for _, fields in rewards]
+    moments = ("enqueued_at", "decided_at", "pulled_at", "admitted_at", "first_token_at", "finished_at")
+    print("\nby stage, ms (moments in Redis are whole milliseconds; medians)")
+    for before, after in zip(moments, moments[1:], strict=False):
+        gaps = [
+            getattr(r, after) - getattr(r, before)
+            for r in found
+            if getattr(r, after) is not None and getattr(r, before) is not None
+        ]
+        print(f"  {before[:-3]:12} -> {after[:-3]:12} {median(gaps) * 1e3:8.3f}")
+
+
+if __name__ == "__main__":
+    main()
