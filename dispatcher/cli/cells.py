@@ -158,18 +158,23 @@ def labels(text: str) -> list[str]:
 
 
 class Bench:
-    """Parallel processes that all hold the same lab."""
+    """Parallel processes that all hold the same lab; one job runs in this process itself."""
 
     def __init__(self, stage: Lab, jobs: int | None) -> None:
-        self._pool = ProcessPoolExecutor(
-            jobs or os.cpu_count() or 1, initializer=_hold, initargs=(stage,)
+        self._stage = stage
+        n_jobs = jobs or os.cpu_count() or 1
+        self._pool = (
+            ProcessPoolExecutor(n_jobs, initializer=_hold, initargs=(stage,))
+            if n_jobs > 1
+            else None
         )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def capacities(self, seeds: int) -> list[float]:
         """The fleet's capacity on each seed's machines."""
@@ -186,10 +191,9 @@ class Bench:
     def _all(
         self, what: str, function: Callable[..., T], calls: Sequence[tuple[object, ...]]
     ) -> list[T]:
-        futures: dict[Future[T], int] = {
-            self._pool.submit(function, *call): at for at, call in enumerate(calls)
-        }
-        found: list[T | None] = [None] * len(calls)
+        # All children are forked here, before the bar starts a thread of its own.
+        futures = self._submitted(function, calls)
+        found: list[T] = []
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -198,10 +202,22 @@ class Bench:
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=len(calls))
-            for future in as_completed(futures):
-                found[futures[future]] = future.result()
+            if futures is None:
+                _hold(self._stage)
+                for call in calls:
+                    found.append(function(*call))
+                    bar.advance(task)
+                return found
+            for _ in as_completed(futures):
                 bar.advance(task)
-        return [one for one in found if one is not None]
+        return [future.result() for future in futures]
+
+    def _submitted(
+        self, function: Callable[..., T], calls: Sequence[tuple[object, ...]]
+    ) -> list[Future[T]] | None:
+        if self._pool is None:
+            return None
+        return [self._pool.submit(function, *call) for call in calls]
 
 
 _lab: Lab | None = None

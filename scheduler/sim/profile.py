@@ -107,7 +107,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         """
         c = self.coef
         is_mixed = prefill_attention > 0
-        products = (c.w**self.k + (c.g * new_tokens / 1e3) ** self.k) ** (1 / self.k)
+        products: float = (c.w**self.k + (c.g * new_tokens / 1e3) ** self.k) ** (1 / self.k)
         attention = c.ap * prefill_attention / 1e6
         reading = c.ad * decode_context / 1e3 * (c.mx if is_mixed else 1.0)
         milliseconds = c.t0 + self.extra_ms_per_step + c.r * n_seqs + products + attention + reading
