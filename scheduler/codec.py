@@ -5,11 +5,11 @@ seconds) is `finished_at` in unix milliseconds. Absent is the empty string, and 
 always, in the same order: Redis packs entries of constant shape smallest (156 B against 258 B of JSON).
 """
 
-import contextlib
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -26,12 +26,24 @@ _KEPT = "extra"
 
 def encode(message: msgspec.Struct) -> dict[str, str | bytes]:
     """The message as flat fields, all of them, in the order of its class; then the unknown ones it kept."""
-    fields: dict[str, str | bytes] = {}
-    for name, wire_name, write, _, _ in _plan(type(message)):
-        value = getattr(message, name)
-        fields[wire_name] = "" if value is None else write(value)
-    fields.update(getattr(message, _KEPT, {}))
-    return fields
+    parts = iter(flat(message))
+    return dict(zip(parts, parts, strict=True))  # type: ignore[arg-type]  # names are text
+
+
+def flat(message: msgspec.Struct) -> list[str | bytes]:
+    """The same in one list: name, value, name, value, ... as a function's arguments want them."""
+    plan = _plan(type(message))
+    parts: list[str | bytes] = []
+    for name, write, value in zip(plan.wire_names, plan.writers, plan.values(message), strict=True):
+        parts.append(name)
+        if value is None:
+            parts.append("")
+        else:
+            parts.append(write(value) if write is not None else value)
+    if plan.keeps_unknown:
+        for pair in getattr(message, _KEPT).items():
+            parts += pair
+    return parts
 
 
 def decode(cls: type[M], fields: Mapping[bytes, bytes]) -> M:
@@ -43,25 +55,25 @@ def decode(cls: type[M], fields: Mapping[bytes, bytes]) -> M:
         WireError: a value cannot be read, or a field without default is missing; names the field, the value
             found and the value wanted.
     """
-    values: dict[str, Any] = {}
     plan = _plan(cls)
-    for name, wire_name, _, read, required in plan:
-        raw = fields.get(wire_name.encode())
-        if raw:
+    readers = plan.readers
+    values: dict[str, Any] = {}
+    unknown: dict[str, str] = {}
+    for key, raw in fields.items():  # by what is there: of a message most fields are empty
+        row = readers.get(key)
+        if row is None:
+            unknown[key.decode(errors="replace")] = raw.decode(errors="replace")
+        elif raw:
             try:
-                values[name] = read(raw)
+                values[row[0]] = row[1](raw)
             except ValueError as error:
                 shown = raw[:40].decode(errors="replace")
-                raise WireError(f"field {wire_name!r} is {shown!r}, wanted {error}") from None
-        elif required:
-            raise WireError(f"field {wire_name!r} is missing, wanted {required}")
-    if _KEPT in cls.__struct_fields__:
-        known = _wire_names(cls)
-        values[_KEPT] = {
-            key.decode(errors="replace"): value.decode(errors="replace")
-            for key, value in fields.items()
-            if key not in known
-        }
+                raise WireError(f"field {key.decode()!r} is {shown!r}, wanted {error}") from None
+    for name, wanted in plan.required:
+        if name not in values:
+            raise WireError(f"field {wire_name(name)!r} is missing, wanted {wanted}")
+    if plan.keeps_unknown:
+        values[_KEPT] = unknown
     return cls(**values)
 
 
@@ -74,17 +86,6 @@ def wire_name(field: str) -> str:
     return field[:-2] + "_ms" if field.endswith("_s") else field
 
 
-def flat(fields: Mapping[str, str | bytes]) -> list[str | bytes]:
-    """Fields and values in one list, as a function's arguments want them."""
-    return [part for pair in fields.items() for part in pair]
-
-
-def pairs(items: Iterable[bytes]) -> dict[bytes, bytes]:
-    """The inverse of `flat`, for replies that come as one list."""
-    it = iter(items)
-    return dict(zip(it, it, strict=True))
-
-
 def text_number(value: float) -> str:
     """A number as a person writes it: no exponent, no trailing zeros, microseconds kept.
 
@@ -95,28 +96,48 @@ def text_number(value: float) -> str:
     return str(whole) if whole == value else f"{value:.3f}".rstrip("0").rstrip(".")
 
 
-_Plan = list[tuple[str, str, Callable[[Any], str | bytes], Callable[[bytes], Any], str]]
+_Write = Callable[[Any], str | bytes] | None
+"How to write a value that is there; None: it is text or bytes already."
+
+
+class _Plan(NamedTuple):
+    """How one class crosses the wire, made out once."""
+
+    wire_names: tuple[str, ...]
+    values: Callable[[Any], tuple[Any, ...]]
+    "A message's values in the same order."
+    writers: tuple[_Write, ...]
+    readers: dict[bytes, tuple[str, Callable[[bytes], Any]]]
+    "By its name on the wire: the field's own and how to read it."
+    required: tuple[tuple[str, str], ...]
+    "Which must be there, and what is wanted of each."
+    keeps_unknown: bool
 
 
 @cache
 def _plan(cls: type[msgspec.Struct]) -> _Plan:
-    """One row a field: its name, its wire name, how to write and read it, and what is wanted if it must be there."""
     hints = get_type_hints(cls)
-    required = {f.name for f in msgspec.structs.fields(cls) if f.required}
-    plan: _Plan = []
-    for name in cls.__struct_fields__:
-        if name == _KEPT:
-            continue
-        kind = _bare(hints[name])
-        write, read = _numbers(name) if kind is float else _choice(kind) or _KINDS[kind]
-        wanted = _WANTED.get(kind, "text") if name in required else ""
-        plan.append((name, wire_name(name), write, read, wanted))
-    return plan
+    names = tuple(name for name in cls.__struct_fields__ if name != _KEPT)
+    kinds = {name: _bare(hints[name]) for name in names}
+    ways = {name: _way(name, kind) for name, kind in kinds.items()}
+    required = {field.name for field in msgspec.structs.fields(cls) if field.required}
+    return _Plan(
+        wire_names=tuple(wire_name(name) for name in names),
+        values=attrgetter(*names) if len(names) > 1 else lambda m: (getattr(m, names[0]),),
+        writers=tuple(ways[name][0] for name in names),
+        readers={wire_name(name).encode(): (name, ways[name][1]) for name in names},
+        required=tuple(
+            (name, _WANTED.get(kinds[name], "text")) for name in names if name in required
+        ),
+        keeps_unknown=_KEPT in cls.__struct_fields__,
+    )
 
 
-@cache
-def _wire_names(cls: type[msgspec.Struct]) -> frozenset[bytes]:
-    return frozenset(row[1].encode() for row in _plan(cls))
+def _way(name: str, kind: Any) -> tuple[_Write, Callable[[bytes], Any]]:
+    """How to write and to read a field of this name and type."""
+    if kind is float:
+        return _numbers(name)
+    return _choice(kind) or _KINDS[kind]
 
 
 def _bare(hint: Any) -> Any:
@@ -126,19 +147,19 @@ def _bare(hint: Any) -> Any:
     return hint if get_origin(hint) is Literal else get_origin(hint) or hint
 
 
-def _choice(kind: Any) -> tuple[Callable[[Any], str], Callable[[bytes], str]] | None:
+def _choice(kind: Any) -> tuple[None, Callable[[bytes], str]] | None:
     """How to write and read one of a few words; None where the type is no `Literal`."""
     if get_origin(kind) is not Literal:
         return None
-    words = get_args(kind)
+    words = {word.encode(): word for word in get_args(kind)}
 
     def read(raw: bytes) -> str:
-        word = _read_text(raw)
-        if word not in words:
-            raise ValueError(f"one of {', '.join(words)}")
+        word = words.get(raw)
+        if word is None:
+            raise ValueError(f"one of {', '.join(words.values())}")
         return word
 
-    return str, read
+    return None, read
 
 
 def _numbers(name: str) -> tuple[Callable[[Any], str], Callable[[bytes], Any]]:
@@ -177,9 +198,11 @@ def _read_float(raw: bytes) -> float:
 
 def _read_int(raw: bytes) -> int:
     # Python's int has no bound of its own, and turns some 4,300 digits into a traceback.
-    if len(raw) <= INT_DIGITS:
-        with contextlib.suppress(ValueError):
+    try:
+        if len(raw) <= INT_DIGITS:
             return int(raw)
+    except ValueError:
+        pass
     raise ValueError("a whole number")
 
 
@@ -203,9 +226,9 @@ def _read_words(raw: bytes) -> tuple[str, ...]:
     return tuple(_read_text(raw).split())
 
 
-_KINDS: dict[Any, tuple[Callable[[Any], str | bytes], Callable[[bytes], Any]]] = {
-    str: (str, _read_text),
-    bytes: (bytes, bytes),
+_KINDS: dict[Any, tuple[_Write, Callable[[bytes], Any]]] = {
+    str: (None, _read_text),
+    bytes: (None, bytes),
     int: (str, _read_int),
     bool: (lambda value: "1" if value else "0", _read_bool),
     tuple: (" ".join, _read_words),

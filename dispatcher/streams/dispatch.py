@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from dispatcher.streams.connection import Call, Value
-from dispatcher.streams.producer import milliseconds, packed, score
+from dispatcher.streams.producer import NOTHING, milliseconds, packed, packed_fields, score
 from scheduler import codec
 from scheduler.events import Abort, Arrived, Assign, Finish, Reclaim, Recovered
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
@@ -67,8 +67,8 @@ def assign(keys: Keys, epoch: int, command: Assign) -> Call:
             job.attempt,
             job.epoch,
             DECISIONS_KEPT,
-            packed(codec.encode(job)),
-            packed(codec.encode(command.decision)),
+            packed(job),
+            packed(command.decision),
         ),
     )
 
@@ -93,7 +93,7 @@ def reclaim(keys: Keys, epoch: int, command: Reclaim) -> Call:
             WORKER_GROUP,
             score(command.deadline_at),
             DECISIONS_KEPT,
-            packed(codec.encode(command.decision)),
+            packed(command.decision),
         ),
     )
 
@@ -124,9 +124,9 @@ def conclude(
     )
     is_streamed = command.request is not None and command.request.stream
     last = (
-        codec.encode(Tokens(attempt=result.attempt, index=0, end=result.outcome))
+        packed(Tokens(attempt=result.attempt, index=0, end=result.outcome))
         if is_streamed
-        else {}
+        else NOTHING
     )
     return Call(
         "conclude",
@@ -139,9 +139,9 @@ def conclude(
             result.outcome,
             milliseconds(ttl_s),
             int(reply != keys.results),
-            packed(codec.encode(result)),
-            packed(last),
-            packed(_dead_fields(keys, command, fields)),
+            packed(result),
+            last,
+            packed_fields(_dead_fields(keys, command, fields)),
         ),
     )
 
@@ -164,16 +164,14 @@ def _dead_fields(
 
 def notes(keys: Keys, epoch: int, decisions: Sequence[Decision]) -> Call:
     """Log decisions that move nothing, in one call. The reply is how many."""
-    parts = [packed(codec.encode(decision)) for decision in decisions]
+    parts = [packed(decision) for decision in decisions]
     return Call("log", (keys.leader, keys.decisions), (epoch, DECISIONS_KEPT, *parts))
 
 
 def abort(keys: Keys, epoch: int, command: Abort) -> Call:
     """Tell the endpoint's worker, on its own stream, to end an attempt. The reply is 1."""
     control = Control(action="cancel", id=command.id, endpoint=command.endpoint)
-    return Call(
-        "log", (keys.leader, keys.jobs(command.endpoint)), (epoch, 0, packed(codec.encode(control)))
-    )
+    return Call("log", (keys.leader, keys.jobs(command.endpoint)), (epoch, 0, packed(control)))
 
 
 def retire(keys: Keys, consumer: str, *, idle_s: float) -> Call:
@@ -183,4 +181,4 @@ def retire(keys: Keys, consumer: str, *, idle_s: float) -> Call:
 
 def bury(keys: Keys, epoch: int, fields: Mapping[str, Value]) -> Call:
     """Set aside an entry that nobody waits for: a beat, reward or control that cannot be read."""
-    return Call("log", (keys.leader, keys.dead), (epoch, DEAD_KEPT, packed(fields)))
+    return Call("log", (keys.leader, keys.dead), (epoch, DEAD_KEPT, packed_fields(fields)))

@@ -3,7 +3,7 @@
 import msgspec
 
 from dispatcher.streams.connection import Call
-from dispatcher.streams.producer import milliseconds, packed, score
+from dispatcher.streams.producer import NOTHING, milliseconds, packed, packed_fields, score
 from scheduler import codec
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
 from scheduler.wire import Beat, Dead, Job, Result, Reward, Tokens
@@ -41,8 +41,8 @@ def beat(keys: Keys, message: Beat, *, lease_s: float) -> Call:
             message.epoch,
             BEATS_KEPT,
             milliseconds(600 * lease_s),
-            packed(glance),
-            packed(fields),
+            packed_fields(glance),
+            packed_fields(fields),
         ),
     )
 
@@ -63,7 +63,7 @@ def tokens(keys: Keys, held: Held, message: Tokens, *, pieces: int, ttl_s: float
             message.index,
             pieces,
             milliseconds(ttl_s),
-            packed(codec.encode(message)),
+            packed(message),
         ),
     )
 
@@ -96,9 +96,9 @@ def finish(
         keys.rewards,
     )
     last = (
-        codec.encode(Tokens(attempt=job.attempt, index=pieces, end=result.outcome))
+        packed(Tokens(attempt=job.attempt, index=pieces, end=result.outcome))
         if job.stream
-        else {}
+        else NOTHING
     )
     return Call(
         "finish",
@@ -115,10 +115,10 @@ def finish(
             milliseconds(ttl_s),
             int(reply != keys.results),
             REWARDS_KEPT,
-            packed(codec.encode(result)),
-            packed(last),
-            packed(_dead_fields(keys, held, result) if is_dead else {}),
-            packed(codec.encode(reward)),
+            packed(result),
+            last,
+            packed_fields(_dead_fields(keys, held, result) if is_dead else {}),
+            packed(reward),
         ),
     )
 
@@ -138,7 +138,7 @@ def hand_back(keys: Keys, held: Held, reward: Reward) -> Call:
             job.id,
             score(job.deadline_at),
             REWARDS_KEPT,
-            packed(codec.encode(reward)),
+            packed(reward),
         ),
     )
 
