@@ -1,12 +1,16 @@
 """`headgate simulate`, `compare` and `capacity`: documented keys, same bytes, and clear words for bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from dispatcher.cli import capacity, compare, simulate
 from scheduler.errors import HeadgateError
+from scheduler.sim import policy
+from scheduler.sim.fleet import BUILT_IN
+from scheduler.sim.report import Report
 
 KEYS = """policy load rate_rps seed n n_completed n_expired n_rejected on_time on_time_weighted ttft_attainment
     tpot_attainment e2e_attainment ttft_mean_s ttft_p50_s ttft_p90_s ttft_p99_s tpot_mean_s tpot_p99_s goodput_rps
@@ -133,6 +137,13 @@ class TestSimulate:
 
     def test_load_or_rate(self, trace):
         assert run(simulate.app, "--trace", trace).exit_code == 2
+
+
+def test_the_page_knows_every_name():
+    """docs/EVALUATION.md names each policy, fleet and key of the JSON."""
+    page = (Path(__file__).parents[2] / "docs" / "EVALUATION.md").read_text()
+    names = [*policy.BY_NAME, *BUILT_IN, *Report.__struct_fields__]
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 class TestCompare:
