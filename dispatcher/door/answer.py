@@ -23,24 +23,21 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would hold the tokens back
 }
 
-TOLD = "headgate-told"
-"Where a request keeps the headers that every answer to it bears, whatever it is."
-
 Judge = Callable[[Result, str], Awaitable[Refusal]]
 "What a record that is no answer is to the client."
 
 
-async def whole(request: web.Request, ask: Ask, handle: Handle, refused: Judge) -> web.Response:
+async def whole(ask: Ask, handle: Handle, refused: Judge) -> web.Response:
     """The answer in one piece.
 
     Raises:
         Refusal: it ended otherwise.
     """
     record = await handle.record()
-    request[TOLD] |= _server(record)
     if record.outcome != "completed":
-        raise await refused(record, ask.model)
-    return web.Response(body=record.body, content_type="application/json", headers=request[TOLD])
+        raise await _refusal(record, ask, refused)
+    headers = named(ask, handle) | _server(record)
+    return web.Response(body=record.body, content_type="application/json", headers=headers)
 
 
 class Stream:
@@ -51,7 +48,7 @@ class Stream:
         self._request, self._ask, self._handle = request, ask, handle
         self._write_s = write_s
         self._chunks = Chunks(ask, request_id=ask.name or handle.id, created=int(time.time()))
-        self._response = web.StreamResponse(headers=STREAM_HEADERS | request[TOLD])
+        self._response = web.StreamResponse(headers=STREAM_HEADERS | named(ask, handle))
         self.broken_by = ""
         "The reason of the error it ended with, after its first word."
 
@@ -68,8 +65,7 @@ class Stream:
             if first is None:
                 record = await handle.record()
                 if record.outcome != "completed":
-                    self._request[TOLD] |= _server(record)
-                    raise await refused(record, self._ask.model)
+                    raise await _refusal(record, self._ask, refused)
             begun()
             await self._response.prepare(self._request)
             if first is not None:
@@ -95,6 +91,17 @@ class Stream:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise ConnectionResetError(f"the client took nothing for {self._write_s:g} s") from None
+
+
+def named(ask: Ask, handle: Handle) -> dict[str, str]:
+    """What the client calls it, and under which id it is found in the pool."""
+    return {"x-request-id": ask.name or handle.id, "x-headgate-request": handle.id}
+
+
+async def _refusal(record: Result, ask: Ask, refused: Judge) -> Refusal:
+    refusal = await refused(record, ask.model)
+    refusal.beside |= _server(record)
+    return refusal
 
 
 def _server(record: Result) -> dict[str, str]:

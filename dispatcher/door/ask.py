@@ -81,7 +81,7 @@ def understand(raw: bytes, path: str, headers: Mapping[str, str]) -> Ask:
         is_stream=is_stream,
         has_usage=bool(options and options.include_usage),
         returns_ids=bool(body.return_token_ids),
-        name=given_name(headers),
+        name=_name(headers),
         outlives=_outlives(headers),
         wishes=wishes,
     )
@@ -120,7 +120,7 @@ def _shown(raw: msgspec.Raw) -> str:
     return bytes(raw)[:40].decode(errors="replace") or "missing"
 
 
-def given_name(headers: Mapping[str, str]) -> str:
+def _name(headers: Mapping[str, str]) -> str:
     """The client's own id where it can be one; any other is replaced, as every proxy does."""
     name = headers.get("x-request-id", "")
     return name if ID_PATTERN.fullmatch(name) else ""

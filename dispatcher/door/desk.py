@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from time import perf_counter
 
@@ -53,12 +53,27 @@ class Desk:
             Refusal: it is not wanted, cannot be served, or Redis is away.
         """
         await self._check_model(ask.model)
-        handle = await self._enqueue(ask, raw, tenant)
-        self._waiting[handle.id] += 1
+        names = _names(ask.name, tenant)
+        # Counted before it is sent: who leaves while another joins takes nothing along.
+        with self._counted(ask.name and names[0]) as others:
+            sending = asyncio.create_task(self._enqueue(ask, raw, tenant, names))
+            try:
+                # Shielded: once on its way to Redis it is there, and must be found to be cancelled.
+                yield await asyncio.shield(sending)
+            finally:
+                if not others():
+                    self._say_farewell(sending, outlives=ask.outlives)
+
+    @contextlib.contextmanager
+    def _counted(self, name: str) -> Iterator[Callable[[], int]]:
+        """Somebody waits for the request of this name; gives how many others do. A nameless one is one's own."""
+        self._waiting[name] += 1
         try:
-            yield handle
+            yield lambda: self._waiting[name] - 1 if name else 0
         finally:
-            self._leave(handle, outlives=ask.outlives)
+            self._waiting[name] -= 1
+            if not self._waiting[name]:
+                del self._waiting[name]
 
     async def refused(self, record: Result, model: str) -> Refusal:
         """Why a request got no answer."""
@@ -77,11 +92,11 @@ class Desk:
             raise refusal.no_endpoint(f"no endpoint that serves {model!r} is ready")
         raise refusal.unknown_model(model, [one.id for one in self._roster.models()])
 
-    async def _enqueue(self, ask: Ask, raw: bytes, tenant: str | None) -> Handle:
+    async def _enqueue(self, ask: Ask, raw: bytes, tenant: str | None, names: list[str]) -> Handle:
         wishes = ask.wishes | ({"tenant": tenant} if tenant else {})
         began_at = perf_counter()
         try:
-            handle = await self._first(raw, wishes, _names(ask.name, tenant))
+            handle = await self._first(raw, wishes, names)
         except RequestRejected as error:
             raise refusal.queue_full(error) from None
         except StreamError as error:
@@ -103,20 +118,21 @@ class Desk:
             409, "name_spent", f"{names[0]!r} was tried {len(names)} times, wanted a new one"
         )
 
-    def _leave(self, handle: Handle, *, outlives: bool) -> None:
-        self._waiting[handle.id] -= 1
-        if self._waiting[handle.id]:
-            return
-        del self._waiting[handle.id]
-        if handle.is_done:
+    def _say_farewell(self, sending: asyncio.Task[Handle], *, outlives: bool) -> None:
+        """Nobody waits for it any more: unless it has ended, it is cancelled."""
+        if sending.done() and (sending.exception() is not None or sending.result().is_done):
             return
         self._meter.gone.inc()
         if not outlives:
-            farewell = asyncio.create_task(self._cancel(handle), name=f"cancel-{handle.id}")
+            farewell = asyncio.create_task(self._cancel(sending))
             self._farewells.add(farewell)
             farewell.add_done_callback(self._farewells.discard)
 
-    async def _cancel(self, handle: Handle) -> None:
+    async def _cancel(self, sending: asyncio.Task[Handle]) -> None:
+        try:
+            handle = await sending
+        except Refusal:
+            return  # it never was
         for _ in range(CANCEL_TRIES):
             try:
                 if await handle.cancel(OVER):

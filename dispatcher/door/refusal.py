@@ -57,11 +57,13 @@ class Refusal(Exception):
         self.reason = reason
         self.param = param
         self.retry_after_s = retry_after_s
+        self.beside: dict[str, str] = {}
+        "Headers of whoever knows more of the request."
 
     @property
     def headers(self) -> dict[str, str]:
         """What stands beside the body."""
-        headers = {"x-headgate-reason": self.reason}
+        headers = {"x-headgate-reason": self.reason} | self.beside
         if self.retry_after_s is not None:
             # Whole seconds: the header knows no others.
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))

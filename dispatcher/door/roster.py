@@ -45,19 +45,20 @@ class Roster:
         self._after = "0"
         self._beats: dict[str, tuple[float, Beat]] = {}
         self._since: dict[str, int] = {}
-        self._looked_at = 0.0
+        self._looked_at = -AGAIN_S
+        self._looking = asyncio.Lock()
         self.trouble = "not looked yet"
         "Why the last look failed; empty where it did not."
 
     async def run(self) -> None:
         """Look for ever."""
         while True:
-            await self.look()
+            async with self._looking:
+                await self._look()
             await asyncio.sleep(LOOK_S)
 
-    async def look(self) -> None:
+    async def _look(self) -> None:
         """Read what has been beaten since the last look; `trouble` says how that went."""
-        self._looked_at = time.monotonic()
         try:
             await self._connection.refresh_clock()
             beats = await self._connection.newest(
@@ -66,6 +67,8 @@ class Roster:
         except StreamError as error:
             self.trouble = str(error)
             return
+        finally:
+            self._looked_at = time.monotonic()
         self.trouble = ""
         latest = {fields.get(b"endpoint", b""): (entry, fields) for entry, fields in beats}
         for entry, fields in latest.values():
@@ -76,8 +79,11 @@ class Roster:
 
     async def is_served(self, model: str) -> bool:
         """Whether an endpoint that lives serves it; looks again before it says no."""
-        if not self._serves(model) and time.monotonic() - self._looked_at > AGAIN_S:
-            await self.look()
+        if self._serves(model):
+            return True
+        async with self._looking:  # who comes during a look waits for what it finds
+            if time.monotonic() - self._looked_at > AGAIN_S:
+                await self._look()
         return self._serves(model)
 
     def is_known(self, model: str) -> bool:

@@ -19,9 +19,11 @@ import structlog
 from aiohttp import web
 
 from dispatcher.client.client import Client
+from dispatcher.client.handle import Handle
 from dispatcher.door import answer, refusal
 from dispatcher.door import ask as asks
-from dispatcher.door.answer import TOLD, Stream
+from dispatcher.door.answer import Stream
+from dispatcher.door.ask import Ask
 from dispatcher.door.desk import Desk
 from dispatcher.door.keyring import Keyring
 from dispatcher.door.meter import Meter
@@ -120,31 +122,29 @@ class Door:
         """The one door of errors; every answer is counted here."""
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else "other"
-        name = asks.given_name(request.headers)
-        request[TOLD] = {"x-request-id": name} if name else {}
         began_at = perf_counter()
         try:
             if path.startswith("/v1/"):
-                request["tenant"] = self._keyring.tenant(request.headers)
+                self._keyring.tenant(request.headers)
             response = await handler(request)
             self._meter.answers.labels(path, response.status, "").inc()
         except Refusal as error:
-            response = self._refused(request, error, path)
+            response = self._refused(error, path)
         except web.HTTPException as error:
-            response = self._refused(request, self._of_http(error), path)
+            response = self._refused(self._of_http(error), path)
         except ConnectionResetError:
             raise  # the client is gone, and `desk` has counted it
         except Exception:
             log.exception("request_failed", path=path)
             bug = Refusal(500, "bug", "the door failed; its log says why")
-            response = self._refused(request, bug, path)
+            response = self._refused(bug, path)
         if path in PATHS:
             self._meter.whole.observe(perf_counter() - began_at)
         return response
 
-    def _refused(self, request: web.Request, error: Refusal, path: str) -> web.Response:
+    def _refused(self, error: Refusal, path: str) -> web.Response:
         self._meter.answers.labels(path, error.status, error.reason).inc()
-        return _json(error.body(), error.status, error.headers | request[TOLD])
+        return _json(error.body(), error.status, error.headers)
 
     def _of_http(self, error: web.HTTPException) -> Refusal:
         """What aiohttp itself refuses."""
@@ -157,25 +157,29 @@ class Door:
         with self._counted():
             raw = await self._read(request)
             ask = asks.understand(raw, request.path, request.headers)
-            tenant: str | None = request["tenant"]
+            tenant = self._keyring.tenant(request.headers)
             async with self._desk.handed_in(ask, raw, tenant=tenant) as handle:
-                request[TOLD] |= {
-                    "x-request-id": ask.name or handle.id,
-                    "x-headgate-request": handle.id,
-                }
+                try:
+                    return await self._answered(request, ask, handle, began_at)
+                except Refusal as error:
+                    error.beside |= answer.named(ask, handle)
+                    raise
 
-                def begun() -> None:
-                    self._meter.first_byte.observe(perf_counter() - began_at)
+    async def _answered(
+        self, request: web.Request, ask: Ask, handle: Handle, began_at: float
+    ) -> web.StreamResponse:
+        def begun() -> None:
+            self._meter.first_byte.observe(perf_counter() - began_at)
 
-                if not ask.is_stream:
-                    response = await answer.whole(request, ask, handle, self._desk.refused)
-                    begun()
-                    return response
-                stream = Stream(request, ask, handle, write_s=self._settings.write_s)
-                written = await stream.run(self._desk.refused, begun)
-                if stream.broken_by:
-                    self._meter.broken.labels(stream.broken_by).inc()
-                return written
+        if not ask.is_stream:
+            response = await answer.whole(ask, handle, self._desk.refused)
+            begun()
+            return response
+        stream = Stream(request, ask, handle, write_s=self._settings.write_s)
+        written = await stream.run(self._desk.refused, begun)
+        if stream.broken_by:
+            self._meter.broken.labels(stream.broken_by).inc()
+        return written
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

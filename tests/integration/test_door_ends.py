@@ -1,0 +1,350 @@
+"""The door against servers' parts played by the test: every way to end, and what no healthy system shows."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import ssl
+import subprocess
+from functools import partial
+
+import aiohttp
+import pytest
+from played import ENDPOINT, Played
+
+from dispatcher.client import Client
+from dispatcher.door.keyring import Keyring
+from dispatcher.door.server import Door
+from dispatcher.local import Server
+from dispatcher.streams import sidecar
+from scheduler.errors import SettingsError
+from scheduler.settings import DoorSettings, LeaseSettings, LimitSettings, RedisSettings, Settings
+from scheduler.wire import Beat
+
+COMPLETIONS = "/v1/completions"
+
+HOLD = {"x-headgate-tenant": "hold"}
+"Assigned, and kept until the test ends it."
+
+
+class Front:
+    """A door in this process, the parts behind it, and who knocks."""
+
+    def __init__(self, url, session, played, client):
+        self.url, self.session, self.played, self.client = url, session, played, client
+
+    def post(self, said=None, **body):
+        asked = {"model": "llama", "prompt": "one two three"} | body
+        return self.session.post(self.url + COMPLETIONS, json=asked, headers=said)
+
+    async def refused(self, **more):
+        """Status, reason, time to come back and message."""
+        async with self.post(**more) as answer:
+            error = (await answer.json())["error"]
+            assert error["code"] == answer.status
+            headers = answer.headers
+            return (
+                answer.status,
+                headers["x-headgate-reason"],
+                headers.get("Retry-After"),
+                error["message"],
+            )
+
+    async def figure(self, name):
+        async with self.session.get(f"{self.url}/metrics") as page:
+            lines = (await page.text()).splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+async def beat(played, **more):
+    """The played endpoint says that it lives."""
+    do, keys = played.do, played.keys
+    if not await played.connection.command("EXISTS", keys.endpoint(ENDPOINT)):
+        await do(sidecar.join(keys, ENDPOINT, "w"))
+    epoch = int(await played.connection.command("HGET", keys.endpoint(ENDPOINT), "epoch"))
+    said = Beat(**({"endpoint": ENDPOINT, "epoch": epoch, "models": ("llama",)} | more))
+    await do(sidecar.beat(keys, said, lease_s=60))
+
+
+@contextlib.asynccontextmanager
+async def opened(url, pool, *, keys=None, limits=None, is_alive=True, is_running=True, **door):
+    """A front whose endpoint has beaten once and is believed for a minute."""
+    settings = Settings(
+        pool=pool,
+        redis=RedisSettings(url=url),
+        limits=limits or LimitSettings(),
+        lease=LeaseSettings(worker_s=60),
+        door=DoorSettings(**({"port": 0, "drain_s": 0} | door)),
+    )
+    played = await Played.start(url, pool)
+    if is_alive:
+        await beat(played)
+    running = asyncio.create_task(played.run() if is_running else asyncio.Event().wait())
+    try:
+        async with (
+            Client.from_settings(settings) as client,
+            Door(client, settings, Keyring(keys or {})).served() as port,
+            aiohttp.ClientSession() as session,
+        ):
+            yield Front(f"http://127.0.0.1:{port}", session, played, client)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await played.close()
+
+
+@pytest.fixture
+async def front(redis_url, pool):
+    async with opened(redis_url, pool) as one:
+        yield one
+
+
+async def until(found):
+    async with asyncio.timeout(20):
+        while not (result := await found()):  # noqa: ASYNC110  another's doing has no event here
+            await asyncio.sleep(0.01)
+        return result
+
+
+async def says(front, status):
+    async with front.post() as answer:
+        return answer.status == status
+
+
+async def is_unready(front):
+    async with front.session.get(f"{front.url}/readyz") as ready:
+        return ready.status == 503
+
+
+class TestEnds:
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_failed(self, front, stream):
+        """502: the engines could not; nothing was said yet, so the status still tells."""
+        front.played.finish = partial(front.played.finish, pieces=1)  # no words first
+
+        found = await front.refused(said={"x-headgate-tenant": "fail"}, stream=stream)
+
+        assert found == (502, "failed", None, "as the test wants")
+
+    @pytest.mark.parametrize(
+        ("outcome", "expected"),
+        [
+            ("cancelled", (499, "cancelled", None, "as the test wants")),
+            ("expired", (504, "expired", None, "as the test wants")),
+            ("rejected", (429, "rejected", "1", "as the test wants")),
+            ("invalid", (400, "invalid", None, "as the test wants")),
+        ],
+    )
+    async def test_every_other_end(self, front, outcome, expected):
+        """Its status, its word, and for the contended when to come back."""
+        asking = asyncio.create_task(front.refused(said=HOLD))
+        await front.played.holds(1)
+
+        await front.played.finish(front.played.held[0], outcome)
+
+        assert await asking == expected
+
+    async def test_an_end_in_mid_stream_is_a_chunk(self, front):
+        """After the first word the status is spent; the words stay, the error follows, then [DONE]."""
+        asking = asyncio.ensure_future(front.post(said=HOLD, stream=True))
+        await front.played.holds(1)
+        await front.played.say(front.played.held[0], 0, "one ")
+        answer = await asking
+        assert b'"one "' in await answer.content.readuntil(b"\n\n")
+
+        await front.played.finish(front.played.held[0], "failed", pieces=1)
+        rest = (await answer.content.read()).decode().split("\n\n")
+
+        assert json.loads(rest[0][6:])["error"]["type"] == "BadGatewayError"
+        assert rest[1:] == ["data: [DONE]", ""]
+        assert await front.figure("headgate_door_streams_broken_total") == 1
+
+    async def test_nobody_to_serve_it(self, redis_url, pool):
+        """503 while no endpoint lives; 404 only where others serve other models; then it is found."""
+        async with opened(redis_url, pool, is_alive=False) as front:
+            assert (await front.refused())[:3] == (503, "no_endpoint", "1")
+
+            await beat(front.played, models=("other",))
+            await until(lambda: says(front, 404))
+            assert (await front.refused())[1] == "unknown_model"
+
+            await beat(front.played)
+            await until(lambda: says(front, 200))
+
+            await beat(front.played, state="draining")
+            await until(lambda: says(front, 503))
+
+    async def test_the_queue_is_full(self, redis_url, pool):
+        """429 with a time to come back, and nothing is enqueued."""
+        limits = LimitSettings(waiting_max=1)
+        async with opened(redis_url, pool, limits=limits, is_running=False) as front:
+            waiting = asyncio.create_task(front.refused())
+            await until(lambda: front.client.connection.command("ZCARD", front.client.keys.waiting))
+
+            assert (await front.refused())[:3] == (429, "queue_full", "1")
+            waiting.cancel()
+
+    async def test_the_door_is_full(self, redis_url, pool):
+        """503: bounded, whatever the pool could take."""
+        async with opened(redis_url, pool, open_max=1) as front:
+            waiting = asyncio.create_task(front.refused(said=HOLD))
+            await front.played.holds(1)
+
+            assert (await front.refused())[:3] == (503, "door_full", "1")
+            waiting.cancel()
+
+    async def test_redis_is_away(self, tmp_path, pool):
+        """503 and not ready; back again when it is."""
+        with Server(directory=tmp_path) as server:
+            async with opened(server.url, pool, is_running=False) as front:
+                server.stop()
+                found = await front.refused()
+                await until(lambda: is_unready(front))
+                server.start()
+
+        assert found[:3] == (503, "redis_away", "1")
+
+    async def test_too_large_and_too_slow(self, redis_url, pool):
+        """413 past the limit; 408 for who never finishes the sentence."""
+        limits = LimitSettings(body_bytes=4096)
+        async with opened(redis_url, pool, limits=limits, read_s=0.05) as front:
+            assert (await front.refused(prompt="x" * 5000))[:2] == (413, "too_large")
+
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(front.url[-5:]))
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 99\r\n\r\n{")
+            assert b" 408 " in await reader.readline()
+            writer.close()
+            await writer.wait_closed()
+
+
+class TestLeaving:
+    async def test_the_last_one_takes_it_along(self, front):
+        """Two wait for one request: it lives as long as either does."""
+        named = HOLD | {"x-request-id": "r"}
+        one, two = (asyncio.create_task(front.refused(said=named)) for _ in range(2))
+        await front.played.holds(1)
+        await until(lambda: front.figure("headgate_door_open_requests 2"))
+
+        one.cancel()
+        await until(lambda: front.figure("headgate_door_open_requests 1"))
+        assert not (await front.client.status("r")).is_cancelled
+        two.cancel()
+
+        await until(lambda: is_cancelled(front, "r"))
+        assert await front.figure("headgate_door_disconnects_total") == 1
+
+    async def test_who_takes_nothing_is_cut_off(self, redis_url, pool):
+        """A reader that stands still holds neither memory nor the request for ever."""
+        async with opened(redis_url, pool, write_s=0.1) as front:
+            _, writer = await asyncio.open_connection("127.0.0.1", int(front.url[-5:]), limit=1)
+            body = json.dumps({"model": "llama", "prompt": "x", "stream": True}).encode()
+            head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
+            writer.write(
+                head.encode() + b"x-headgate-tenant: hold\r\nx-request-id: r\r\n\r\n" + body
+            )
+            await front.played.holds(1)
+
+            for index in range(40):
+                await front.played.say(front.played.held[0], index, "x" * 500_000)
+
+            await until(lambda: is_cancelled(front, "r"))
+            writer.transport.abort()
+
+    async def test_the_end_of_the_door_is_a_disconnect(self, redis_url, pool):
+        """What is open past `drain_s` is cancelled before the process ends."""
+        async with opened(redis_url, pool) as front:
+            asking = asyncio.create_task(front.refused(said=HOLD | {"x-request-id": "r"}))
+            await front.played.holds(1)
+            keys = front.client.keys
+
+        played = await Played.start(redis_url, pool)
+        assert await played.connection.command("HGET", keys.request("r"), "cancelled") == b"1"
+        await played.close()
+        with pytest.raises(aiohttp.ClientError):
+            await asking
+
+
+async def is_cancelled(front, request_id):
+    return (await front.client.status(request_id)).is_cancelled
+
+
+class TestWhoComesIn:
+    async def test_a_key_is_a_tenant(self, redis_url, pool):
+        """Without one 401; with one its tenant counts, whatever the header says, and names are its own."""
+        async with opened(redis_url, pool, keys={"sk-1": "team-a"}) as front:
+            assert (await front.refused())[:2] == (401, "unauthorized")
+            said = {
+                "Authorization": "Bearer sk-1",
+                "x-request-id": "r",
+                "x-headgate-tenant": "fail",
+            }
+            async with front.post(said=said) as answer:
+                assert answer.status == 200
+                assert answer.headers["x-request-id"] == "r"
+                assert answer.headers["x-headgate-request"] == "team-a:r"
+
+            [(_, fields)] = await front.client.connection.entries(front.client.keys.requests)
+            async with front.session.get(f"{front.url}/healthz") as healthz:
+                assert healthz.status == 200  # probes have no key
+
+        assert fields[b"tenant"] == b"team-a"
+
+    async def test_every_wish_is_in_the_entry(self, front):
+        """Headers become the stream's own fields, and the body is what the client sent, byte by byte."""
+        body = b'{ "model":"llama",  "prompt":"one" , "seed": 1e0}'
+        said = {
+            "x-llm-d-inference-objective": "chat",
+            "x-llm-d-slo-ttft-ms": "500",
+            "x-llm-d-inference-ttl": "2s",
+            "x-session-id": "s",
+            "x-headgate-deadline-ms": "9000",
+            "traceparent": "00-1-1-00",
+        }
+        async with front.session.post(front.url + COMPLETIONS, data=body, headers=said) as answer:
+            assert answer.status == 200
+
+        [(_, fields)] = await front.client.connection.entries(front.client.keys.requests)
+        wanted = {
+            "body": body,
+            "path": b"/v1/completions",
+            "objective": b"chat",
+            "ttft_ms": b"500",
+            "max_queue_ms": b"2000",
+            "session": b"s",
+            "deadline_ms": b"9000",
+            "traceparent": b"00-1-1-00",
+        }
+        assert {name: fields[name.encode()] for name in wanted} == wanted
+
+    async def test_tls(self, redis_url, pool, tmp_path):
+        """With a certificate it speaks HTTPS and nothing else; one file of the two stops the start."""
+        openssl = shutil.which("openssl")
+        if openssl is None:
+            pytest.skip("no openssl here to make a certificate with")
+        made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+        files = ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
+        name = ["-addext", "subjectAltName=IP:127.0.0.1"]
+        subprocess.run(  # noqa: ASYNC221  nothing else runs yet
+            [openssl, *made.split(), *name, *files], check=True, capture_output=True
+        )
+        door = {"tls_cert_file": str(tmp_path / "cert"), "tls_key_file": str(tmp_path / "key")}
+        async with opened(redis_url, pool, **door) as front:
+            trust = ssl.create_default_context(cafile=tmp_path / "cert")
+            url = front.url.replace("http:", "https:")
+            async with front.session.get(f"{url}/v1/models", ssl=trust) as answer:
+                assert answer.status == 200
+            with pytest.raises(aiohttp.ClientError):
+                await front.session.get(f"{front.url}/v1/models")
+
+        with pytest.raises(ValueError, match="wanted both or none"):
+            DoorSettings(tls_cert_file="cert")
+        with pytest.raises(SettingsError, match="wanted a certificate and its key"):
+            async with opened(redis_url, pool, tls_cert_file="no", tls_key_file="no"):
+                pass
+
+    async def test_a_port_that_is_taken(self, redis_url, pool, front):
+        """The operator is told which."""
+        port = int(front.url[-5:])
+        with pytest.raises(SettingsError, match=f"door.port is {port} on 127.0.0.1"):
+            async with opened(redis_url, pool, port=port):
+                pass
