@@ -44,7 +44,7 @@ def capacity(
     output_scale: cells.OutputScaleOption = 1.0,
     jobs: cells.JobsOption = None,
 ) -> None:
-    """The highest rate that keeps promises on this fleet; with --rate, the smallest fleet that keeps them."""
+    """The highest rate that keeps promises, or with --rate the smallest fleet for it."""
     stage = cells.lab(
         trace,
         fleet,

@@ -28,7 +28,7 @@ from scheduler.settings import LogSettings, Settings
 
 COMMANDS = {
     "dispatcher": "Dispatch a pool's requests to its endpoints; a second process stands by.",
-    "door": "Serve OpenAI's HTTP API on a pool.",
+    "door": "Serve OpenAI's HTTP API on a pool: chat, completions, models.",
     "up": "Run everything on this machine: Redis, dispatcher, workers, emulated engines.",
     "demo": "Play a workload through the whole system on emulated engines.",
     "submit": "Send one request and print its answer.",
@@ -42,8 +42,8 @@ COMMANDS = {
     "settings": "Every setting as it stands here, with what it means, as TOML.",
     "trace": "Workloads: get, make, convert and look at them.",
     "simulate": "What would these policies do with this traffic on this fleet?",
-    "compare": "Tables with intervals and pictures from what `simulate` wrote.",
-    "capacity": "The highest rate that keeps promises, or the smallest fleet for a rate.",
+    "compare": "Medians, 95 % bootstrap intervals and differences paired by seed.",
+    "capacity": "The highest rate that keeps promises, or with --rate the smallest fleet for it.",
     "redis": "Talk to Redis by hand, on machines without redis-cli.",
     "version": "What is installed here.",
 }
