@@ -3,7 +3,7 @@
 Every call recognises its own repetition, so all of them may be said again until Redis answers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import msgspec
 
@@ -58,17 +58,34 @@ class Moves:
         commands: Sequence[Command],
         now: float,
     ) -> list[Move]:
-        """Everything of one step: first what was read is written down, then why, then what follows from it."""
+        """Everything of one step: first what was read is written down, then why, then what follows from it.
+
+        Of a request that is handed over in the step that reads it, the handing over says all.
+        """
         repeated = {command.entry: command for command in commands if isinstance(command, Forget)}
-        moves = [Move(self.accept(event), repeated.get(event.entry, event)) for event in arrived]
+        at_once = {command.job.entry for command in commands if isinstance(command, Assign)}
+        at_once &= {event.entry for event in arrived}
+        moves = [
+            Move(self.accept(event), event)
+            for event in arrived
+            if event.entry not in at_once and event.entry not in repeated
+        ]
         moves += [self._bury(entry, now) for entry in unreadable]
-        decisions = [command.decision for command in commands if isinstance(command, Note)]
         moves += [
             Move(dispatch.notes(self._keys, self._epoch, part), None)
-            for part in _parts(decisions, NOTES_MAX)
+            for part in _parts(_noted(commands), NOTES_MAX)
         ]
         moves += [
-            move for command in commands for move in (self._carry(command),) if move is not None
+            move
+            for command in commands
+            for move in (self._carry(command, at_once),)
+            if move is not None
+        ]
+        # Last: only once Redis knows the first entry of an id is another one a repetition.
+        moves += [
+            Move(self.accept(event), repeated[event.entry])
+            for event in arrived
+            if event.entry in repeated
         ]
         return moves
 
@@ -92,10 +109,13 @@ class Moves:
             return Move(self.refuse(entry, now), entry)
         return Move(dispatch.bury(self._keys, self._epoch, intake.dead(entry)), None)
 
-    def _carry(self, command: Command) -> Move | None:
+    def _carry(self, command: Command, at_once: Set[str]) -> Move | None:
         match command:
             case Assign():
-                return Move(dispatch.assign(self._keys, self._epoch, command), command)
+                is_new = command.job.entry in at_once
+                return Move(
+                    dispatch.assign(self._keys, self._epoch, command, is_new=is_new), command
+                )
             case Reclaim():
                 return Move(dispatch.reclaim(self._keys, self._epoch, command), command)
             case Finish():
@@ -117,6 +137,13 @@ class Moves:
             return slo.promise(event.request, event.enqueued_at, self._objectives).deadline_at
         except WireError:
             return None  # the core ends it as invalid in this same step
+
+
+def _noted(commands: Sequence[Command]) -> list[Decision]:
+    """What moves nothing and is worth a line: that a request was read goes without saying once it is assigned."""
+    assigned = {command.job.id for command in commands if isinstance(command, Assign)}
+    decisions = [command.decision for command in commands if isinstance(command, Note)]
+    return [one for one in decisions if one.kind != "read" or one.id not in assigned]
 
 
 def _parts(decisions: Sequence[Decision], size: int) -> Iterator[Sequence[Decision]]:

@@ -46,8 +46,11 @@ def accept(keys: Keys, epoch: int, arrived: Arrived | Recovered, deadline_at: fl
     )
 
 
-def assign(keys: Keys, epoch: int, command: Assign) -> Call:
-    """Hand a job over. The reply is its entry in the endpoint's stream; 0: refused."""
+def assign(keys: Keys, epoch: int, command: Assign, *, is_new: bool = False) -> Call:
+    """Hand a job over. The reply is its entry in the endpoint's stream; 0: refused.
+
+    `is_new`: it was read in this very step, and nobody has said `accept` of it.
+    """
     job = command.job
     names = (
         keys.leader,
@@ -66,6 +69,7 @@ def assign(keys: Keys, epoch: int, command: Assign) -> Call:
             command.endpoint,
             job.attempt,
             job.epoch,
+            int(is_new),
             DECISIONS_KEPT,
             packed(job),
             packed(command.decision),

@@ -121,21 +121,25 @@ local function accept(keys, args)
   return held[3] and 2 or 1
 end
 
--- KEYS leader request jobs waiting decisions / ARGV epoch id entry endpoint attempt endpoint_epoch keep job decision
--- -> the job's entry; 0 refused; -1 fenced
+-- One that was read in this very step needs no `accept` before: its being assigned says that it was read. If it is
+-- refused, an `accept` follows, which says why.
+-- KEYS leader request jobs waiting decisions
+-- ARGV epoch id entry endpoint attempt endpoint_epoch is_new keep job decision -> the job's entry; 0 refused; -1 fenced
 local function assign(keys, args)
   if not is_leader(keys[1], args[1]) then return -1 end
   local held = redis.call('HMGET', keys[2], 'state', 'entry', 'endpoint', 'attempt', 'job', 'cancelled')
-  if holds(held[1], held[3], held[4], args[4], args[5]) then return held[5] end -- said before
-  if held[1] ~= 'waiting' or held[2] ~= args[3] or held[6] then return 0 end
+  local is_ours = held[2] == args[3]
+  if is_ours and holds(held[1], held[3], held[4], args[4], args[5]) then return held[5] end -- said before
+  local is_new = args[7] == '1' and (not held[1] or held[1] == 'queued') and (not held[2] or is_ours)
+  if not is_new and (held[1] ~= 'waiting' or not is_ours) or held[6] then return 0 end
   -- An attempt is handed over once: a repetition that comes after its return must not start it again.
   if tonumber(held[4] or 0) >= tonumber(args[5]) then return 0 end
-  local job, next = take(args, 8)
+  local job, next = take(args, 9)
   local entry = add(keys[3], job)
-  redis.call('HSET', keys[2], 'state', 'assigned', 'endpoint', args[4], 'attempt', args[5],
+  redis.call('HSET', keys[2], 'state', 'assigned', 'entry', args[3], 'endpoint', args[4], 'attempt', args[5],
     'epoch', args[6], 'job', entry)
   redis.call('ZREM', keys[4], args[2])
-  add(keys[5], (take(args, next)), tonumber(args[7]))
+  add(keys[5], (take(args, next)), tonumber(args[8]))
   return entry
 end
 

@@ -41,7 +41,8 @@ def main() -> None:
 
 
 def say(message) -> None:
-    print(json.dumps(message), flush=True)
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
 
 
 async def lines() -> asyncio.StreamReader:

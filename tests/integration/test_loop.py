@@ -77,6 +77,13 @@ async def results(redis, keys, count, stream=None):
     return {fields[b"id"].decode(): fields[b"outcome"].decode() for _, fields in found}
 
 
+async def decided(redis, keys, count):
+    """Return once so many decisions are logged."""
+    async with asyncio.timeout(LIMIT_S):
+        while len(await redis.entries(keys.decisions)) < count:
+            await redis.read({keys.decisions: "$"}, count=1, block_s=0.05)
+
+
 async def pending(redis, keys):
     return (await redis.command("XPENDING", keys.requests, DISPATCHER_GROUP))["pending"]
 
@@ -112,15 +119,22 @@ class TestDispatch:
             assert await pending(redis, keys) == 0
 
     async def test_every_turn_is_logged(self, redis_url, settings, redis, keys):
-        """The decisions of a request's life can be read in order."""
+        """The decisions of a request's life can be read in order; its reading, where it had to wait after it."""
         worker = PlayedWorker(redis, keys)
-        async with dispatching(redis_url, settings), worker.beating():
-            await enqueue(redis, keys, "told")
-            [held] = await worker.jobs()
-            await worker.finish([held])
+        async with dispatching(redis_url, settings):
+            await enqueue(redis, keys, "early")
+            await decided(redis, keys, 1)
+            async with worker.beating():
+                await worker.jobs()
+                await enqueue(redis, keys, "late")
+                await worker.jobs()
 
-            kinds = [f[b"kind"] for _, f in await redis.entries(keys.decisions)]
-            assert kinds == [b"read", b"assigned"]
+                told = [(f[b"id"], f[b"kind"]) for _, f in await redis.entries(keys.decisions)]
+                assert told == [
+                    (b"early", b"read"),
+                    (b"early", b"assigned"),
+                    (b"late", b"assigned"),
+                ]
 
     async def test_an_unreadable_entry_gets_its_one_record(self, redis_url, settings, redis, keys):
         """A bad value goes to `dead` with its fields, and its client is told; nothing stays pending."""

@@ -172,6 +172,44 @@ class TestEnqueue:
         assert pending["pending"] == 1
 
 
+class TestHandedOverAtOnce:
+    async def test_its_reading_needs_no_move_of_its_own(self, redis):
+        """Assigned in the step that reads it: written down as if it had been accepted before."""
+        epoch = await led(redis)
+        entry = (
+            await redis.command("XADD", KEYS.requests, "*", "model", "m", "body", "{}")
+        ).decode()
+        arrived = Arrived(request=Request(id=entry, model="m"), entry=entry, enqueued_at=0.0)
+        command = assignment(arrived)
+
+        job = await do(redis, dispatch.assign(KEYS, epoch, command, is_new=True))
+        again = await do(redis, dispatch.assign(KEYS, epoch, command, is_new=True))
+
+        assert job == again
+        assert len(await redis.entries(KEYS.jobs(ENDPOINT))) == 1
+        [standing] = await redis.hashes([KEYS.request(entry)], ["state", "entry", "attempt"])
+        assert standing == [b"assigned", entry.encode(), b"1"]
+
+    async def test_another_entry_of_a_living_id_is_refused(self, redis):
+        """Not even the same endpoint and attempt make a duplicate the request itself."""
+        epoch = await led(redis)
+        first, _ = await assigned(redis, epoch)
+        second = Arrived(request=first.request, entry="9999999999999-0", enqueued_at=0.0)
+
+        assert await do(redis, dispatch.assign(KEYS, epoch, assignment(second), is_new=True)) == 0
+        assert len(await redis.entries(KEYS.jobs(ENDPOINT))) == 1
+
+    async def test_the_cancelled_and_the_unknown_are_refused(self, redis):
+        """A tombstone stands before the reading; and what Redis has forgotten is read anew before it is tried."""
+        epoch = await led(redis)
+        arrived = await enqueued(redis)
+        await do(redis, producer.cancel(KEYS, "r1"))
+
+        assert await do(redis, dispatch.assign(KEYS, epoch, assignment(arrived), is_new=True)) == 0
+        await redis.command("DEL", KEYS.request("r1"))
+        assert await do(redis, dispatch.assign(KEYS, epoch, assignment(arrived))) == 0
+
+
 class TestOneTerminal:
     async def test_the_entry_is_pending_until_the_terminal_record(self, redis):
         """I9: what is not terminal can always be found again in the ingress group's pending list."""
