@@ -124,7 +124,7 @@ class Loop:
             format=FORMAT,
             at=self._connection.now(),
             rewards=self._cursors[self._keys.rewards],
-            core=msgspec.structs.replace(self._core.snapshot(), requests=()),
+            core=self._core.snapshot(with_requests=False),
         )
 
     # One turn

@@ -93,9 +93,16 @@ def of(book: Book, predictor: Predictor, now: float) -> View:
 
 
 def snapshot(
-    book: Book, predictor: Predictor, *, learned: Learned, policy: str, now: float
+    book: Book,
+    predictor: Predictor,
+    *,
+    learned: Learned,
+    policy: str,
+    now: float,
+    with_requests: bool,
 ) -> Snapshot:
     """The book and what was learned, as one message."""
+    tickets = book.tickets.values() if with_requests else ()
     return Snapshot(
         at=now,
         policy=policy,
@@ -108,7 +115,7 @@ def snapshot(
                 endpoint=ticket.endpoint,
                 due_at=ticket.due_at if np.isfinite(ticket.due_at) else None,
             )
-            for ticket in book.tickets.values()
+            for ticket in tickets
         ),
         endpoints=_endpoints(book, predictor, now),
         learned=learned,

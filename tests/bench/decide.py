@@ -105,7 +105,7 @@ def full(endpoints: int, waiting: int, steps: int) -> list[float]:
     rng = np.random.default_rng(2)
     core, now, took, flying, number = pool(endpoints), 0.0, [], [], 0
     for _ in range(steps + 50):
-        while ((view := core._book.lines) and len(view.waiting) < waiting) or number < waiting:
+        while ((view := core._memory.book.lines) and len(view.waiting) < waiting) or number < waiting:
             arrive(core, number, now, rng)
             number += 1
         started = time.perf_counter()
@@ -115,7 +115,7 @@ def full(endpoints: int, waiting: int, steps: int) -> list[float]:
         now += 0.01
         if flying:
             job = flying.pop(int(rng.integers(len(flying)))).job
-            owner = core._book.tickets[job.id].endpoint
+            owner = core._memory.book.tickets[job.id].endpoint
             core.receive(
                 Reward(
                     id=job.id,

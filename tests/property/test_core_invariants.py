@@ -229,11 +229,11 @@ class World(RuleBasedStateMachine):
     @invariant()
     def conserves(self):
         """I1: every request that arrived waits, is held, or has ended; the core and its driver agree."""
-        book = self.core._book
+        book = self.core._memory.book
         waiting, held = len(book.lines), sum(len(e.held) for e in book.fleet.endpoints.values())
         assert waiting + held == len(book.tickets)
         living = set(self.entries) - set(self.terminal)
-        unsent = {c.result.id for c in self.core._outbox._commands if isinstance(c, Finish)}
+        unsent = {c.result.id for c in self.core._memory.outbox._commands if isinstance(c, Finish)}
         assert set(book.tickets) == living - unsent
         assert book.lines.tokens == sum(
             t.prompt_tokens for t in [*book.lines.waiting, *book.lines.aside]
@@ -242,7 +242,7 @@ class World(RuleBasedStateMachine):
     @invariant()
     def keeps_capacity(self):
         """I3: no endpoint over its seats or its KV, and no account below zero."""
-        ledger, fleet = self.core._book.ledger, self.core._book.fleet
+        ledger, fleet = self.core._memory.book.ledger, self.core._memory.book.fleet
         for endpoint in fleet.endpoints.values():
             slot = endpoint.slot
             assert ledger.seats[slot] == len(endpoint.held) <= fleet.seats_max[slot]

@@ -4,7 +4,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from scheduler.core import FORGIVEN_MAX, CoreSettings, Scheduler
+from scheduler.core import CoreSettings, Scheduler
+from scheduler.endpoints import FORGIVEN_MAX
 from scheduler.events import (
     Abort,
     Arrived,

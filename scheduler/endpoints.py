@@ -1,0 +1,175 @@
+"""What workers say of endpoints and of what they hold, and what is taken back from those that fall silent."""
+
+from scheduler import ledger
+from scheduler.events import Recovered
+from scheduler.memory import Memory
+from scheduler.requests import Requests
+from scheduler.state import Endpoint, Ticket
+from scheduler.wire import Beat, Control, Reward
+
+FORGIVEN_MAX = 16
+"""Attempts lost before an engine had them that do not count.
+
+A restarted worker takes all its endpoints' jobs with it, once for each endpoint; a request that kills whoever
+takes it, before that can say so, still ends.
+"""
+
+
+class Endpoints:
+    """Beats open and close columns of the ledger, the predictor and the prefix index; rewards teach them."""
+
+    def __init__(self, memory: Memory, requests: Requests) -> None:
+        """Keep accounts in this memory; `requests` ends what must not be tried again."""
+        self._memory = memory
+        self._requests = requests
+        self._fleet = memory.book.fleet
+        self._lease_at = float("-inf")
+        "No lease ends before: hearing from an endpoint only moves its end away, so few steps need look."
+        self._reborn: dict[str, Beat] = {}
+        "First beats of new lives: what the old ones held is taken back by the next `decide`, not before the"
+        "rewards that were read in the same step."
+        self._astray: list[tuple[Ticket, Endpoint]] = []
+        "Recovered from an endpoint's earlier life: taken back likewise."
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the next `decide` has something to take back."""
+        return bool(self._reborn or self._astray)
+
+    def moments(self) -> list[float]:
+        """When the next lease may end."""
+        return [self._lease_at] if self._fleet.endpoints else []
+
+    # Facts
+
+    def beat(self, beat: Beat) -> None:
+        """It lives, and this is what it has begun since the last beat."""
+        endpoint = self._fleet.endpoints.get(beat.endpoint)
+        if beat.epoch < self._fleet.epochs.get(beat.endpoint, 0):
+            return  # a worker that was replaced still talks
+        if endpoint is not None and beat.epoch > endpoint.epoch:
+            self._reborn[beat.endpoint] = beat
+            self._fleet.epochs[beat.endpoint] = beat.epoch
+            return
+        if endpoint is None:
+            self._join(beat)
+        else:
+            self._fleet.hear(endpoint, beat, self._memory.now)
+        self._progress(beat)
+
+    def reward(self, reward: Reward) -> None:
+        """An attempt is over: learn from it, and finish the request or let it wait again."""
+        book, now = self._memory.book, self._memory.now
+        endpoint = self._fleet.endpoints.get(reward.endpoint)
+        ticket = book.tickets.get(reward.id)
+        if endpoint is not None and endpoint.epoch == reward.epoch:
+            self._learn(reward, endpoint, ticket)
+        if ticket is None or ticket.attempt != reward.attempt:
+            return
+        if reward.outcome != "returned":
+            book.finish(ticket, now)
+        elif ticket.is_held:
+            book.give_back(ticket, "hand_back", now)
+            if ticket.is_cancelled:
+                self._requests.end_if_over(ticket)
+
+    def drain(self, event: Control) -> None:
+        """A person's wish: no new work, or work again."""
+        endpoint = self._fleet.endpoints.get(event.endpoint)
+        if endpoint is not None:
+            self._fleet.drain(endpoint, is_drained=event.action == "drain")
+
+    def recovered(self, ticket: Ticket, event: Recovered) -> None:
+        """An earlier leader gave it to this endpoint, which may not have been heard from yet: it has a lease."""
+        endpoint = self._fleet.endpoints.get(event.endpoint) or self._expect(event)
+        ticket.attempt = max(1, event.attempt)
+        self._memory.book.recover(ticket, endpoint, ledger.uncached(ticket), self._memory.now)
+        if endpoint.epoch != event.epoch:
+            self._astray.append((ticket, endpoint))
+        if ticket.is_cancelled:
+            self._requests.abort_later(ticket)
+
+    def _learn(self, reward: Reward, endpoint: Endpoint, ticket: Ticket | None) -> None:
+        self._memory.predictor.learn(reward, endpoint.slot)
+        if (
+            reward.cached_tokens is not None
+            and ticket is not None
+            and ticket.attempt == reward.attempt
+        ):
+            self._memory.prefixes.correct(
+                endpoint.slot,
+                believed_tokens=ticket.cached_tokens,
+                cached_tokens=reward.cached_tokens,
+            )
+
+    def _progress(self, beat: Beat) -> None:
+        """What it began since the last beat. A report about another attempt moves nothing."""
+        for report in beat.started:
+            ticket = self._reported(beat.endpoint, report, parts=2)
+            if ticket is not None:
+                self._memory.book.start(ticket)
+        for report in beat.first_tokens:
+            ticket = self._reported(beat.endpoint, report, parts=3)
+            if ticket is not None:
+                self._memory.book.first_token(ticket, self._memory.now)
+
+    def _reported(self, endpoint: str, report: str, parts: int) -> Ticket | None:
+        """The ticket that `id:attempt` or `id:attempt:milliseconds` speaks of, if this endpoint holds it."""
+        words = report.rsplit(":", parts - 1)
+        ticket = self._memory.book.tickets.get(words[0])
+        if len(words) != parts or ticket is None or ticket.endpoint != endpoint:
+            return None
+        return ticket if words[1] == str(ticket.attempt) else None
+
+    def _join(self, beat: Beat, *, is_drained: bool = False) -> Endpoint:
+        endpoint = self._fleet.join(beat, self._memory.now)
+        self._fleet.drain(endpoint, is_drained=is_drained)
+        self._memory.book.ledger.open(endpoint.slot)
+        self._memory.predictor.open(endpoint.slot, beat)
+        self._memory.prefixes.open(endpoint.slot, beat.kv_tokens)
+        return endpoint
+
+    def _expect(self, event: Recovered) -> Endpoint:
+        """An endpoint known only from what it holds: away until its first beat."""
+        beat = Beat(endpoint=event.endpoint, epoch=event.epoch, state="away")
+        return self._join(beat)
+
+    # Losses
+
+    def take_back_the_lost(self) -> None:
+        """Give back what nobody works on any more: new lives, ended leases, strays of a recovery."""
+        for ticket, endpoint in self._astray:
+            if ticket.is_held and ticket.endpoint == endpoint.name:
+                self._take_back(ticket, endpoint, f"{endpoint.name} began a new life")
+        self._astray.clear()
+        for name, beat in self._reborn.items():
+            endpoint = self._fleet.endpoints[name]
+            self._lose(endpoint, f"{name} began a new life")
+            self._join(beat, is_drained=endpoint.is_drained)
+        self._reborn.clear()
+        if self._lease_at <= self._memory.now:
+            self._lose_the_silent()
+
+    def _lose_the_silent(self) -> None:
+        lease_s, now = self._memory.settings.lease_s, self._memory.now
+        for endpoint in list(self._fleet.endpoints.values()):
+            if endpoint.lost_at(lease_s) <= now:
+                silent_s = now - endpoint.seen_at
+                self._lose(endpoint, f"{endpoint.name} was last heard {silent_s:.1f} s ago")
+        ends = [endpoint.lost_at(lease_s) for endpoint in self._fleet.endpoints.values()]
+        self._lease_at = min(ends, default=now + lease_s)
+
+    def _lose(self, endpoint: Endpoint, reason: str) -> None:
+        """Take back all it holds, and let it go: it removes itself only, never stalls the pool."""
+        for ticket in list(endpoint.held.values()):
+            self._take_back(ticket, endpoint, reason)
+        self._fleet.leave(endpoint)
+        self._memory.predictor.close(endpoint.slot)
+        self._memory.prefixes.close(endpoint.slot)
+
+    def _take_back(self, ticket: Ticket, endpoint: Endpoint, reason: str) -> None:
+        if ticket.state == "assigned" and ticket.forgiven < FORGIVEN_MAX:
+            ticket.forgiven += 1
+        self._memory.outbox.reclaim(ticket, endpoint, reason, self._memory.now)
+        self._memory.book.give_back(ticket, "reclaim", self._memory.now)
+        self._requests.end_if_over(ticket)

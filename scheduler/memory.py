@@ -1,0 +1,77 @@
+"""All that the core knows, in one place: what it was told once, and what it has learned and remembers since.
+
+The three parts of the core (`requests`, `endpoints`, `planning`) share one `Memory` and keep next to nothing
+themselves, so that there is one account of everything and one moment that is now.
+"""
+
+import msgspec
+
+from scheduler import view
+from scheduler.book import Book
+from scheduler.outbox import Outbox
+from scheduler.plan import PlanSettings
+from scheduler.policies import AnyPolicy, Policy, Urgency
+from scheduler.predict import Predictor
+from scheduler.prefix import Index
+from scheduler.settings import Objective
+from scheduler.state import Ticket
+
+
+class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the core is told once."""
+
+    policy: AnyPolicy | Policy = Urgency()
+    "Who goes first."
+
+    objectives: dict[str, Objective] = {}
+    "Named promises."
+
+    plan: PlanSettings = PlanSettings()
+    "How far the plan looks and how early it binds."
+
+    lease_s: float = 3.0
+    "An endpoint not heard from for this long loses what it holds."
+
+    waiting_max: int = 100_000
+    "One more is rejected, with a time to come back."
+
+    max_attempts: int = 3
+    "How often a request may be tried that does not say."
+
+    unknown_model_grace_s: float = 2.0
+    "How long a model that nobody ever served may be waited for while endpoints are alive: a start's first beats."
+
+    step_max: int = 1024
+    "The most requests that one step ends because their time ran out (I8)."
+
+    finished_max: int = 100_000
+    "Ids of ended requests that are remembered, to know a late duplicate."
+
+
+class Memory:
+    """The present (`book`, `outbox`), what was learned (`predictor`, `prefixes`), and the moment."""
+
+    def __init__(self, settings: CoreSettings) -> None:
+        """Know nothing yet but the settings."""
+        self.settings = settings
+        self.book = Book(settings.finished_max)
+        self.outbox = Outbox(settings.policy.label)
+        self.predictor = Predictor()
+        self.prefixes = Index()
+        self.now = float("-inf")
+
+    def backlog_s(self) -> float:
+        """Predicted seconds of prefill that wait."""
+        return view.backlog_s(self.book, self.predictor)
+
+    def note(self, ticket: Ticket, kind: str, reason: str, slack_s: float | None = None) -> None:
+        """Log a turn that moves nothing in Redis."""
+        self.outbox.note(
+            ticket.id,
+            kind,
+            reason,
+            self.now,
+            attempt=ticket.attempt,
+            slack_s=slack_s,
+            waiting=len(self.book.lines),
+        )

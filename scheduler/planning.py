@@ -1,0 +1,177 @@
+"""One step's deciding: what may go is asked of the plan, and what the plan chose is handed over."""
+
+import numpy as np
+
+from scheduler import assign, order
+from scheduler.memory import Memory
+from scheduler.plan import Choice, Planner, Room
+from scheduler.prefix import BLOCK_TOKENS
+from scheduler.state import Floats, Ticket
+
+RETEST_MAX = 32
+"How many of those set aside are tested again in one step; the rest keep."
+
+FILL_MAX = 16
+"How many of those set aside are offered what is idle in one step."
+
+TICK_S = 0.01
+"The core never asks to be woken sooner: predictions are no finer."
+
+
+class Planning:
+    """A step is planned in four parts.
+
+    1. The longest set aside has its share.
+    2. The line is served, with those set aside who could make it after all.
+    3. Whoever the plan set aside or took up is moved in the book.
+    4. What is idle then is filled from those set aside; all that was chosen is handed over.
+    """
+
+    def __init__(self, memory: Memory, rng: np.random.Generator) -> None:
+        """Plan for what is in this memory; `rng` decides between equals."""
+        self._memory = memory
+        self._book = memory.book
+        self._fleet = memory.book.fleet
+        self._settings = memory.settings.plan
+        self._terms = memory.settings.policy.terms
+        self._rng = rng
+        self._aside_credit_s = 0.0
+        self._room_at: float | None = None
+
+    def moments(self) -> list[float]:
+        """When an endpoint comes within the window for those who still wait."""
+        return [] if self._room_at is None else [self._room_at]
+
+    def step(self) -> None:
+        """Hand over what starts within the commit window."""
+        self._room_at = None
+        wanted_s = self._fleet.wanted(self._book.lines.by_model)
+        if not np.isfinite(wanted_s).any():
+            return
+        planner = self._planner(wanted_s)
+        self._serve_aged(planner)
+        line = self._book.lines.waiting.head(self._settings.horizon)
+        planner.serve(self._with_the_hopeful(planner, line))
+        self._turn(planner)
+        if planner.is_exhausted:
+            self._fill(planner)
+        for choice in planner.choices:
+            self._hand_over(choice)
+        if planner.is_cut:
+            self._room_at = self._memory.now
+        elif self._book.lines:
+            is_short = planner.is_exhausted and len(line) == self._settings.horizon
+            self._room_at = self._next_room_at(planner.room, is_short=is_short)
+
+    def _planner(self, wanted_s: Floats) -> Planner:
+        ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now
+        rates = self._memory.predictor.rates(ledger.decode_kv)
+        room = Room(
+            rates=rates,
+            backlog=ledger.backlog(rates, now),
+            seats=fleet.seats_max - ledger.seats,
+            kv=fleet.kv_max - ledger.kv,
+            kv_max=fleet.kv_max,
+            length_max=fleet.length_max,
+            wanted_s=wanted_s,
+        )
+        return Planner(
+            room,
+            now=now,
+            settings=self._settings,
+            terms=self._terms,
+            spread=self._memory.predictor.spread(room.start_s, self._terms.odds_min),
+            pricer=self._price,
+            rng=self._rng,
+        )
+
+    def _price(self, ticket: Ticket) -> tuple[Floats, Floats]:
+        """A request's cached tokens on every slot, and where it may go."""
+        cached = np.zeros(len(self._fleet.by_slot))
+        for slot, blocks in self._memory.prefixes.match(ticket.request.blocks).items():
+            cached[slot] = blocks * BLOCK_TOKENS
+        return cached, self._fleet.barrier(ticket.request.model)
+
+    def _serve_aged(self, planner: Planner) -> None:
+        """The share of those set aside: the oldest goes first while there is credit."""
+        if self._aside_credit_s > 0:
+            for ticket in self._book.lines.aside_by_age.head(1):
+                planner.serve_aged(ticket)
+                self._aside_credit_s -= sum(choice.work_s for choice in planner.choices)
+
+    def _with_the_hopeful(self, planner: Planner, line: list[Ticket]) -> list[Ticket]:
+        """The line and those set aside that could make it after all, in one order."""
+        chosen = {choice.ticket.id for choice in planner.choices}
+        hopeful = planner.hopeful(self._book.lines.aside.tail(RETEST_MAX))
+        again = [ticket for ticket in hopeful if ticket.id not in chosen]
+        return sorted(line + again, key=order.by_rank) if again else line
+
+    def _turn(self, planner: Planner) -> None:
+        """Set aside and take up as planned; each change is noted once."""
+        lines, memory = self._book.lines, self._memory
+        for turn in planner.turns:
+            slack_s = turn.ticket.due_at - memory.now - turn.total_s
+            if turn.kind == "take_up":
+                lines.take_up(turn.ticket)
+                memory.note(turn.ticket, "taken_up", "can make it after all", slack_s)
+            else:
+                lines.set_aside(turn.ticket)
+                reason = f"cannot make it: {-slack_s:.2f} s too late on the best endpoint"
+                memory.note(turn.ticket, "set_aside", reason, slack_s)
+
+    def _fill(self, planner: Planner) -> None:
+        lines = self._book.lines
+        if not lines.aside:
+            return
+        chosen = {choice.ticket.id for choice in planner.choices}
+        shortest = lines.aside_by_size.head(FILL_MAX)
+        is_calm = all(t.id in chosen for t in lines.waiting.head(len(chosen) + 1))
+        planner.fill([t for t in shortest if t.id not in chosen], is_calm=is_calm)
+
+    def _hand_over(self, choice: Choice) -> None:
+        memory, ticket = self._memory, choice.ticket
+        endpoint = self._fleet.by_slot[choice.slot]
+        assert endpoint is not None, f"the plan chose slot {choice.slot}, where nobody is"
+        waiting = len(self._book.lines)
+        self._book.assign(ticket, endpoint, choice.line, memory.now)
+        ticket.cached_tokens = choice.cached_tokens
+        memory.prefixes.insert(choice.slot, ticket.request.blocks)
+        self._aside_credit_s = min(
+            self._settings.commit_window_s,
+            self._aside_credit_s + self._terms.aside_share * choice.work_s,
+        )
+        features = memory.predictor.features(
+            choice.slot,
+            tokens=choice.line.tokens + choice.ahead_tokens,
+            pairs=choice.line.pairs + choice.ahead_pairs,
+            decode_kv=float(self._book.ledger.decode_kv[choice.slot]),
+            start_s=choice.start_s,
+        )
+        memory.outbox.assign(
+            assign.command(
+                choice,
+                endpoint,
+                now=memory.now,
+                policy=memory.settings.policy.label,
+                waiting=waiting,
+                names=self._fleet.names,
+                features=features,
+            )
+        )
+
+    def _next_room_at(self, room: Room, *, is_short: bool) -> float | None:
+        """When an endpoint comes within the window, or falls idle, for those who still wait.
+
+        Args:
+            room: what this step has left.
+            is_short: all of the horizon was placed, and there may be room for those behind it.
+        """
+        now = self._memory.now
+        if is_short:
+            return now + TICK_S
+        wanted_s = self._settings.commit_window_s if self._book.lines.waiting else 0.0
+        open_s = room.busy_s[np.isfinite(room.shut_s)]
+        ahead_s = open_s[open_s > wanted_s]
+        if not len(ahead_s):
+            return None
+        return now + max(TICK_S, float(ahead_s.min()) - wanted_s)
