@@ -30,14 +30,14 @@ def ticket(
         promise = slo.promise(request, event.enqueued_at, objectives)
     except WireError as error:
         return Ending(outcome="invalid", reason=str(error))
-    output_tokens, token_s = predictor.usual_answer(request.model)
+    output_tokens, token_s = predictor.lengths.answer(request.model)
     due_at = slo.due_at(promise, event.enqueued_at, output_tokens * token_s)
     return Ticket(
         request=request,
         entry=event.entry,
         enqueued_at=event.enqueued_at,
         promise=promise,
-        prompt_tokens=slo.prompt_tokens(request, predictor.usual_prompt(request.model)),
+        prompt_tokens=slo.prompt_tokens(request, predictor.lengths.prompt(request.model)),
         output_tokens=output_tokens,
         due_at=due_at,
         rank=policy.rank(enqueued_at=event.enqueued_at, due_at=due_at, priority=promise.priority),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from river import linear_model
 
-from scheduler.predict import DecayedRegression, Predictor
+from scheduler.predict import Predictor
+from scheduler.regression import DecayedRegression
 from scheduler.wire import Beat, Reward
 
 

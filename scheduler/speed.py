@@ -1,0 +1,60 @@
+"""How one endpoint differs from what it declares: times longer, learned from one log error after the other."""
+
+import msgspec
+
+from scheduler.cost import Hardware
+from scheduler.regression import Drift
+
+GAIN, FAST_GAIN, FAST_TURNS = 0.03, 0.3, 15
+"How much of a log error an endpoint's speed takes over: always, and for this many completions after a drift."
+
+STEP = 0.7
+"The largest log error believed at once, a factor of two."
+
+LOG_MAX = 3.0
+"A server is at most 20 times faster or slower than declared."
+
+
+class Speed(msgspec.Struct, kw_only=True):
+    """How one endpoint differs from what it declares."""
+
+    name: str
+    declared: str
+    hardware: Hardware
+    log: float = 0.0
+    "Log of the times longer it takes."
+    count: int = 0
+    "Completions learned from."
+    error: float = 0.0
+    "Moving mean of |log(actual / predicted)|."
+    coverage: float = 0.0
+    "Moving share of those within the 90 % bound."
+    fast: int = 0
+    "Completions for which it still learns fast."
+    drift: Drift = msgspec.field(default_factory=Drift)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What is remembered of it: log speed, completions, error, coverage."""
+        return self.log, float(self.count), self.error, self.coverage
+
+    def recall(self, numbers: tuple[float, ...]) -> None:
+        """Go on from an earlier life; a new one may differ, so it learns a little faster."""
+        self.log, count, self.error, self.coverage = numbers
+        self.count = min(int(count), FAST_TURNS)
+
+    def learn(self, log_error: float) -> None:
+        """Take over a part of one log error; more of it while young, and after a drift."""
+        if self.drift.is_seen(log_error):
+            self.fast = FAST_TURNS
+        gain = max(GAIN, 1 / (self.count + 3), FAST_GAIN if self.fast else 0.0)
+        self.fast = max(0, self.fast - 1)
+        self.count += 1
+        moved = self.log + gain * max(-STEP, min(STEP, log_error))
+        self.log = max(-LOG_MAX, min(LOG_MAX, moved))
+
+    def judge(self, log_ratio: float, *, is_covered: bool) -> None:
+        """Keep account of how good its predictions were."""
+        gain = max(0.05, 1 / (self.count + 1))
+        self.error += gain * (abs(log_ratio) - self.error)
+        self.coverage += gain * (float(is_covered) - self.coverage)
