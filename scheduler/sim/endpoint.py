@@ -303,6 +303,7 @@ class Endpoint:
             tpot_s=tpot_s,
             banked_s=(said - 1) * tpot_s - (now - first_at) if is_bound and first_at else 0.0,
             prefill_tokens=0.0 if first_at is not None else attempt.uncached_tokens,
+            cached_tokens=attempt.job.cached_tokens,
         )
 
     def first_token_s(self, prompt_tokens: int, keys: list[int], now: float) -> float:
