@@ -181,12 +181,13 @@ class TestConservation:
 
 
 class TestSame:
-    def test_quiet_stretches_change_nothing(self, monkeypatch):
-        """Sleeping through pure decoding gives the tokens their times, step for step."""
+    @pytest.mark.parametrize("name", ["round-robin", "fcfs", "plan"])
+    def test_quiet_stretches_change_nothing(self, name, monkeypatch):
+        """Sleeping through pure decoding gives tokens and news their times, whoever acts on them."""
         still = structs.replace(PAIR, chance=CERTAIN)
-        _, fast = run(lab(still, crowd(60)), "round-robin")
+        _, fast = run(lab(still, crowd(60)), name)
         monkeypatch.setattr("scheduler.sim.endpoint.QUIET_LEAST_S", math.inf)
-        _, slow = run(lab(still, crowd(60)), "round-robin")
+        _, slow = run(lab(still, crowd(60)), name)
 
         assert [fate.finished_at for fate in fast.fates] == pytest.approx(
             [fate.finished_at for fate in slow.fates], rel=1e-9
