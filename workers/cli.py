@@ -15,8 +15,10 @@ from scheduler.errors import SettingsError
 from scheduler.settings import Settings
 from scheduler.sim.arguments import EngineSettings
 from workers.emulator.settings import EmulatorSettings
+from workers.fleet import cli as fleet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.add_typer(fleet.app, name="fleet", help="Real vLLM servers on an emulated GPU's clock.")
 
 
 @app.callback()

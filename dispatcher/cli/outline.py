@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def outline(module: str, app: str) -> dict[str, str]:
-    """Name and first line of help of each function that the module hands to `app.command`.
+    """Name and first line of help of each function that the module hands to `app.command`, and of its groups.
 
     >>> outline("dispatcher.cli.version", "app")
     {'version': 'What is installed here.'}
@@ -21,7 +21,20 @@ def outline(module: str, app: str) -> dict[str, str]:
             help_text = ast.get_docstring(node) or ""
             for name in _names(node, app):
                 found[name] = help_text.partition("\n")[0]
+        elif isinstance(node, ast.Expr):
+            found |= _group(node.value, app)
     return found
+
+
+def _group(node: ast.expr, app: str) -> dict[str, str]:
+    """Name and help in `app.add_typer(other, name=..., help=...)`."""
+    match node:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id=owner), attr="add_typer"), keywords=keywords
+        ) if owner == app:
+            said = {k.arg: k.value.value for k in keywords if isinstance(k.value, ast.Constant)}
+            return {str(said["name"]): str(said.get("help", ""))} if "name" in said else {}
+    return {}
 
 
 def _names(node: ast.FunctionDef | ast.AsyncFunctionDef, app: str) -> Iterator[str]:

@@ -56,10 +56,15 @@ class TestHelp:
             "@app.command()\nasync def run_it(x: int) -> None:\n    '''Run it.\n\n    At length.\n    '''\n"
             "@app.command('short')\ndef long(): ...\n"
             "@other.command()\ndef hidden(): ...\n"
+            "app.add_typer(other, name='group', help='Of more.')\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
 
-        assert outline("broken_floor", "app") == {"run-it": "Run it.", "short": ""}
+        assert outline("broken_floor", "app") == {
+            "run-it": "Run it.",
+            "short": "",
+            "group": "Of more.",
+        }
 
     @pytest.mark.parametrize("name", root.COMMANDS)
     def test_the_table_says_what_the_command_says(self, name):

@@ -1,0 +1,1 @@
+"""Real vLLM servers on the clock of an accelerator that is not there."""
