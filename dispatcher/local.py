@@ -40,6 +40,9 @@ POLL_S = 0.005
 PORT_TRIES = 5
 "A free port may be taken between our asking and the server's binding."
 
+ANNOUNCED = "latest"
+"File of the state directory: where the private server lies that was started last."
+
 SOCKET_PATH_BYTES = 100
 "A unix socket's path holds 108 bytes on Linux and 104 on macOS; a longer one is left out."
 
@@ -254,13 +257,31 @@ def known_url(redis: RedisSettings) -> str:
     """
     if redis.url:
         return redis.login_url
-    directory = state_directory(os.environ) / "redis"
-    running = live(directory)
-    if running is None:
-        raise StreamError(
-            f"no redis: none is given (--redis, HEADGATE_REDIS_URL) and none runs in {directory}"
-        )
-    return running.url
+    state = state_directory(os.environ)
+    for directory in (state / "redis", _announced(state)):
+        running = live(directory)
+        if running is not None:
+            return running.url
+    raise StreamError(
+        f"no redis: none is given (--redis, HEADGATE_REDIS_URL) and none runs in {state}"
+    )
+
+
+def announce(directory: Path) -> None:
+    """Let whoever is given no Redis find the one that runs in this directory, as long as it does."""
+    state = state_directory(os.environ)
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    beside = state / f"{ANNOUNCED}.{os.getpid()}"
+    beside.write_text(str(directory.resolve()))
+    beside.replace(state / ANNOUNCED)
+
+
+def _announced(state: Path) -> Path:
+    """The directory announced last; one that does not exist where there was none."""
+    try:
+        return Path((state / ANNOUNCED).read_text())
+    except OSError:
+        return state / ANNOUNCED
 
 
 def _flags(directory: Path, port: int, unix_socket: str) -> list[str]:

@@ -10,6 +10,7 @@ A command that takes a `Settings` parameter is handed the settings, and gains `-
 """
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import os
@@ -19,11 +20,12 @@ from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
+from msgspec import structs
 
 from dispatcher.cli import given
 from dispatcher.cli.given import Given
 from dispatcher.cli.outline import outline
-from scheduler.errors import HeadgateError
+from scheduler.errors import HeadgateError, StreamError
 from scheduler.settings import LogSettings, Settings
 
 COMMANDS = {
@@ -102,6 +104,9 @@ def root(words: Sequence[str]) -> typer.Typer:
     def load(own: Given) -> Settings:
         return given.settings(own.over(before), os.environ)
 
+    def load_found(own: Given) -> Settings:
+        return _with_known_redis(load(own))
+
     is_completing = "_HEADGATE_COMPLETE" in os.environ
     for name, summary in COMMANDS.items():
         if name in words or is_completing:
@@ -111,7 +116,7 @@ def root(words: Sequence[str]) -> typer.Typer:
     for entry in sorted(entry_points(group="headgate.commands")):
         lines = outline(entry.module, entry.attr)
         if lines.keys() & set(words) or is_completing:
-            _adopt(app, entry.load(), load)
+            _adopt(app, entry.load(), load_found)
         else:
             for name, summary in lines.items():
                 app.command(name, help=summary)(_unnamed)
@@ -162,6 +167,18 @@ def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Fun
     )
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     return run
+
+
+def _with_known_redis(settings: Settings) -> Settings:
+    """The settings, naming the private server that runs here where they name none: other floors can not look."""
+    from dispatcher import local  # noqa: PLC0415  only a command that will connect pays for it
+
+    if settings.redis.url:
+        return settings
+    with contextlib.suppress(StreamError):
+        redis = structs.replace(settings.redis, url=local.known_url(settings.redis))
+        return structs.replace(settings, redis=redis)
+    return settings
 
 
 def _configure_log(settings: LogSettings) -> None:

@@ -1,6 +1,7 @@
 """`headgate up`: everything on one machine, each role a process of its own."""
 
 import asyncio
+import os
 import signal
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dispatcher.cli import output
+from dispatcher.local import announce, state_directory
 from dispatcher.stack import PROFILES, Engine, Running, Stack, Wanted
 from scheduler.errors import SettingsError
 from scheduler.settings import Settings
@@ -37,7 +39,10 @@ async def up(
     ] = 0,
     drain_s: Annotated[float, typer.Option(help="For running requests at the end.")] = 5.0,
     directory: Annotated[
-        Path | None, typer.Option(help="Logs and private Redis; else a temporary one.")
+        Path | None,
+        typer.Option(
+            help="Logs and private Redis; else a lasting one, or with emulated engines alone a temporary one."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One line when all is ready.")] = False,
 ) -> None:
@@ -56,8 +61,10 @@ async def up(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     with tempfile.TemporaryDirectory(prefix="headgate-") as scratch:
-        stack = Stack(settings, wanted, directory=directory or Path(scratch), told=output.talk)
-        async with stack:
+        kept = directory or (state_directory(os.environ) if engine else Path(scratch))
+        async with Stack(settings, wanted, directory=kept, told=output.talk) as stack:
+            if not settings.redis.url:
+                announce(kept / "redis")
             if as_json:
                 output.json_line(stack.running)
             else:
