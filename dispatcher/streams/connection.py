@@ -1,4 +1,7 @@
-"""The one file that knows redis-py: connect, call a function, batch calls, read streams, tell the time.
+"""A Redis that speaks our functions: connect, call one, batch calls, read streams, tell the time.
+
+What is frequent, calls and the reads that wait, goes over pipes of our own where the server can be reached by one
+(see `pipe`); all else, and everything over TLS, Sentinel and Cluster, over redis-py.
 
 Four traps of redis-py 8 are closed here: its default socket timeout of 5 s breaks blocking reads (the reading
 connection has none, a bound of our own instead); it sends a command again after a lost reply (so every write goes
@@ -12,51 +15,26 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
-import redis.asyncio as aioredis
 import redis.exceptions as weather
-from redis.asyncio.cluster import ClusterNode, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
-from redis.backoff import ExponentialBackoff, NoBackoff
 
 from dispatcher.streams.clock import Clock
+from dispatcher.streams.pipe import Address, Pipe, Words
+from dispatcher.streams.where import REPLY_TIMEOUT_S, Where, client, without_password
 from scheduler.errors import StreamError
+
+__all__ = ("Call", "Connection", "Entry", "Value", "Where")
 
 FLOOR = (7, 0)
 "Functions and a group's lag came with Redis 7.0; every Valkey has them."
 
-REPLY_TIMEOUT_S = 5.0
-"The longest wait for an answer that does not block on the server."
-
-CALLS_MAX = 16
-"Connections for calls; more calls at once wait their turn, which a server with one thread makes them do anyway."
-
-READS_MAX = 1024
-"Connections for reads that wait on the server: one for each read under way."
+AGAIN_S = (0.0, 0.02, 0.1)
+"Before a batch is said again over a new connection; who must wait longer does so by himself."
 
 Value = str | bytes | int | float
 Entry = tuple[str, dict[bytes, bytes]]
 "An entry's id and fields."
-
-
-class Where(msgspec.Struct, frozen=True, kw_only=True):
-    """How to reach a Redis: all that `connect` needs."""
-
-    url: str
-    """`redis://`, `rediss://` (TLS), `unix://`; `redis+sentinel://host:port,host:port/<master>/<db>`;
-    `redis+cluster://host:port,host:port` (`rediss+` for either with TLS)."""
-
-    username: str | None = None
-    "The ACL user; the URL's where None."
-
-    password: str | None = None
-    "Never logged; the URL's where None."
-
-    tls_ca_file: str | None = None
-    "CA bundle for TLS; the system's where None."
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -73,9 +51,15 @@ class Connection:
     Raises `StreamError` from every method where Redis is away, refuses us, or is too old.
     """
 
-    def __init__(self, client: Any, reader: Any, shown: str) -> None:
+    def __init__(self, client: Any, reader: Any, shown: str, address: Address | None) -> None:
         self._client = client
         self._reader = reader
+        self._address = address
+        "None: only redis-py can reach it."
+        self._calls = Pipe(address) if address is not None else None
+        self._idle: list[Pipe] = []
+        "Pipes for reads that wait on the server, one for each under way at once."
+        self._reading: set[Pipe] = set()
         self._clock = Clock()
         self.shown = shown
         "The URL without its password, for messages."
@@ -83,9 +67,9 @@ class Connection:
     @classmethod
     async def connect(cls, where: Where) -> "Connection":
         """Connect, check the version, load our functions and learn the server's clock."""
-        shown = _without_password(where.url)
+        shown = without_password(where.url)
         try:
-            self = cls(_client(where), _client(where, is_reader=True), shown)
+            self = cls(client(where), client(where, is_reader=True), shown, Address.of(where))
         except (ValueError, weather.RedisError) as error:
             raise StreamError(f"redis url {shown!r} is not usable: {error}") from None
         try:  # one door: whatever fails here, nothing stays open
@@ -99,9 +83,11 @@ class Connection:
 
     async def close(self) -> None:
         """Close every connection; calls under way fail."""
-        for client in (self._client, self._reader):
-            await client.aclose()
-            pool = getattr(client, "connection_pool", None)  # a Cluster's client has one a node
+        for pipe in (*self._idle, *self._reading, *([self._calls] if self._calls else [])):
+            pipe.close()
+        for one in (self._client, self._reader):
+            await one.aclose()
+            pool = getattr(one, "connection_pool", None)  # a Cluster's client has one a node
             sentinels = getattr(getattr(pool, "sentinel_manager", None), "sentinels", ())
             for sentinel in sentinels:  # redis-py leaves them open
                 await sentinel.aclose()
@@ -141,9 +127,11 @@ class Connection:
 
     async def _batch(self, calls: Sequence[Call]) -> list[Any]:
         with _Weather(self.shown):
+            if self._calls is not None:
+                return await _insisted(self._calls, [_words(call) for call in calls])
             async with self._client.pipeline(transaction=False) as pipe:
                 for call in calls:
-                    pipe.fcall(f"hg_{call.function}", len(call.keys), *call.keys, *call.args)
+                    pipe.execute_command(*_words(call))
                 return list(await pipe.execute(raise_on_error=False))
 
     async def command(self, *words: Value) -> Any:
@@ -182,10 +170,20 @@ class Connection:
         self, after: Mapping[str, str], *, count: int, block_s: float | None = None
     ) -> dict[str, list[Entry]]:
         """Entries after the given ids (`$`: only new ones), a list a stream; waits up to `block_s` for the first."""
-        return await self._blocked(
-            block_s,
-            lambda c, block: c.xread(dict(after), count=count, block=block),
+        if block_s is None:
+            with _Weather(self.shown):
+                return _streams(await self._client.xread(dict(after), count=count))
+        words: Words = (
+            "XREAD",
+            "COUNT",
+            count,
+            "BLOCK",
+            _block_ms(block_s),
+            "STREAMS",
+            *after,
+            *after.values(),
         )
+        return await self._waited(words, block_s)
 
     async def read_group(
         self,
@@ -197,12 +195,12 @@ class Connection:
         block_s: float | None,
     ) -> dict[str, list[Entry]]:
         """Entries that no consumer of the group has seen; they stay pending until acknowledged."""
-        return await self._blocked(
-            block_s,
-            lambda c, block: c.xreadgroup(
-                group, consumer, dict.fromkeys(streams, ">"), count=count, block=block
-            ),
-        )
+        if block_s is None:
+            with _Weather(self.shown):
+                news = dict.fromkeys(streams, ">")
+                return _streams(await self._client.xreadgroup(group, consumer, news, count=count))
+        head = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", _block_ms(block_s))
+        return await self._waited((*head, "STREAMS", *streams, *(">" for _ in streams)), block_s)
 
     async def history(
         self, group: str, consumer: str, stream: str, *, after: str, count: int
@@ -279,15 +277,26 @@ class Connection:
             info = await self._client.info("memory")
         return dict(info if "used_memory" in info else next(iter(info.values())))
 
-    async def _blocked(self, block_s: float | None, ask: Any) -> dict[str, list[Entry]]:
-        if block_s is None:
-            with _Weather(self.shown):
-                return _streams(await ask(self._client, None))
+    async def _waited(self, words: Words, block_s: float) -> dict[str, list[Entry]]:
+        """The reply to a read that waits on the server; never asked twice, whatever becomes of it."""
+        limit_s = block_s + REPLY_TIMEOUT_S  # a frozen server must not hold us for ever
         with _Weather(self.shown):
-            async with asyncio.timeout(
-                block_s + REPLY_TIMEOUT_S
-            ):  # a frozen server must not hold us for ever
-                return _streams(await ask(self._reader, max(1, round(block_s * 1000))))
+            if self._address is None:
+                async with asyncio.timeout(limit_s):
+                    return _streams(await self._reader.execute_command(*words))
+            pipe = self._idle.pop() if self._idle else Pipe(self._address)
+            self._reading.add(pipe)
+            try:
+                [reply] = await pipe.ask([words], limit_s=limit_s)
+            except BaseException:
+                pipe.close()  # what it still brings is nobody's
+                raise
+            finally:
+                self._reading.discard(pipe)
+            self._idle.append(pipe)
+            if isinstance(reply, Exception):
+                raise reply
+            return _plain_streams(reply)
 
     async def _check_version(self) -> None:
         with _Weather(self.shown):
@@ -344,6 +353,38 @@ def _as_stream_error(reply: Any, shown: str) -> Any:
     return StreamError(f"redis at {shown}: {reply}") if isinstance(reply, Exception) else reply
 
 
+async def _insisted(pipe: Pipe, many: Sequence[Words]) -> list[Any]:
+    """Ask again after a lost connection: every function recognises its own repetition."""
+    for pause_s in AGAIN_S:
+        try:
+            return await pipe.ask(many, limit_s=REPLY_TIMEOUT_S)
+        except TimeoutError:
+            raise
+        except OSError:
+            await asyncio.sleep(pause_s)
+    return await pipe.ask(many, limit_s=REPLY_TIMEOUT_S)
+
+
+def _words(call: Call) -> Words:
+    return ("FCALL", f"hg_{call.function}", len(call.keys), *call.keys, *call.args)
+
+
+def _block_ms(block_s: float) -> int:
+    return max(1, round(block_s * 1000))  # 0 would wait for ever
+
+
+def _plain_streams(reply: Any) -> dict[str, list[Entry]]:
+    """A read's reply as the server says it: pairs, and each entry's fields in one list."""
+    return {
+        str(name, "utf-8"): [
+            (str(entry, "ascii"), dict(zip(parts[::2], parts[1::2], strict=True)))
+            for entry, parts in entries
+            if parts is not None
+        ]
+        for name, entries in reply or ()
+    }
+
+
 def _streams(reply: Any) -> dict[str, list[Entry]]:
     """Both shapes of a read's reply: pairs (RESP2) and a map (RESP3)."""
     if not reply:
@@ -360,81 +401,3 @@ def _entries(reply: Any) -> list[Entry]:
     ):
         reply = reply[0]  # RESP3 nests a stream's entries once more
     return [(str(entry, "ascii"), fields) for entry, fields in reply if fields is not None]
-
-
-def _client(where: Where, *, is_reader: bool = False) -> Any:
-    """A client for the URL; the reader's waits without a timeout and never repeats."""
-    url = urlsplit(where.url)
-    retry = Retry(NoBackoff(), 0) if is_reader else Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
-    options: dict[str, Any] = {
-        "socket_timeout": None if is_reader else REPLY_TIMEOUT_S,
-        "socket_connect_timeout": REPLY_TIMEOUT_S,
-        "retry": retry,
-        "health_check_interval": 0,
-        "max_connections": READS_MAX,
-    }
-    if where.username is not None:
-        options["username"] = where.username
-    if where.password is not None:
-        options["password"] = where.password
-    is_secure = url.scheme.startswith("rediss")
-    if is_secure and where.tls_ca_file is not None:
-        options["ssl_ca_certs"] = where.tls_ca_file
-    kind = url.scheme.removeprefix("rediss").removeprefix("redis")
-    if kind in ("+sentinel", "+cluster"):
-        several = _sentinel if kind == "+sentinel" else _cluster
-        return several(url.netloc, url.path, options | ({"ssl": True} if is_secure else {}))
-    if url.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError(
-            f"scheme is {url.scheme!r}, wanted redis, rediss, unix, redis+sentinel or redis+cluster"
-        )
-    if is_reader:
-        return aioredis.Redis.from_url(where.url, **options)
-    pool = aioredis.BlockingConnectionPool.from_url(
-        where.url, timeout=REPLY_TIMEOUT_S, **options | {"max_connections": CALLS_MAX}
-    )
-    return aioredis.Redis.from_pool(pool)
-
-
-def _cluster(netloc: str, _path: str, options: dict[str, Any]) -> Any:
-    auth, hosts = _hosts(netloc)
-    nodes = [ClusterNode(host, port) for host, port in hosts]
-    return RedisCluster(startup_nodes=nodes, **(auth | options))
-
-
-def _sentinel(netloc: str, path: str, options: dict[str, Any]) -> Any:
-    auth, hosts = _hosts(netloc)
-    name, _, db = path.strip("/").partition("/")
-    if not name:
-        raise ValueError("it names no master: wanted redis+sentinel://host:port/<master>[/<db>]")
-    watch = {"socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": REPLY_TIMEOUT_S}
-    sentinel: Any = Sentinel  # redis-py leaves it untyped
-    return sentinel(hosts, sentinel_kwargs=watch).master_for(
-        name, db=int(db or 0), **(auth | options)
-    )
-
-
-def _hosts(netloc: str) -> tuple[dict[str, str], list[tuple[str, int]]]:
-    """User and password, and the hosts, of `user:password@host:port,host:port`."""
-    login, _, rest = netloc.rpartition("@")
-    user, _, password = login.partition(":")
-    auth = {key: word for key, word in (("username", user), ("password", password)) if word}
-    hosts = []
-    for part in rest.split(","):
-        host, _, port = part.rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"host is {part!r}, wanted host:port")
-        hosts.append((host.strip("[]"), int(port)))
-    return auth, hosts
-
-
-def _without_password(url: str) -> str:
-    """The URL as it may be shown.
-
-    >>> _without_password("redis://me:secret@h:6379/0")
-    'redis://me:***@h:6379/0'
-    """
-    parts = urlsplit(url)
-    login, at, rest = parts.netloc.rpartition("@")
-    user, colon, _ = login.partition(":")
-    return parts._replace(netloc=f"{user}{colon}{'***' if colon else ''}{at}{rest}").geturl()

@@ -1,0 +1,163 @@
+"""One connection to one server, spoken to without waiting in turn: many commands out, their replies back in order.
+
+Why beside redis-py: it packs commands in Python and reads each reply under a timeout of its own, 10 us a command in
+a pipeline where this takes 2 (docs/PERFORMANCE.md). For plain TCP and unix sockets; TLS, Cluster and Sentinel are
+left to redis-py. Nothing is ever said again here: whoever asks knows whether that is safe.
+
+1. closed       the first `ask` connects, logs in and selects the database
+2. open         every `ask` is written at once; replies belong to the askers in the order of their asking
+3. lost         all who wait get `ConnectionError`; back to 1
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import hiredis
+from redis.exceptions import ResponseError
+
+from dispatcher.streams.where import Where
+
+CONNECT_S = 5.0
+"The longest wait for a server that does not take the connection."
+
+Words = tuple[str | bytes | int | float, ...]
+"A command: its name and its arguments."
+
+
+class Address(NamedTuple):
+    """A server that a `Pipe` can reach."""
+
+    host: str
+    "Empty for a unix socket."
+    port: int
+    path: str
+    login: tuple[Words, ...]
+    "What is said first on every new connection."
+
+    @classmethod
+    def of(cls, where: Where) -> "Address | None":
+        """The URL's server; None where only redis-py can reach it as asked.
+
+        >>> Address.of(Where(url="redis://me:it@h/3")).login
+        (('AUTH', 'me', 'it'), ('SELECT', '3'))
+        >>> Address.of(Where(url="rediss://h"))
+        """
+        parts = urlsplit(where.url)
+        options = dict(parse_qsl(parts.query))
+        db = options.pop("db", "") or (parts.path.strip("/") if parts.scheme == "redis" else "")
+        if parts.scheme not in ("redis", "unix") or options or not (db or "0").isdigit():
+            return None
+        username = where.username or unquote(parts.username or "")
+        password = where.password or unquote(parts.password or "")
+        login: list[Words] = []
+        if password:
+            login.append(("AUTH", username, password) if username else ("AUTH", password))
+        if int(db or 0):
+            login.append(("SELECT", db))
+        is_unix = parts.scheme == "unix"
+        return cls(
+            host="" if is_unix else parts.hostname or "localhost",
+            port=parts.port or 6379,
+            path=unquote(parts.path) if is_unix else "",
+            login=tuple(login),
+        )
+
+
+class Pipe:
+    """One connection, made when it is first needed and again after it was lost."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._wire: _Wire | None = None
+        self._opening = asyncio.Lock()
+
+    async def ask(self, commands: Sequence[Words], *, limit_s: float | None) -> list[Any]:
+        """The replies, in order; an error of the server's is such a reply.
+
+        Raises:
+            OSError: the connection cannot be made, or was lost before the last reply.
+            TimeoutError: not all had come after `limit_s`; the connection is given up.
+        """
+        wire = (
+            self._wire if self._wire is not None and not self._wire.is_lost else await self._open()
+        )
+        try:
+            async with asyncio.timeout(limit_s):
+                return await wire.ask(commands)
+        except TimeoutError:
+            wire.abort()  # a frozen server's late replies would be the next asker's
+            raise
+
+    def close(self) -> None:
+        """Drop the connection; whoever waits gets `ConnectionError`."""
+        if self._wire is not None:
+            self._wire.abort()
+
+    async def _open(self) -> "_Wire":
+        async with self._opening:
+            if self._wire is not None and not self._wire.is_lost:
+                return self._wire  # somebody else was faster
+            loop, address = asyncio.get_running_loop(), self._address
+            async with asyncio.timeout(CONNECT_S):
+                if address.path:
+                    _, wire = await loop.create_unix_connection(_Wire, address.path)
+                else:
+                    _, wire = await loop.create_connection(_Wire, address.host, address.port)
+                for reply in await wire.ask(address.login):
+                    if isinstance(reply, Exception):
+                        wire.abort()
+                        raise reply
+            self._wire = wire
+            return wire
+
+
+class _Wire(asyncio.Protocol):
+    """One open connection's two directions."""
+
+    def __init__(self) -> None:
+        self._reader = hiredis.Reader(replyError=ResponseError)
+        self._waiting: deque[tuple[asyncio.Future[list[Any]], list[Any], int]] = deque()
+        "Who asked, what they have got so far, and how many replies they want."
+        self._transport: asyncio.Transport | None = None
+        self.is_lost = False
+
+    async def ask(self, commands: Sequence[Words]) -> list[Any]:
+        if not commands:
+            return []
+        if self.is_lost or self._transport is None:
+            raise ConnectionError("connection lost")
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((future, [], len(commands)))
+        pack: Callable[[Words], bytes] = hiredis.pack_command  # type: ignore[assignment]  # its stub says 1-tuple
+        self._transport.write(b"".join([pack(words) for words in commands]))
+        return await future
+
+    def abort(self) -> None:
+        self.is_lost = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
+
+    def data_received(self, data: bytes) -> None:
+        reader, waiting = self._reader, self._waiting
+        reader.feed(data)
+        while (reply := reader.gets()) is not False:
+            future, replies, wanted = waiting[0]
+            replies.append(reply)
+            if len(replies) == wanted:
+                waiting.popleft()
+                if not future.done():  # else whoever asked was cancelled meanwhile
+                    future.set_result(replies)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_lost = True
+        error = ConnectionError(f"connection lost: {exc or 'closed by the server'}")
+        while self._waiting:
+            future, _, _ = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(error)

@@ -1,0 +1,115 @@
+"""Where a Redis is and how redis-py reaches it: one server, TLS, a unix socket, Sentinel or a Cluster."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import redis.asyncio as aioredis
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import ExponentialBackoff, NoBackoff
+
+REPLY_TIMEOUT_S = 5.0
+"The longest wait for an answer that does not block on the server."
+
+CALLS_MAX = 16
+"Connections for calls; more calls at once wait their turn, which a server with one thread makes them do anyway."
+
+READS_MAX = 1024
+"Connections for reads that wait on the server: one for each read under way."
+
+
+class Where(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach a Redis: all that `connect` needs."""
+
+    url: str
+    """`redis://`, `rediss://` (TLS), `unix://`; `redis+sentinel://host:port,host:port/<master>/<db>`;
+    `redis+cluster://host:port,host:port` (`rediss+` for either with TLS)."""
+
+    username: str | None = None
+    "The ACL user; the URL's where None."
+
+    password: str | None = None
+    "Never logged; the URL's where None."
+
+    tls_ca_file: str | None = None
+    "CA bundle for TLS; the system's where None."
+
+
+def client(where: Where, *, is_reader: bool = False) -> Any:
+    """A client for the URL; the reader's waits without a timeout and never repeats."""
+    url = urlsplit(where.url)
+    retry = Retry(NoBackoff(), 0) if is_reader else Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
+    options: dict[str, Any] = {
+        "socket_timeout": None if is_reader else REPLY_TIMEOUT_S,
+        "socket_connect_timeout": REPLY_TIMEOUT_S,
+        "retry": retry,
+        "health_check_interval": 0,
+        "max_connections": READS_MAX,
+    }
+    if where.username is not None:
+        options["username"] = where.username
+    if where.password is not None:
+        options["password"] = where.password
+    is_secure = url.scheme.startswith("rediss")
+    if is_secure and where.tls_ca_file is not None:
+        options["ssl_ca_certs"] = where.tls_ca_file
+    kind = url.scheme.removeprefix("rediss").removeprefix("redis")
+    if kind in ("+sentinel", "+cluster"):
+        several = _sentinel if kind == "+sentinel" else _cluster
+        return several(url.netloc, url.path, options | ({"ssl": True} if is_secure else {}))
+    if url.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError(
+            f"scheme is {url.scheme!r}, wanted redis, rediss, unix, redis+sentinel or redis+cluster"
+        )
+    if is_reader:
+        return aioredis.Redis.from_url(where.url, **options)
+    pool = aioredis.BlockingConnectionPool.from_url(
+        where.url, timeout=REPLY_TIMEOUT_S, **options | {"max_connections": CALLS_MAX}
+    )
+    return aioredis.Redis.from_pool(pool)
+
+
+def _cluster(netloc: str, _path: str, options: dict[str, Any]) -> Any:
+    auth, hosts = _hosts(netloc)
+    nodes = [ClusterNode(host, port) for host, port in hosts]
+    return RedisCluster(startup_nodes=nodes, **(auth | options))
+
+
+def _sentinel(netloc: str, path: str, options: dict[str, Any]) -> Any:
+    auth, hosts = _hosts(netloc)
+    name, _, db = path.strip("/").partition("/")
+    if not name:
+        raise ValueError("it names no master: wanted redis+sentinel://host:port/<master>[/<db>]")
+    watch = {"socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": REPLY_TIMEOUT_S}
+    sentinel: Any = Sentinel  # redis-py leaves it untyped
+    return sentinel(hosts, sentinel_kwargs=watch).master_for(
+        name, db=int(db or 0), **(auth | options)
+    )
+
+
+def _hosts(netloc: str) -> tuple[dict[str, str], list[tuple[str, int]]]:
+    """User and password, and the hosts, of `user:password@host:port,host:port`."""
+    login, _, rest = netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    auth = {key: word for key, word in (("username", user), ("password", password)) if word}
+    hosts = []
+    for part in rest.split(","):
+        host, _, port = part.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"host is {part!r}, wanted host:port")
+        hosts.append((host.strip("[]"), int(port)))
+    return auth, hosts
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown.
+
+    >>> without_password("redis://me:secret@h:6379/0")
+    'redis://me:***@h:6379/0'
+    """
+    parts = urlsplit(url)
+    login, at, rest = parts.netloc.rpartition("@")
+    user, colon, _ = login.partition(":")
+    return parts._replace(netloc=f"{user}{colon}{'***' if colon else ''}{at}{rest}").geturl()

@@ -1,0 +1,80 @@
+"""Our own connection to a plain server: everybody gets the replies to what they asked, or learns that they will not."""
+
+import asyncio
+
+import pytest
+
+from dispatcher.streams.pipe import Address, Pipe
+from dispatcher.streams.where import Where
+
+LIMIT_S = 10
+
+
+@pytest.fixture
+async def pipe(redis_url):
+    one = Pipe(Address.of(Where(url=redis_url)))
+    yield one
+    one.close()
+
+
+async def ask(pipe, *commands):
+    return await pipe.ask(commands, limit_s=LIMIT_S)
+
+
+class TestPipe:
+    async def test_everybody_gets_their_own(self, pipe):
+        """Many who ask at once over one connection are answered each with theirs."""
+        asked = [ask(pipe, *[("ECHO", f"{who}.{n}") for n in range(who)]) for who in range(50)]
+
+        answers = await asyncio.gather(*asked)
+
+        assert answers == [[f"{who}.{n}".encode() for n in range(who)] for who in range(50)]
+
+    async def test_a_complaint_is_a_reply(self, pipe):
+        """What the server refuses does not touch what stands beside it."""
+        first, refused, last = await ask(pipe, ("ECHO", "a"), ("NONSENSE",), ("ECHO", "b"))
+
+        assert (first, last) == (b"a", b"b")
+        assert "unknown command" in str(refused)
+
+    async def test_who_gives_up_takes_nothing_along(self, pipe):
+        """After a cancelled asker the next one gets its own replies, not his."""
+        await ask(pipe, ("PING",))
+        impatient = asyncio.create_task(ask(pipe, ("BLPOP", "nothing", "0.05")))
+        await asyncio.sleep(0)
+        impatient.cancel()
+
+        assert await ask(pipe, ("ECHO", "mine")) == [b"mine"]
+        assert impatient.cancelled()
+
+    async def test_a_lost_connection_is_told_to_all_and_made_anew(self, pipe, redis_url):
+        """Nothing is said again behind one's back; the next question opens a new connection."""
+        [number] = await ask(pipe, ("CLIENT", "ID"))
+        waiting = [asyncio.create_task(ask(pipe, ("BLPOP", "nothing", "9"))) for _ in range(2)]
+        other = Pipe(Address.of(Where(url=redis_url)))
+        while (await ask(other, ("CLIENT", "KILL", "ID", number))) != [1]:
+            pass
+
+        for answer in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(answer, ConnectionError)
+        assert (await ask(pipe, ("CLIENT", "ID")))[0] > number
+        other.close()
+
+    async def test_silence_is_not_waited_out(self, pipe):
+        """What comes after the limit is nobody's: the connection is given up with it."""
+        with pytest.raises(TimeoutError):
+            await pipe.ask([("BLPOP", "nothing", "0.1")], limit_s=0.01)
+
+        assert await ask(pipe, ("ECHO", "mine")) == [b"mine"]
+
+    async def test_it_logs_in_and_selects(self, redis_url, pipe):
+        """User, password and database of the URL hold for every new connection."""
+        await ask(pipe, ("ACL", "SETUSER", "me", "on", ">it", "+@all", "~*"))
+        where = Where(url=redis_url.replace("redis://", "redis://me:it@").replace("/0", "/3"))
+        mine = Pipe(Address.of(where))
+
+        who, _, there = await ask(mine, ("ACL", "WHOAMI"), ("SET", "x", "1"), ("GET", "x"))
+
+        assert (who, there, await ask(pipe, ("GET", "x"))) == (b"me", b"1", [None])
+        mine.close()
+        await ask(pipe, ("ACL", "DELUSER", "me"))
