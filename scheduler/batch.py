@@ -42,6 +42,9 @@ class Member(msgspec.Struct, frozen=True):
     prefill_tokens: float = 0.0
     "Prompt tokens still to compute; 0 once it decodes."
 
+    cached_tokens: int = 0
+    "Of its prompt, what was in the prefix cache before it came: others may hold it too, so it counts for no room."
+
 
 class Candidate(msgspec.Struct, frozen=True):
     """A request that waits outside the engine."""
@@ -84,7 +87,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     "The engine's `max_num_seqs`; never exceeded, whatever is predicted."
 
     kv_tokens: float = math.inf
-    "The engine's KV capacity; beyond it the engine preempts, which costs more than waiting."
+    """
+    The engine's KV capacity; beyond it the engine preempts, which costs more than waiting.
+
+    Cached prefixes are counted by the dispatcher, once for all who share them; here, only what each one adds.
+    """
 
     step_s: float = math.inf
     "The operator's own cap on the step: fewer raw tokens a second for more promises kept."
@@ -178,19 +185,26 @@ class _Load:
         self.batch = len(running)
         columns = np.array(
             [
-                (m.context_tokens, m.remaining_tokens, m.tpot_s, m.banked_s, m.prefill_tokens)
+                (
+                    m.context_tokens,
+                    m.remaining_tokens,
+                    m.tpot_s,
+                    m.banked_s,
+                    m.prefill_tokens,
+                    m.cached_tokens,
+                )
                 for m in running
             ],
             dtype=np.float64,
-        ).reshape(-1, 5)
-        self._context, self._remaining, self._tpot, self._banked, prefill = columns.T
+        ).reshape(-1, 6)
+        self._context, self._remaining, self._tpot, self._banked, prefill, cached = columns.T
         self.prefill_tokens = float(prefill.sum())
         self._read = float(self._context.sum())
-        self._reserved = float((self._context + self._remaining).sum())
+        self._reserved = float((self._context + self._remaining - cached).sum())
 
     def can_join(self, one: Candidate, now: float) -> bool:
         """Whether every promise that can hold at all still holds with this one in the batch."""
-        peak = self._reserved + one.prompt_tokens + one.output_tokens
+        peak = self._reserved + one.uncached_tokens + one.output_tokens
         if peak > self._limits.kv_tokens:
             return False
         batch = self.batch + 1
@@ -203,7 +217,7 @@ class _Load:
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
         self._read += one.prompt_tokens
-        self._reserved += one.prompt_tokens + one.output_tokens
+        self._reserved += one.uncached_tokens + one.output_tokens
         self._context = np.append(self._context, float(one.prompt_tokens))
         self._remaining = np.append(self._remaining, one.output_tokens)
         is_lost = not is_feasible(one, self.prefill_tokens - one.uncached_tokens, self._law, now)

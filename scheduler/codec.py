@@ -151,7 +151,7 @@ def _choice(kind: Any) -> tuple[None, Callable[[bytes], str]] | None:
     """How to write and read one of a few words; None where the type is no `Literal`."""
     if get_origin(kind) is not Literal:
         return None
-    words = {word.encode(): word for word in get_args(kind)}
+    words: dict[bytes, str] = {word.encode(): word for word in get_args(kind)}
 
     def read(raw: bytes) -> str:
         word = words.get(raw)

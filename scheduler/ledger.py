@@ -12,6 +12,8 @@ All amounts are whole or half numbers, so that adding and taking away leaves no 
 import msgspec
 import numpy as np
 
+from scheduler.pins import Pins
+from scheduler.prefix import BLOCK_TOKENS
 from scheduler.state import Floats, Ticket
 
 OVERDUE_FACTOR = 2.0
@@ -66,6 +68,9 @@ class Line(msgspec.Struct, frozen=True):
     kv: float
     "KV tokens it will hold: prompt and expected answer, never more than the endpoint has."
 
+    blocks: tuple[str, ...] = ()
+    "Its prefix chain, no longer than `kv`: what others there hold as well is held once."
+
 
 class Ledger:
     """One column an endpoint; columns are opened and closed as endpoints come and go."""
@@ -73,6 +78,7 @@ class Ledger:
     def __init__(self) -> None:
         self.prefilling: list[dict[str, Line]] = []
         self.decoding: list[dict[str, Line]] = []
+        self.pins = Pins()
         self._sums = np.zeros((8, 0))
         self._name_rows()
 
@@ -89,6 +95,7 @@ class Ledger:
             self._name_rows()
         assert not self.prefilling[slot], f"slot {slot} still has prefill on it"
         assert not self.decoding[slot], f"slot {slot} still has decode on it"
+        self.pins.open(slot)
 
     def commit(self, slot: int, request_id: str, line: Line, now: float) -> None:
         """Enter a request at the moment it is chosen."""
@@ -100,7 +107,8 @@ class Ledger:
         self.tokens[slot] += line.tokens
         self.pairs[slot] += line.pairs
         self.seats[slot] += 1
-        self.kv[slot] += line.kv
+        shared = len(line.blocks) - self.pins.hold(slot, line.blocks)
+        self.kv[slot] += line.kv - shared * BLOCK_TOKENS
 
     def first_token(self, slot: int, request_id: str, now: float) -> None:
         """Its prefill is done; it decodes. Saying so twice does no harm."""
@@ -116,7 +124,8 @@ class Ledger:
             line = self.decoding[slot].pop(request_id)
             self.decode_kv[slot] -= line.kv
         self.seats[slot] -= 1
-        self.kv[slot] -= line.kv
+        shared = len(line.blocks) - self.pins.drop(slot, line.blocks)
+        self.kv[slot] -= line.kv - shared * BLOCK_TOKENS
 
     def backlog(self, rates: Rates, now: float) -> Backlog:
         """What stands before a newcomer, dead-reckoned from the predictions and the last first tokens seen."""
@@ -155,3 +164,8 @@ def uncached(ticket: Ticket) -> Line:
     tokens = float(max(1, ticket.prompt_tokens))
     pairs = tokens * (tokens - 0.5 * tokens)
     return Line(tokens=tokens, pairs=pairs, kv=tokens + ticket.output_tokens)
+
+
+def chain(blocks: tuple[str, ...], kv: float) -> tuple[str, ...]:
+    """The blocks of a prefix chain that so many KV tokens can hold."""
+    return blocks[: int(kv / BLOCK_TOKENS)]

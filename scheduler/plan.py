@@ -19,8 +19,10 @@ import msgspec
 import numpy as np
 
 from scheduler import cost
-from scheduler.ledger import Backlog, Line, Rates
+from scheduler.ledger import Backlog, Line, Rates, chain
+from scheduler.pins import Pins
 from scheduler.policies import Terms
+from scheduler.prefix import BLOCK_TOKENS
 from scheduler.state import Floats, Ticket
 
 CHUNK = 4
@@ -96,6 +98,7 @@ class Room:
         seats: Floats,
         kv: Floats,
         kv_max: Floats,
+        pins: Pins,
         length_max: Floats,
         wanted_s: Floats,
     ) -> None:
@@ -113,6 +116,7 @@ class Room:
         self.seats = seats
         self.kv = kv
         self.kv_max = kv_max
+        self.pins = pins
         self.length_max = length_max
         self.reserved = np.zeros(len(seats), dtype=bool)
         "Slots that somebody more urgent waits for."
@@ -304,8 +308,17 @@ class Planner:
 
     def _total_s(self, offer: Offer) -> Floats:
         total_s: Floats = self.room.start_s + self.room.shut_s + offer.service_s
-        total_s[self.room.kv < offer.kv] = np.inf
+        tight = self.room.kv < offer.kv
+        if tight.any():
+            for slot in np.flatnonzero(tight & np.isfinite(total_s)):
+                if self.room.kv[slot] < self._kv_needed(offer, int(slot)):
+                    total_s[slot] = np.inf
         return total_s
+
+    def _kv_needed(self, offer: Offer, slot: int) -> float:
+        """KV tokens it would take there, beside what others hold for it."""
+        own = chain(offer.ticket.request.blocks, offer.kv[slot])
+        return float(offer.kv[slot]) - BLOCK_TOKENS * self.room.pins.depth(slot, own)
 
     def _wait_for_room(self, offer: Offer) -> None:
         """It fits nowhere now. The endpoint that suits it best is kept from those behind it, so that it empties.
@@ -356,6 +369,7 @@ def _line(offer: Offer, slot: int) -> Line:
         tokens=float(offer.tokens[slot]),
         pairs=float(offer.pairs[slot]),
         kv=float(offer.kv[slot]),
+        blocks=chain(offer.ticket.request.blocks, offer.kv[slot]),
     )
 
 

@@ -72,6 +72,7 @@ class Planning:
             seats=fleet.seats_max - ledger.seats,
             kv=fleet.kv_max - ledger.kv,
             kv_max=fleet.kv_max,
+            pins=ledger.pins,
             length_max=fleet.length_max,
             wanted_s=wanted_s,
         )

@@ -161,6 +161,7 @@ class Attempt:
             tpot_s=tpot_s,
             banked_s=banked,
             prefill_tokens=0.0 if has_begun else max(prompt - self.job.cached_tokens, 1),
+            cached_tokens=self.job.cached_tokens,
         )
 
     def tear(self, reason: str) -> None:

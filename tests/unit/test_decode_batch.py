@@ -15,8 +15,8 @@ LAW = Law(base_s=0.010, sequence_s=0.0, kv_s=1e-6, prefill_s=0.0)
 EXACT = Limits(margin=0.0)
 
 
-def held(prompt=1000, output=1.0, **more):
-    return Candidate(prompt_tokens=prompt, uncached_tokens=0, output_tokens=output, **more)
+def held(prompt=1000, output=1.0, uncached=0, **more):
+    return Candidate(prompt_tokens=prompt, uncached_tokens=uncached, output_tokens=output, **more)
 
 
 def member(context=1000, **more):
@@ -75,7 +75,14 @@ class TestPromises:
         """What members will have grown to must fit, or the engine preempts."""
         limits = Limits(margin=0.0, kv_tokens=2500)
 
-        assert len(admit([], [held()] * 9, LAW, limits, now=0.0)) == 2
+        assert len(admit([], [held(uncached=1000)] * 9, LAW, limits, now=0.0)) == 2
+
+    def test_a_cached_prefix_takes_no_room(self):
+        """Agents share a long beginning: it lies in the cache once, whoever reads it."""
+        limits = Limits(margin=0.0, kv_tokens=2500)
+        running = [member(cached_tokens=900) for _ in range(9)]
+
+        assert len(admit(running, [held(uncached=50)] * 3, LAW, limits, now=0.0)) == 3
 
 
 class TestOrder:

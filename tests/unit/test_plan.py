@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from scheduler.ledger import Backlog, Ledger, Line, Rates
+from scheduler.pins import Pins
 from scheduler.plan import ASIDE_MAX, Planner, PlanSettings, Room
 from scheduler.policies import Terms
 from scheduler.slo import Promise
@@ -48,6 +49,7 @@ def planner(
         seats=np.full(n, 100.0),
         kv=free_kv.copy(),
         kv_max=free_kv.copy(),
+        pins=Pins(),
         length_max=np.full(n, np.inf),
         wanted_s=np.zeros(n),
     )

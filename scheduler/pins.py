@@ -1,0 +1,55 @@
+"""Which blocks of KV are in use, each counted once however many requests begin with it.
+
+Agents share a long beginning: counted for each of them, it would fill an engine that is nearly empty.
+"""
+
+from collections.abc import Sequence
+
+
+class Pins:
+    """How many of an endpoint's requests hold each block; a chain that is held is held from its start."""
+
+    def __init__(self) -> None:
+        """Nothing is in use."""
+        self._counts: list[dict[str, int]] = []
+
+    def open(self, slot: int) -> None:
+        """A new endpoint holds nothing."""
+        if slot == len(self._counts):
+            self._counts.append({})
+        self._counts[slot].clear()
+
+    def hold(self, slot: int, chain: Sequence[str]) -> int:
+        """One request more holds these; returns how many nobody held before."""
+        counts = self._counts[slot]
+        fresh = 0
+        for block in chain:
+            count = counts.get(block, 0)
+            fresh += not count
+            counts[block] = count + 1
+        return fresh
+
+    def drop(self, slot: int, chain: Sequence[str]) -> int:
+        """One request less holds these; returns how many nobody holds now."""
+        counts = self._counts[slot]
+        freed = 0
+        for block in chain:
+            count = counts[block] - 1
+            if count:
+                counts[block] = count
+            else:
+                del counts[block]
+                freed += 1
+        return freed
+
+    def depth(self, slot: int, chain: Sequence[str]) -> int:
+        """How many blocks from the start are in use there already."""
+        counts = self._counts[slot]
+        low, high = 0, len(chain)
+        while low < high:
+            middle = (low + high) // 2
+            if chain[middle] in counts:
+                low = middle + 1
+            else:
+                high = middle
+        return low
