@@ -65,6 +65,7 @@ class Scheduler:
         self._requests.abort_the_cancelled()
         self._requests.end_the_late()
         self._requests.refuse_strange_models()
+        self._requests.refuse_the_too_long()
         self._planning.step()
         return self._memory.outbox.take()
 

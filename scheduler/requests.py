@@ -20,6 +20,10 @@ class Requests:
         "Cancelled while held, and at which attempt: aborted by the next `decide`."
         self._strange: dict[str, float] = {}
         "Models that nobody serves or served, and since when that matters."
+        self._unmeasured: dict[str, dict[str, Ticket]] = {}
+        "By model: came before anybody said how long a prompt may be."
+        self._served_since: dict[str, float] = {}
+        "The same models, once somebody has said it."
 
     @property
     def has_news(self) -> bool:
@@ -27,9 +31,10 @@ class Requests:
         return bool(self._unwanted)
 
     def moments(self) -> list[float]:
-        """When somebody's patience with an unknown model ends."""
+        """When the grace for a model that is not known yet, or not well, ends."""
         grace_s = self._memory.settings.unknown_model_grace_s
-        return [since + grace_s for since in self._strange.values()]
+        begun = (*self._strange.values(), *self._served_since.values())
+        return [since + grace_s for since in begun]
 
     # In
 
@@ -52,6 +57,7 @@ class Requests:
             self._refuse(event, ending)
             return
         memory.book.read(newcomer)
+        self._measure(newcomer)
         memory.note(newcomer, "read", f"waits as number {len(memory.book.lines)}")
 
     def recovered(self, event: Recovered) -> Ticket | None:
@@ -68,6 +74,7 @@ class Requests:
             return found
         found.attempt = event.attempt
         self._memory.book.read(found)
+        self._measure(found)
         self.end_if_over(found)
         return None
 
@@ -75,7 +82,7 @@ class Requests:
         """Redis knows better: forget it."""
         ticket = self._memory.book.tickets.get(event.id)
         if ticket is not None and ticket.entry == event.entry:
-            self._memory.book.finish(ticket, self._memory.now)
+            self._forget(ticket)
 
     def cancel(self, event: Control) -> None:
         """End it where it waits; where a worker holds it, that one is asked to."""
@@ -100,7 +107,7 @@ class Requests:
         assert not ticket.is_held, (
             f"request {ticket.id!r} is with {ticket.endpoint}, its worker ends it"
         )
-        self._memory.book.finish(ticket, self._memory.now)
+        self._forget(ticket)
         self._memory.outbox.end(
             ticket.request,
             ticket.entry,
@@ -147,12 +154,41 @@ class Requests:
             if since + self._memory.settings.unknown_model_grace_s <= now:
                 self._refuse_model(model)
 
+    def refuse_the_too_long(self) -> None:
+        """End what came before its model's endpoints and is longer than any of them serves."""
+        book, now = self._memory.book, self._memory.now
+        served = [model for model in self._unmeasured if book.fleet.longest(model) is not None]
+        self._served_since = {model: self._served_since.get(model, now) for model in served}
+        for model, since in list(self._served_since.items()):
+            if since + self._memory.settings.unknown_model_grace_s <= now:
+                self._refuse_long(model)
+
+    def _refuse_long(self, model: str) -> None:
+        early = self._unmeasured[model]
+        for ticket in list(itertools.islice(early.values(), self._memory.settings.step_max)):
+            del early[ticket.id]
+            ending = None if ticket.is_held else intake.too_long(ticket, self._memory.book)
+            if ending is not None:
+                self.finish(ticket, ending)
+        if not early:
+            del self._unmeasured[model], self._served_since[model]
+
+    def _measure(self, newcomer: Ticket) -> None:
+        """Remember it where nobody can say yet whether it is too long."""
+        model = newcomer.request.model
+        if self._memory.book.fleet.longest(model) is None:
+            self._unmeasured.setdefault(model, {})[newcomer.id] = newcomer
+
     def _refuse_model(self, model: str) -> None:
         book = self._memory.book
         ending = intake.unknown_model(model, list(book.fleet.known_models))
         asking = book.lines.by_model[model].values()
         for ticket in list(itertools.islice(asking, self._memory.settings.step_max)):
             self.finish(ticket, ending)
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._memory.book.finish(ticket, self._memory.now)
+        self._unmeasured.get(ticket.request.model, {}).pop(ticket.id, None)
 
     def _is_known(self, event: Arrived | Recovered) -> bool:
         """Whether this id lives or has lived; another entry of it is a duplicate, to be forgotten."""

@@ -216,6 +216,22 @@ class TestArrival:
 
         assert pool.core.view(pool.now).waiting == 1
 
+    def test_a_prompt_longer_than_any_context_ends_though_it_came_before_the_endpoints(self):
+        """It is told so once they had their time to say what they serve; it must not wait for ever."""
+        pool = Pool(unknown_model_grace_s=2.0)
+        pool.ask("long", prompt_tokens=5000)
+        pool.ask("short", prompt_tokens=100)
+        pool.beat(max_model_len=4096)
+
+        assert [c.job.id for c in pool.decide() if isinstance(c, Assign)] == ["short"]
+        assert pool.core.wakeup_at() == pool.now + 2.0
+        pool.beat(max_model_len=4096)
+        (ending,) = pool.decide(2.0)
+
+        assert isinstance(ending, Finish)
+        assert (ending.result.id, ending.result.outcome) == ("long", "invalid")
+        assert "5000" in ending.result.reason
+
 
 class TestFleet:
     def test_silence_for_a_lease_gives_everything_back_with_its_arrival(self):
