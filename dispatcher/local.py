@@ -268,12 +268,16 @@ def known_url(redis: RedisSettings) -> str:
 
 
 def announce(directory: Path) -> None:
-    """Let whoever is given no Redis find the one that runs in this directory, as long as it does."""
+    """Let whoever is given no Redis find the one that runs in this directory, as long as it does.
+
+    Only a convenience: without a home that can be written in, everybody must be given the URL.
+    """
     state = state_directory(os.environ)
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    beside = state / f"{ANNOUNCED}.{os.getpid()}"
-    beside.write_text(str(directory.resolve()))
-    beside.replace(state / ANNOUNCED)
+    with contextlib.suppress(OSError):
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        beside = state / f"{ANNOUNCED}.{os.getpid()}"
+        beside.write_text(str(directory.resolve()))
+        beside.replace(state / ANNOUNCED)
 
 
 def _announced(state: Path) -> Path:

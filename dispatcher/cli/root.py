@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -102,7 +103,12 @@ def root(words: Sequence[str]) -> typer.Typer:
         before = Given(config=config, redis=redis, pool=pool)
 
     def load(own: Given) -> Settings:
-        return given.settings(own.over(before), os.environ)
+        said = own.over(before)
+        if said.config:
+            os.environ["HEADGATE_CONFIG"] = str(
+                Path(said.config).resolve()
+            )  # for processes that we start
+        return given.settings(said, os.environ)
 
     def load_found(own: Given) -> Settings:
         return _with_known_redis(load(own))

@@ -26,7 +26,7 @@ def started(directory, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
+        env={"PATH": os.environ["PATH"], "HOME": "/dev/null"},
     )
     line = process.stdout.readline()
     if not line:
@@ -51,7 +51,10 @@ async def all_gone(pids):
 @pytest.fixture(scope="module")
 def system(tmp_path_factory):
     """One system for all tests of this file."""
-    process, ready = started(tmp_path_factory.mktemp("up"))
+    directory = tmp_path_factory.mktemp("up")
+    config = directory / "settings.toml"
+    config.write_text("[objectives.quick]\nttft_ms = 5000\n")
+    process, ready = started(directory, "--config", config)
     yield ready
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
@@ -104,6 +107,12 @@ class TestWaysIn:
 
         assert answer.text
         assert answer.record.output_tokens == 8
+        assert answer.on_time is True
+
+    async def test_an_objective_of_the_settings_file(self, client):
+        """Every role that `up` starts reads the file that `up` was given."""
+        answer = await (await client.submit(asks(), objective="quick"))
+
         assert answer.on_time is True
 
     async def test_stream(self, client):
