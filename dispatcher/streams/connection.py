@@ -11,8 +11,9 @@ the 101st call at once is an error (so calls wait for one of few connections).
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -126,9 +127,10 @@ class Connection:
         return [_as_stream_error(reply, self.shown) for reply in replies]
 
     async def _batch(self, calls: Sequence[Call]) -> list[Any]:
-        with _Weather(self.shown):
-            if self._calls is not None:
+        if self._calls is not None:
+            with _trouble(self.shown):
                 return await _insisted(self._calls, [_words(call) for call in calls])
+        with _Weather(self.shown):
             async with self._client.pipeline(transaction=False) as pipe:
                 for call in calls:
                     pipe.execute_command(*_words(call))
@@ -280,23 +282,24 @@ class Connection:
     async def _waited(self, words: Words, block_s: float) -> dict[str, list[Entry]]:
         """The reply to a read that waits on the server; never asked twice, whatever becomes of it."""
         limit_s = block_s + REPLY_TIMEOUT_S  # a frozen server must not hold us for ever
-        with _Weather(self.shown):
-            if self._address is None:
+        if self._address is None:
+            with _Weather(self.shown):
                 async with asyncio.timeout(limit_s):
                     return _streams(await self._reader.execute_command(*words))
-            pipe = self._idle.pop() if self._idle else Pipe(self._address)
-            self._reading.add(pipe)
-            try:
+        pipe = self._idle.pop() if self._idle else Pipe(self._address)
+        self._reading.add(pipe)
+        try:
+            with _trouble(self.shown):
                 [reply] = await pipe.ask([words], limit_s=limit_s)
-            except BaseException:
-                pipe.close()  # what it still brings is nobody's
-                raise
-            finally:
-                self._reading.discard(pipe)
-            self._idle.append(pipe)
-            if isinstance(reply, Exception):
-                raise reply
-            return _plain_streams(reply)
+        except BaseException:
+            pipe.close()  # what it still brings is nobody's
+            raise
+        finally:
+            self._reading.discard(pipe)
+        self._idle.append(pipe)
+        if isinstance(reply, Exception):
+            raise _as_stream_error(reply, self.shown)
+        return _plain_streams(reply)
 
     async def _check_version(self) -> None:
         with _Weather(self.shown):
@@ -338,6 +341,15 @@ class _Weather:
             raise asyncio.CancelledError from error
         if isinstance(error, weather.RedisError | TimeoutError | OSError):
             raise StreamError(f"redis at {self._shown}: {error or kind}") from error
+
+
+@contextlib.contextmanager
+def _trouble(shown: str) -> Iterator[None]:
+    """Turns what a pipe raises into `StreamError`."""
+    try:
+        yield
+    except (weather.RedisError, OSError) as error:
+        raise StreamError(f"redis at {shown}: {error or type(error)}") from error
 
 
 def _times_cancelled() -> int:
