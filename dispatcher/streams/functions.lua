@@ -229,12 +229,14 @@ local function join(keys, args)
   return epoch
 end
 
--- KEYS endpoint beats / ARGV epoch keep ttl_ms glance beat -> 1; 0 a newer worker has joined
+-- The endpoint's stream of jobs lives as long as its glance: of one that is gone for good nothing stays.
+-- KEYS endpoint beats jobs / ARGV epoch keep ttl_ms glance beat -> 1; 0 a newer worker has joined
 local function beat(keys, args)
   if redis.call('HGET', keys[1], 'epoch') ~= args[1] then return 0 end
   local glance, next = take(args, 4)
   redis.call('HSET', keys[1], unpack(glance))
   redis.call('PEXPIRE', keys[1], args[3])
+  redis.call('PEXPIRE', keys[3], args[3])
   add(keys[2], (take(args, next)), tonumber(args[2]))
   return 1
 end

@@ -36,7 +36,7 @@ def beat(keys: Keys, message: Beat, *, lease_s: float) -> Call:
     # The glance outlives the lease, so that people can still see who died.
     return Call(
         "beat",
-        (keys.endpoint(message.endpoint), keys.beats),
+        (keys.endpoint(message.endpoint), keys.beats, keys.jobs(message.endpoint)),
         (
             message.epoch,
             BEATS_KEPT,

@@ -314,6 +314,19 @@ class TestWorker:
         )
         assert len(await redis.entries(KEYS.beats)) == 1
 
+    async def test_an_endpoint_gone_for_good_leaves_nothing(self, redis):
+        """Beats keep its glance and its stream of jobs alive, equally long; without them both end."""
+        worker_epoch = int(await do(redis, sidecar.join(KEYS, ENDPOINT, "w1")))
+        assert await redis.command("PTTL", KEYS.jobs(ENDPOINT)) == -1
+
+        beat = Beat(endpoint=ENDPOINT, epoch=worker_epoch)
+        assert await do(redis, sidecar.beat(KEYS, beat, lease_s=3)) == 1
+
+        of_jobs, of_glance = await redis.commands(
+            [("PTTL", KEYS.jobs(ENDPOINT)), ("PTTL", KEYS.endpoint(ENDPOINT))]
+        )
+        assert 0 < of_glance <= of_jobs <= 600 * 3 * 1000
+
     async def test_handing_back_returns_it_to_waiting(self, redis):
         """A job handed back may be assigned again, under a new attempt only."""
         epoch = await led(redis)
