@@ -311,7 +311,7 @@ def _parsed(raw: bytes) -> Line:
         raise WireError(f"it is longer than {LINE_BYTES} bytes")
     try:
         line = msgspec.json.decode(raw, type=Line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(str(error)) from None
     if line.url not in PATHS:
         raise WireError(f"field 'url' is {line.url[:60]!r}, wanted {' or '.join(PATHS)}")

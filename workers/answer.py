@@ -202,7 +202,7 @@ class Answer:
     def _event(self, payload: bytes) -> None:
         try:
             chunk = _decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             if payload.strip() == b"[DONE]":
                 self.is_done = True
                 return
@@ -328,7 +328,7 @@ def fault_in(data: bytes) -> str:
     """The message in an error body, whichever of its shapes it has."""
     try:
         body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return data[:200].decode(errors="replace")
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):

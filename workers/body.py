@@ -1,5 +1,7 @@
 """What is posted to the engine: the client's body, made safe, streamed, and continued where an attempt broke off."""
 
+import re
+
 import msgspec
 
 from scheduler.errors import EngineError, WireError
@@ -24,6 +26,9 @@ _RICH = (
 
 _LIMITS = ("max_tokens", "max_completion_tokens", "min_tokens")
 "Counts of output tokens, which a continued attempt has partly used."
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}(-[0-9a-f]+)+")
+"W3C trace context. Anything else is left out, as the standard asks; a line break in a header would be an attack."
 
 Body = dict[str, object]
 
@@ -65,7 +70,7 @@ def read(raw: bytes, path: str) -> Body:
     """
     try:
         body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise WireError(f"body is a JSON {type(body).__name__}, wanted an object")
@@ -99,7 +104,7 @@ def post(job: Job, body: Body, written: Written = NOTHING, *, by_priority: bool 
         _continue(ready, job, written)
         is_spent = _reduce(ready, written.output_tokens)
     headers = {"Content-Type": "application/json", "X-Request-Id": f"{job.id}-{job.attempt}"}
-    if job.traceparent:
+    if _TRACEPARENT.fullmatch(job.traceparent):
         headers["traceparent"] = job.traceparent
     return Post(job.path, msgspec.json.encode(ready), headers, max_tokens(ready), is_spent)
 

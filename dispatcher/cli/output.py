@@ -41,7 +41,7 @@ def body(result: Result) -> object:
         return None
     try:
         return msgspec.json.decode(result.body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return result.body.decode(errors="replace")
 
 

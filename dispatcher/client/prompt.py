@@ -27,7 +27,7 @@ def parsed(body: Body) -> dict[str, Any]:
         return body
     try:
         found = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"field 'body' is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise WireError(

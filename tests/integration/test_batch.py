@@ -117,6 +117,7 @@ class TestBatch:
             json.dumps({"custom_id": "no-model", "body": {}}),
             json.dumps({"body": {}}),
             line("fails"),
+            "[" * 10_000,
         ]
         for _ in range(2):
             batch = batch_of(lines, errors=tmp_path / "errors.jsonl")
@@ -126,10 +127,10 @@ class TestBatch:
         assert told == []
         assert [one["custom_id"] for one in written(tmp_path / "out.jsonl")] == ["good", "fails"]
         errors = {one["error"]["line"]: one["error"] for one in written(tmp_path / "errors.jsonl")}
-        assert sorted(errors) == [2, 3, 4, 5, 7, 8]
+        assert sorted(errors) == [2, 3, 4, 5, 7, 8, 10]
         assert "stands on line 1 too" in errors[5]["message"]
         assert "'model' is None" in errors[7]["message"]
-        assert batch.tally.failed_before == 6
+        assert batch.tally.failed_before == 7
 
     async def test_a_failed_request_is_an_error_line(self, played, batch_of, redis_url, pool):
         """Its outcome is the code, its reason the message."""

@@ -110,6 +110,7 @@ class TestSubmit:
         [
             pytest.param(b"{", {}, "'body' is no JSON", id="no json"),
             pytest.param(b"[]", {}, "wanted an object", id="no object"),
+            pytest.param(b"[" * 10_000, {}, "recursion", id="a pit"),
             pytest.param({}, {}, "'model' is None", id="no model"),
             pytest.param({"model": "m"}, {"ttft_s": -1.0}, "'ttft_ms' is '-1000'", id="promise"),
             pytest.param({"model": "m"}, {"id": "a b"}, "'id' is 'a b'", id="id"),

@@ -168,7 +168,15 @@ class TestFailure:
             fed(stream).check()
         assert caught.value.retryable
 
-    @pytest.mark.parametrize("garbage", [b"<html>\n\n", b"data: {nope}\n\n", b'{"choices":[]}\n\n'])
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            b"<html>\n\n",
+            b"data: {nope}\n\n",
+            b'{"choices":[]}\n\n',
+            pytest.param(b"data: " + b"[" * 10_000 + b"\n\n", id="a pit"),
+        ],
+    )
     def test_garbage_is_called_so_at_once(self, garbage):
         """Whatever is no event ends the attempt."""
         with pytest.raises(EngineError):
@@ -207,6 +215,7 @@ class TestFailure:
             b'{"detail":"too long"}',
             b'{"error":"too long"}',
             b"too long",
+            pytest.param(b"too long" + b"[" * 10_000, id="no JSON at all"),
         ],
     )
     def test_the_message_is_found_in_every_shape(self, body):

@@ -48,6 +48,29 @@ class TestSafe:
         """A client's could kill the engine."""
         assert "kv_transfer_params" not in posted(hello(kv_transfer_params={"x": 1}))
 
+    @pytest.mark.parametrize(
+        "pit", [b"[" * 10_000, b'{"messages":' + b"[" * 10_000], ids=["at once", "inside"]
+    )
+    def test_a_bottomless_body_is_unreadable(self, pit):
+        """Brackets within brackets without end cost the request, never the worker."""
+        with pytest.raises(WireError, match="body is not JSON"):
+            body.read(pit, CHAT)
+
+    @pytest.mark.parametrize(
+        ("said", "is_sent"),
+        [
+            ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", True),
+            ("00-x\r\nX-Evil: 1", False),
+            ("00-1\n", False),
+            ("\u2603", False),
+        ],
+    )
+    def test_only_a_trace_context_becomes_a_header(self, said, is_sent):
+        """A line break there would be a header of the client's own, which the HTTP client refuses loudly."""
+        headers = body.post(job(traceparent=said), hello()).headers
+
+        assert ("traceparent" in headers) is is_sent
+
     def test_the_model_is_the_clients_own_where_it_names_one(self):
         """Only an absent one is filled in."""
         assert posted(hello())["model"] == "m"
