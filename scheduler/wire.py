@@ -238,6 +238,12 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     scraped_at: float | None = None
     "When running, queued and kv_usage were read."
 
+    engine: str = ""
+    "The engine's version, as it says; empty: unknown."
+
+    features: tuple[str, ...] = ()
+    "What the engine can do besides: `request_metrics`, `cached_tokens`, `priority`, `admission`, `pause`, `kv_events`."
+
     started: tuple[str, ...] = ()
     "`id:attempt` admitted to the engine since the last beat."
 

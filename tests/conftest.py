@@ -16,6 +16,11 @@ from dispatcher.local import Server
 from dispatcher.resp import Connection
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest tests/engine --engine vllm` asks real servers what the emulator is asked otherwise."""
+    parser.addoption("--engine", choices=("emulator", "vllm"), default="emulator")
+
+
 def _binaries() -> dict[str, Path]:
     """The server programs of this machine, by the name shown in a test's id."""
     carried = binary.carried()

@@ -527,6 +527,8 @@ class Endpoint:
             kv_usage=load.kv_usage,
             step_s=self.rhythm.step_s,
             scraped_at=health.load_at,
+            engine=health.features.version,
+            features=health.features.names,
             started=started,
             first_tokens=first_tokens,
         )

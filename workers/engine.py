@@ -115,7 +115,7 @@ class Engine:
             raise EngineError(f"/v1/models says {status}", status=status)
         try:
             return msgspec.json.decode(body, type=Cards).data
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise EngineError(f"/v1/models cannot be read: {error}") from None
 
     async def load(self) -> Load:
@@ -129,6 +129,19 @@ class Engine:
 
     async def try_one(self, model: str) -> str:
         """Let it make one token: the only proof that it can. Why it could not; empty on success."""
+        try:
+            await self.one_token(model)
+        except EngineError as error:
+            # An engine without a completions face has refused sanely; that must do.
+            return "" if error.status in (400, 404, 405) else str(error)
+        return ""
+
+    async def one_token(self, model: str) -> Answer:
+        """The smallest answer there is.
+
+        Raises:
+            EngineError: it did not come.
+        """
         fields = {"model": model, "prompt": "1", "max_tokens": 1, "stream": True}
         fields["stream_options"] = {"include_usage": True}
         post = Post(
@@ -138,13 +151,19 @@ class Engine:
         try:
             async with asyncio.timeout(self._probe_timeout.total):
                 await self.ask(post, answer, lambda _: None)
-            answer.check()
         except TimeoutError:
-            return f"no token within {self._probe_timeout.total:g} s"
-        except EngineError as error:
-            # An engine without a completions face has refused sanely; that must do.
-            return "" if error.status in (400, 404, 405) else str(error)
-        return ""
+            raise EngineError(f"no token within {self._probe_timeout.total:g} s") from None
+        answer.check()
+        return answer
+
+    async def page(self, path: str) -> bytes:
+        """What the engine shows there; empty where it has no such page.
+
+        Raises:
+            EngineError: no answer.
+        """
+        status, body = await self._get(path)
+        return body if status == 200 else b""
 
     async def _get(self, path: str) -> tuple[int, bytes]:
         try:

@@ -11,7 +11,9 @@ import structlog
 
 from scheduler.errors import EngineError
 from scheduler.settings import EngineAddress, WorkerSettings
+from workers import features
 from workers.engine import Engine
+from workers.features import Features
 from workers.scrape import Load
 
 BUSY = frozenset({404, 429})
@@ -45,6 +47,8 @@ class Health:
         "When that was read."
         self.models: tuple[str, ...] = address.models
         self.max_model_len = address.max_model_len
+        self.features = Features()
+        "What it can do besides; looked at whenever it comes."
         self._failures = 0
         self.heard_tick = float("-inf")
         "When it last sent anything of an answer."
@@ -117,12 +121,28 @@ class Health:
             if trouble:
                 return f"it makes no token: {trouble}"
         self._failures = 0
+        await self._look(self.models[0] if self.models else "")
         return ""
+
+    async def _look(self, model: str) -> None:
+        """What it can do is good to know and no reason to stay away."""
+        try:
+            self.features = await features.found(
+                self._engine, model, by_priority=self._address.by_priority
+            )
+        except EngineError as error:
+            log.info("features_unknown", endpoint=self._address.name, reason=str(error))
 
     def _turn(self, away: str) -> None:
         if away != self.away:
             if away:
                 log.warning("engine_away", endpoint=self._address.name, reason=away)
             else:
-                log.info("engine_ready", endpoint=self._address.name, models=self.models)
+                log.info(
+                    "engine_ready",
+                    endpoint=self._address.name,
+                    models=self.models,
+                    version=self.features.version,
+                    features=self.features.names,
+                )
         self.away = away

@@ -87,7 +87,17 @@ def _pool(name: str, found: PoolGlance) -> RenderableType:
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.items())
     table.add_row("lately", f"{outcomes or 'nothing ended'}; {found.completed_per_s:.1f}/s")
     table.add_row("dead", str(found.dead))
-    return Group(table, endpoints(found.endpoints))
+    return Group(table, endpoints(found.endpoints), *engines(found.endpoints))
+
+
+def engines(found: list[EndpointGlance]) -> list[str]:
+    """Which engines stand there and what they can do besides, a line for all that are alike."""
+    alike: dict[str, list[str]] = {}
+    for one in found:
+        version = f"vLLM {one.beat.engine}" if one.beat.engine else "an engine of unknown version"
+        extras = ", ".join(one.beat.features).replace("_", " ") or "nothing besides"
+        alike.setdefault(f"{version}: {extras}", []).append(one.beat.endpoint)
+    return [f"{', '.join(names)}  {what}" for what, names in alike.items()]
 
 
 def endpoints(found: list[EndpointGlance]) -> Table:

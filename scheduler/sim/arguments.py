@@ -35,10 +35,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     "Admit a prompt only when all of it fits the free blocks, not just its first chunk."
 
     max_num_queued_reqs: int | None = None
-    "Requests that may wait; None for no limit."
+    "Requests that may be in the engine, running or waiting; None for no limit."
 
     max_num_queued_tokens: int | None = None
-    "Prompt tokens that may wait; None for no limit."
+    "Once so many prompt tokens are before their first token, the next request is refused; None for no limit."
 
     step_noise: float = 0.0
     "Sigma of the log-normal factor on every step."

@@ -134,7 +134,7 @@ class Engine:
             ValueError: the id is taken, or the request could never fit the KV cache.
         """
         self._refuse_impossible(sequence)
-        self._refuse_overflow(sequence)
+        self._refuse_overflow()
         self._all[sequence.id] = sequence
         self._line.push(sequence)
         self._is_blocked = False
@@ -145,7 +145,7 @@ class Engine:
         if sequence is None:
             return None
         if sequence.status is Status.WAITING:
-            self._line.forget(sequence)
+            self._line.forget()
         else:
             self._leave(sequence)
         sequence.finish_reason = "abort"
@@ -485,17 +485,24 @@ class Engine:
                 f"at most max_num_batched_tokens ({self.settings.max_num_batched_tokens}) can run"
             )
 
-    def _refuse_overflow(self, sequence: Sequence) -> None:
-        settings, line = self.settings, self._line
+    def _refuse_overflow(self) -> None:
+        """As vLLM, whose limits count more than their names say: who runs too, and prompts under way whole."""
+        settings = self.settings
         limit = settings.max_num_queued_reqs
-        if limit is not None and line.count >= limit:
+        if limit is not None and len(self._all) >= limit:
             raise QueueFullError(
-                "max_num_queued_reqs", f"{line.count} requests wait, the limit is {limit}"
+                "max_num_queued_reqs",
+                "The engine is currently busy and cannot accept new requests. "
+                "Please try again later or on a different instance.",
             )
         limit = settings.max_num_queued_tokens
-        if limit is not None and line.tokens + sequence.prompt_tokens > limit:
+        if limit is not None and self._tokens_before_first() >= limit:
             raise QueueFullError(
                 "max_num_queued_tokens",
-                f"{line.tokens} tokens wait and {sequence.prompt_tokens} would join, "
-                f"the limit is {limit}",
+                "The engine has reached its prefill token backlog limit. "
+                "Please try again later or on a different instance.",
             )
+
+    def _tokens_before_first(self) -> int:
+        """Prompt tokens of all who have not said anything yet."""
+        return sum(s.prompt_tokens for s in self._all.values() if s.first_token_at is None)

@@ -119,7 +119,7 @@ class Line:
     Leaving is lazy: an aborted sequence stays until it comes to the head.
     """
 
-    __slots__ = ("_by_priority", "_heap", "_n_returned", "_tickets", "count", "tokens")
+    __slots__ = ("_by_priority", "_heap", "_n_returned", "_tickets", "count")
 
     def __init__(self, *, by_priority: bool) -> None:
         self._by_priority = by_priority
@@ -127,8 +127,6 @@ class Line:
         self._tickets = 0
         self._n_returned = 0
         self.count = 0
-        self.tokens = 0
-        "Tokens to compute for those in line, cached ones included."
 
     def push(self, sequence: Sequence) -> None:
         self._tickets += 1
@@ -152,20 +150,18 @@ class Line:
     def pop(self) -> Sequence:
         """Take the head, which `peek` has just shown."""
         sequence = heappop(self._heap)[3]
-        self.forget(sequence)
+        self.forget()
         return sequence
 
     def __iter__(self) -> Iterator[Sequence]:
         """Everybody in line, in no order."""
         return (entry[3] for entry in self._heap if entry[3].status is Status.WAITING)
 
-    def forget(self, sequence: Sequence) -> None:
-        """No longer in line; the caller has changed or will change its status."""
+    def forget(self) -> None:
+        """One is no longer in line; the caller has changed or will change its status."""
         self.count -= 1
-        self.tokens -= sequence.total_tokens
 
     def _put(self, sequence: Sequence, rank: float) -> None:
         self.count += 1
-        self.tokens += sequence.total_tokens
         key = (float(sequence.priority), sequence.arrived_at) if self._by_priority else (rank, 0.0)
         heappush(self._heap, (*key, sequence.ticket, sequence))

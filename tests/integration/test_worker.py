@@ -326,7 +326,7 @@ class TestMisbehaviour:
 
         result = await hand.result("r1")
         assert (result.outcome, result.status) == ("failed", 400)
-        assert "maximum context length" in result.reason
+        assert "max_model_len" in result.reason
 
     async def test_an_unknown_model_may_live_elsewhere(self, emulator, hand, rig):
         """404 goes back: another engine may serve it."""

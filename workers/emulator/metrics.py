@@ -106,19 +106,24 @@ class Metrics:
         if sequence.output_tokens > 1:
             self.tpot.observe(decode_s / (sequence.output_tokens - 1))
 
-    def render(self, engine: Engine, *, model: str, is_awake: bool) -> str:
+    def render(self, engine: Engine, *, model: str, sleep_level: int | None) -> str:
         labels = f'engine="0",model_name="{model}"'
         lines: list[str] = []
-        for name, values in self._gauges(engine, is_awake=is_awake).items():
+        for name, values in self._gauges(engine, sleep_level).items():
             lines += _family(name, "gauge", values, labels)
         for name, values in self._counters(engine).items():
             lines += _family(name, "counter", values, labels)
+        # The API server counts these, which knows of no engine's number.
+        refused = [(f'reason="{reason}"', n) for reason, n in self.rejected.items()]
+        lines += _family("admission_rejections", "counter", refused, f'model_name="{model}"')
         for name, histogram in self._histograms().items():
             lines.append(f"# TYPE vllm:{name} histogram")
             lines += histogram.lines(f"vllm:{name}", labels)
         return "\n".join(lines) + "\n"
 
-    def _gauges(self, engine: Engine, *, is_awake: bool) -> dict[str, list[tuple[str, float]]]:
+    def _gauges(
+        self, engine: Engine, sleep_level: int | None
+    ) -> dict[str, list[tuple[str, float]]]:
         return {
             "num_requests_running": [("", engine.n_running)],
             "num_requests_waiting": [("", engine.n_waiting)],
@@ -128,9 +133,9 @@ class Metrics:
             ],
             "kv_cache_usage_perc": [("", engine.kv_usage)],
             "engine_sleep_state": [
-                ('sleep_state="awake"', int(is_awake)),
-                ('sleep_state="weights_offloaded"', 0),
-                ('sleep_state="discard_all"', int(not is_awake)),
+                ('sleep_state="awake"', int(sleep_level is None)),
+                ('sleep_state="weights_offloaded"', int(sleep_level == 1)),
+                ('sleep_state="discard_all"', int(sleep_level == 2)),
             ],
             "cache_config_info": [(_cache_config(engine), 1)],
         }
@@ -146,6 +151,10 @@ class Metrics:
             "num_preemptions": [("", count.preemptions)],
             "prompt_tokens": [("", count.prompt_tokens)],
             "prompt_tokens_cached": [("", count.prefix_hits)],
+            "prompt_tokens_cached_by_source": [
+                (f'source="{source}"', count.prefix_hits if source == "device" else 0)
+                for source in ("device", "host", "p2p", "disk", "external_unspecified")
+            ],
             "prompt_tokens_by_source": [
                 ('source="local_compute"', computed),
                 ('source="local_cache_hit"', count.prefix_hits),
@@ -154,9 +163,6 @@ class Metrics:
             "generation_tokens": [("", count.generation_tokens)],
             "request_success": [
                 (f'finished_reason="{reason}"', n) for reason, n in self.finished.items()
-            ],
-            "admission_rejections": [
-                (f'reason="{reason}"', n) for reason, n in self.rejected.items()
             ],
         }
 

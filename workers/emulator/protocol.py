@@ -113,17 +113,24 @@ def understand(
     try:
         body = _decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RefusedError(400, str(error)) from error
+        raise RefusedError(400, str(error), kind="Bad Request") from error
     if body.model and body.model != model:
         raise RefusedError(
-            404, f"The model `{body.model}` does not exist.", kind="NotFoundError", param="model"
+            404,
+            f"The model `{body.model}` does not exist. Valid aliases: {model}.",
+            kind="NotFoundError",
+            param="model",
         )
     if body.n not in (None, 1):
         raise RefusedError(400, f"n is {body.n}, only 1 is emulated", param="n")
     context = _chat_context(body) if kind == "chat" else _completion_context(body)
     options = body.stream_options or StreamOptions()
     if body.stream_options is not None and not body.stream:
-        raise RefusedError(400, "Stream options can only be defined when `stream=True`.")
+        raise RefusedError(
+            400,
+            "Stream options can only be defined when `stream=True`. (parameter=stream_options)",
+            param="stream_options",
+        )
     transfer = body.kv_transfer_params or {}
     return Ask(
         kind=kind,
@@ -152,7 +159,11 @@ def error_body(status: int, message: str, *, kind: str, param: str | None = None
 def _completion_context(body: Body) -> Context:
     prompt = body.prompt
     if prompt is None or prompt in ("", []):
-        raise RefusedError(400, "prompt is empty, a text or token ids wanted", param="prompt")
+        raise RefusedError(
+            400,
+            "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)",
+            param="prompt",
+        )
     if isinstance(prompt, str):
         return Context.of_text(prompt)
     try:
@@ -167,10 +178,13 @@ def _completion_context(body: Body) -> Context:
 
 def _chat_context(body: Body) -> Context:
     if not body.messages:
-        raise RefusedError(400, "messages is empty, at least one wanted", param="messages")
+        raise RefusedError(
+            400,
+            "Cannot apply chat template to an empty conversation. Provide at least one message.",
+        )
     if body.continue_final_message and body.add_generation_prompt:
         raise RefusedError(
-            400, "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
+            400, "continue_final_message and add_generation_prompt are not compatible."
         )
     text = render_chat(
         [(message.role, _content(message)) for message in body.messages],
@@ -197,28 +211,47 @@ def _max_tokens(body: Body, kind: Kind, prompt_tokens: int, max_model_len: int) 
     if asked is None:
         asked = min(COMPLETION_MAX_TOKENS, room) if kind == "completion" else room
     elif asked < 1:
-        raise RefusedError(400, f"max_tokens is {asked}, at least 1 wanted", param="max_tokens")
-    if asked < body.min_tokens:
         raise RefusedError(
-            400, f"min_tokens is {body.min_tokens}, at most max_tokens ({asked}) wanted"
+            400,
+            f"max_tokens must be at least 1, got {asked}. (parameter=max_tokens, value={asked})",
+            param="max_tokens",
         )
-    if asked > room or room < 1:
+    if room < 1:
+        raise RefusedError(
+            400,
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+            f"contains {prompt_tokens} input tokens, which exceeds this limit even without any "
+            "output tokens. Please reduce the length of the input prompt. "
+            f"(parameter=input_tokens, value={prompt_tokens})",
+            param="input_tokens",
+        )
+    if asked > max_model_len:
+        raise RefusedError(
+            400,
+            f"max_tokens={asked} cannot be greater than max_model_len={max_model_len}. "
+            f"Please request fewer output tokens. (parameter=max_tokens, value={asked})",
+            param="max_tokens",
+        )
+    if asked > room:
         raise RefusedError(
             400,
             f"This model's maximum context length is {max_model_len} tokens. However, you "
-            f"requested {max(asked, 0)} output tokens and your prompt contains {prompt_tokens} "
-            f"input tokens, for a total of {prompt_tokens + max(asked, 0)} tokens. Please reduce "
-            "the length of the input prompt or the number of requested output tokens.",
+            f"requested {asked} output tokens and your prompt contains {prompt_tokens} input "
+            f"tokens, for a total of {prompt_tokens + asked} tokens. Please reduce the length of "
+            "the input prompt or the number of requested output tokens.",
             param="input_tokens",
+        )
+    if asked < body.min_tokens:
+        raise RefusedError(
+            400,
+            f"min_tokens must be less than or equal to max_tokens={asked}, got {body.min_tokens}.",
         )
     return asked
 
 
 def _priority(body: Body, header: str | None) -> int:
-    """The header wins over the body, as in vLLM."""
-    if header is None:
-        return body.priority
+    """The header wins over the body, and one that is no number is as good as none; as in vLLM."""
     try:
-        return int(header)
-    except ValueError as error:
-        raise RefusedError(400, f"X-Vllm-Priority is {header!r}, an integer wanted") from error
+        return int(header) if header is not None else body.priority
+    except ValueError:
+        return body.priority

@@ -8,7 +8,7 @@ a draining server answers new requests with 200 and no tokens.
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -171,15 +171,12 @@ class Emulator:
                 web.get("/load", self._load),
                 web.get("/version", self._version),
                 web.post("/pause", self._pause),
-                web.post("/resume", self._do(lambda service: service.resume(), "resumed")),
+                web.post("/resume", self._resume),
                 web.get("/is_paused", self._is_paused),
-                web.post("/sleep", self._do(lambda service: service.sleep())),
-                web.post("/wake_up", self._do(lambda service: service.wake_up())),
+                web.post("/sleep", self._sleep),
+                web.post("/wake_up", self._wake_up),
                 web.get("/is_sleeping", self._is_sleeping),
-                web.post(
-                    "/reset_prefix_cache",
-                    self._do(lambda service: service.engine.reset_prefix_cache()),
-                ),
+                web.post("/reset_prefix_cache", self._reset_prefix_cache),
                 web.post("/inference/v1/abort_requests", self._abort_requests),
             ]
         )
@@ -324,7 +321,7 @@ class Emulator:
         text = self.service.metrics.render(
             self.service.engine,
             model=self.settings.model,
-            is_awake=not self.service.is_asleep,
+            sleep_level=self.service.sleep_level,
         )
         return web.Response(body=text.encode(), headers={"Content-Type": METRICS_TYPE})
 
@@ -344,11 +341,27 @@ class Emulator:
         await self.service.pause(wanted)
         return _json(b'{"status":"paused"}')
 
+    async def _resume(self, _: web.Request) -> web.Response:
+        self.service.resume()
+        return _json(b'{"status":"resumed"}')
+
+    async def _sleep(self, request: web.Request) -> web.Response:
+        level = int(request.query.get("level", "1"))
+        self.service.sleep(level)
+        return _json(msgspec.json.encode({"status": "sleeping", "level": level}))
+
+    async def _wake_up(self, _: web.Request) -> web.Response:
+        self.service.wake_up()
+        return _json(b'{"status":"awake","tags":null}')
+
+    async def _reset_prefix_cache(self, _: web.Request) -> web.Response:
+        return _json(msgspec.json.encode({"success": self.service.engine.reset_prefix_cache()}))
+
     async def _is_paused(self, _: web.Request) -> web.Response:
         return _json(msgspec.json.encode({"is_paused": self.service.is_paused}))
 
     async def _is_sleeping(self, _: web.Request) -> web.Response:
-        return _json(msgspec.json.encode({"is_sleeping": self.service.is_asleep}))
+        return _json(msgspec.json.encode({"is_sleeping": self.service.sleep_level is not None}))
 
     async def _abort_requests(self, request: web.Request) -> web.Response:
         try:
@@ -368,15 +381,6 @@ class Emulator:
         else:
             self.service.faults.put(fault)
         return _json(b"{}")
-
-    def _do(
-        self, act: Callable[[Service], object], status: str | None = None
-    ) -> Callable[[web.Request], Awaitable[web.Response]]:
-        async def handle(_: web.Request) -> web.Response:
-            act(self.service)
-            return _json(msgspec.json.encode({"status": status})) if status else web.Response()
-
-        return handle
 
 
 class _AbortBody(msgspec.Struct, frozen=True):

@@ -46,7 +46,8 @@ class Service:
         self.faults = FaultLine()
         self.life: Life = "serving"
         self.is_paused = False
-        self.is_asleep = False
+        self.sleep_level: int | None = None
+        "None: awake."
         self.idle = asyncio.Event()
         "Set while no request is in the engine."
         self.idle.set()
@@ -134,13 +135,14 @@ class Service:
         self._pause_mode = None
         self._apply_pauses()
 
-    def sleep(self) -> None:
-        self.is_asleep = True
+    def sleep(self, level: int) -> None:
+        self.sleep_level = level
+        self.is_paused = True
         self._apply_pauses()
 
     def wake_up(self) -> None:
-        self.is_asleep = False
-        self._apply_pauses()
+        self.sleep_level = None
+        self.resume()
 
     async def drain(self, timeout_s: float) -> None:
         """Let the running requests finish, but no longer than that; then abort the rest."""
@@ -239,7 +241,9 @@ class Service:
             self.quiet.set()
 
     def _apply_pauses(self) -> None:
-        is_frozen = self.is_asleep or self._is_frozen_by_fault or self._pause_mode == "keep"
+        is_frozen = (
+            self.sleep_level is not None or self._is_frozen_by_fault or self._pause_mode == "keep"
+        )
         if is_frozen or self.is_paused:
             self.engine.pause(freeze=is_frozen)
             return

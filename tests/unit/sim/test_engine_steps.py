@@ -258,29 +258,30 @@ class TestPrefix:
 
 
 class TestLimits:
-    def test_a_full_line_refuses_by_count(self):
-        """Those that run do not count."""
-        an_engine = engine(max_num_seqs=1, max_num_queued_reqs=1)
+    def test_a_full_engine_refuses_by_count(self):
+        """Those that run count as well as those that wait."""
+        an_engine = engine(max_num_seqs=1, max_num_queued_reqs=2)
         an_engine.add(sequence("runs"))
         an_engine.step(0.0)
         an_engine.add(sequence("waits"))
 
-        with pytest.raises(QueueFullError, match="1 requests wait, the limit is 1") as caught:
+        with pytest.raises(QueueFullError, match="currently busy") as caught:
             an_engine.add(sequence("refused"))
 
         assert caught.value.reason == "max_num_queued_reqs"
         assert "refused" not in an_engine
 
-    def test_a_full_line_refuses_by_tokens(self):
-        """Prompt tokens that wait, the new ones included."""
+    def test_a_full_engine_refuses_by_tokens(self):
+        """Prompts without a first token count whole, the newcomer not at all."""
         an_engine = engine(max_num_queued_tokens=100)
         an_engine.add(sequence("a", prompt=60))
+        an_engine.add(sequence("b", prompt=90))
 
-        with pytest.raises(QueueFullError, match="60 tokens wait and 41 would join"):
-            an_engine.add(sequence("b", prompt=41))
+        with pytest.raises(QueueFullError, match="prefill token backlog"):
+            an_engine.add(sequence("c", prompt=1))
 
-        an_engine.add(sequence("c", prompt=40))
-        assert an_engine.n_waiting == 2
+        an_engine.step(0.0)
+        an_engine.add(sequence("d", prompt=500))
 
 
 class TestPause:

@@ -70,8 +70,10 @@ class ClockWorker(CPUWorker):
             self._was_busy = False
         for new in scheduled.scheduled_new_reqs:
             hidden = getattr(new.sampling_params, "extra_args", None) or {}
+            length = int(hidden.get("output_tokens", 0))  # 0: until max_tokens
+            least = getattr(new.sampling_params, "min_tokens", 0)
             self._all[new.req_id] = Said(
-                new.prompt_token_ids or (), int(hidden.get("output_tokens", 0))
+                new.prompt_token_ids or (), max(length, least) if length else 0
             )
 
     def _computed(self, scheduled):

@@ -1,0 +1,82 @@
+"""What an engine can do beyond answering, found out by looking: versions differ, and so do the flags they run with.
+
+Everything here is optional. The worker uses what is there and does without what is not.
+"""
+
+import msgspec
+
+from workers.engine import Engine
+
+VERSION = "/version"
+PAUSED = "/is_paused"
+KV_EVENTS = "/kv_event_sources"
+
+REJECTIONS = b"vllm:admission_rejections_total"
+
+
+class Features(msgspec.Struct, frozen=True):
+    """What was found."""
+
+    version: str = ""
+    "The engine's own; empty: it does not say."
+
+    names: tuple[str, ...] = ()
+    """
+    Of these, in this order: `request_metrics` (times in the last chunk), `cached_tokens` (in usage), `priority` (as the
+    worker was told), `admission` (the engine counts refusals, so it knows limits), `pause` (a drain that can be taken
+    back; development mode), `kv_events` (it publishes what it caches).
+    """
+
+
+async def found(engine: Engine, model: str, *, by_priority: bool) -> Features:
+    """Look at one engine that is ready; costs it a few small requests and one token.
+
+    Raises:
+        EngineError: it did not answer.
+    """
+    said = await engine.one_token(model)
+    has = {
+        "request_metrics": said.metrics is not None,
+        "cached_tokens": said.cached_tokens is not None,
+        "priority": by_priority,
+        "admission": REJECTIONS in (await engine.page("/metrics")),
+        "pause": b"is_paused" in (await engine.page(PAUSED)),
+        "kv_events": publishes(await engine.page(KV_EVENTS)),
+    }
+    names = tuple(name for name, is_there in has.items() if is_there)
+    return Features(version=version_in(await engine.page(VERSION)), names=names)
+
+
+def publishes(page: bytes) -> bool:
+    """Whether any of the sources is switched on.
+
+    >>> publishes(b'{"0": {"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}}')
+    True
+    >>> publishes(b'{"0": {"enable_kv_cache_events": false}}'), publishes(b""), publishes(b"<html>")
+    (False, False, False)
+    """
+    try:
+        sources = msgspec.json.decode(page, type=dict[str, _Source])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return any(source.enable_kv_cache_events for source in sources.values())
+
+
+def version_in(page: bytes) -> str:
+    """The version that the page names.
+
+    >>> version_in(b'{"version":"0.32.0"}'), version_in(b"")
+    ('0.32.0', '')
+    """
+    try:
+        return msgspec.json.decode(page, type=_Version).version
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""
+
+
+class _Source(msgspec.Struct):
+    enable_kv_cache_events: bool = False
+
+
+class _Version(msgspec.Struct):
+    version: str = ""
