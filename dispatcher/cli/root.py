@@ -24,9 +24,9 @@ from typing import Annotated
 import typer
 from msgspec import structs
 
-from dispatcher.cli import given
-from dispatcher.cli.given import Given
+from dispatcher import given
 from dispatcher.cli.outline import outline
+from dispatcher.given import Given
 from scheduler.errors import HeadgateError, StreamError
 from scheduler.settings import LogSettings, Settings
 
@@ -59,7 +59,7 @@ FAULT = 2
 COLLECT_EVERY = 50_000
 """Objects made between two looks for garbage in cycles, of which there is hardly any: messages are made and dropped.
 
-Python's own 700 (2,000 since 3.12) look at every living request again and again: 30 of a dispatcher's 200 us a request.
+Python looks after 700 or 2,000, at every living request again and again: 30 of a dispatcher's 200 us a request.
 """
 
 Function = Callable[..., object]

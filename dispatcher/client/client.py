@@ -9,9 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from dispatcher import local
-from dispatcher.cli import given
-from dispatcher.cli.given import Given
+from dispatcher import given, local
 from dispatcher.client import prompt as prompts
 from dispatcher.client.follower import Follower
 from dispatcher.client.handle import Handle
@@ -19,6 +17,7 @@ from dispatcher.client.prompt import Body, Tokenizer
 from dispatcher.client.records import Records
 from dispatcher.client.standing import Standing, standing
 from dispatcher.client.wishes import Wishes
+from dispatcher.given import Given
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Connection, Where
 from scheduler import prefix, wire

@@ -6,9 +6,9 @@ import sys
 import msgspec
 import pytest
 
-from dispatcher.cli import given
-from dispatcher.cli.given import Given
+from dispatcher import given
 from dispatcher.cli.settings import effective_toml, field_docs
+from dispatcher.given import Given
 from scheduler import settings as sections
 from scheduler.errors import SettingsError
 from scheduler.parsing import parse
