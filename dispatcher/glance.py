@@ -109,9 +109,9 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
         Decision, await connection.newest(keys.decisions, after="0", count=DECISIONS_READ)
     )
     endpoints = [
-        _endpoint(raw, int(jobs), rewards, now - beaten_at[name])
+        _endpoint(raw, beat, int(jobs), rewards, now - beaten_at[name])
         for name, jobs, raw in zip(names, rest[: len(names)], rest[len(names) :], strict=True)
-        if b"endpoint" in raw
+        for beat in _decoded(Beat, [(name, raw)])
     ]
     rate = _rate(rewards, now)
     until = int(leader[2] or 0) / 1e3
@@ -137,7 +137,8 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
 async def _beaten_at(connection: Connection, keys: Keys) -> dict[str, float]:
     """When each endpoint has beaten last, on Redis' clock."""
     beats = await connection.newest(keys.beats, after="0", count=BEATS_READ)
-    return {fields[b"endpoint"].decode(): _entry_at(entry) for entry, fields in beats}
+    read = ((_entry_at(entry), _decoded(Beat, [(entry, fields)])) for entry, fields in beats)
+    return {beat.endpoint: at for at, found in read for beat in found}
 
 
 async def _ingress(connection: Connection, keys: Keys) -> tuple[int, float | None]:
@@ -162,9 +163,8 @@ def _entry_at(entry: str) -> float:
 
 
 def _endpoint(
-    raw: Mapping[bytes, bytes], jobs: int, rewards: Sequence[Reward], silent_s: float
+    raw: Mapping[bytes, bytes], beat: Beat, jobs: int, rewards: Sequence[Reward], silent_s: float
 ) -> EndpointGlance:
-    beat = codec.decode(Beat, raw)
     lease_s = float(raw.get(b"seen_lease_ms") or 3000) / 1e3
     own = [r for r in rewards if r.endpoint == beat.endpoint]
     promised = [r.on_time for r in own if r.on_time is not None]

@@ -13,8 +13,12 @@ PIPE_COLUMNS = 160
 
 
 def console() -> Console:
-    """For results; plain where stdout is no terminal, and wide enough there that no table is cut."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
+    """For results; plain where stdout is no terminal, and wide enough there that no table is cut.
+
+    Brackets in what people wrote are brackets, never markup.
+    """
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def talk(line: str) -> None:

@@ -144,6 +144,29 @@ class TestWatch:
         assert "50%" in shown
         assert "completed" in one
 
+    async def test_stray_entries_do_not_hide_the_pool(self, played, headgate):
+        """Somebody wrote nonsense on every log: the command shows what can be read."""
+        epoch = await played.do(sidecar.join(played.keys, ENDPOINT, "w1"))
+        await played.do(sidecar.beat(played.keys, Beat(endpoint=ENDPOINT, epoch=epoch), lease_s=3))
+        keys = played.keys
+        for log in (keys.beats, keys.rewards, keys.decisions, keys.results):
+            await played.connection.add(log, {"stray": "1"})
+            await played.connection.add(log, {"endpoint": "[/b]", "epoch": "soon"})
+
+        code, shown, err = await headgate("status")
+
+        assert (code, err) == (0, "")
+        assert ENDPOINT in shown
+
+    async def test_brackets_are_no_markup(self, played, headgate):
+        """A reason is shown as it is, whoever wrote it."""
+        dead = {"dead_stream": "s", "dead_entry": "1-0", "dead_reason": "at `$[0]` [/b] :smile:"}
+        await played.connection.add(played.keys.dead, dead | {"id": "r1"})
+
+        _, listed, err = await headgate("dead", "list")
+
+        assert "at `$[0]` [/b] :smile:" in listed, err
+
     async def test_drain_and_resume_are_wishes_on_the_stream(self, played, headgate):
         """Anybody may write them; an endpoint without jobs is empty at once."""
         epoch = await played.do(sidecar.join(played.keys, ENDPOINT, "w1"))
