@@ -1,5 +1,7 @@
 """What workers say of endpoints and of what they hold, and what is taken back from those that fall silent."""
 
+import numpy as np
+
 from scheduler import ledger
 from scheduler.events import Recovered
 from scheduler.memory import Memory
@@ -90,17 +92,18 @@ class Endpoints:
             self._requests.abort_later(ticket)
 
     def _learn(self, reward: Reward, endpoint: Endpoint, ticket: Ticket | None) -> None:
-        self._memory.predictor.learn(reward, endpoint.slot)
-        if (
-            reward.cached_tokens is not None
-            and ticket is not None
-            and ticket.attempt == reward.attempt
-        ):
+        slot = endpoint.slot
+        self._memory.predictor.learn(reward, slot)
+        if ticket is None or ticket.attempt != reward.attempt:
+            return
+        if reward.cached_tokens is not None:
             self._memory.prefixes.correct(
-                endpoint.slot,
-                believed_tokens=ticket.cached_tokens,
-                cached_tokens=reward.cached_tokens,
+                slot, believed_tokens=ticket.cached_tokens, cached_tokens=reward.cached_tokens
             )
+        if reward.tpot_s is not None and ticket.pace:
+            # The load at its beginning and at its end, halfway: nearer to what it met than either.
+            row = 0.5 * (np.array(ticket.pace) + self._memory.pace_row(slot))
+            self._memory.predictor.pace.learn(slot, row, reward.tpot_s)
 
     def _progress(self, beat: Beat) -> None:
         """What it began since the last beat. A report about another attempt moves nothing."""

@@ -9,6 +9,9 @@ herd onto one endpoint. It is released by facts only (first token, terminal even
 All amounts are whole or half numbers, so that adding and taking away leaves no dust in the floats.
 """
 
+import bisect
+import math
+
 import msgspec
 import numpy as np
 
@@ -68,6 +71,9 @@ class Line(msgspec.Struct, frozen=True):
     kv: float
     "KV tokens it will hold: prompt and expected answer, never more than the endpoint has."
 
+    tpot_s: float = math.inf
+    "The seconds per token that it was promised and may expect there; `inf`: it binds nobody."
+
     blocks: tuple[str, ...] = ()
     "Its prefix chain, no longer than `kv`: what others there hold as well is held once."
 
@@ -79,20 +85,24 @@ class Ledger:
         self.prefilling: list[dict[str, Line]] = []
         self.decoding: list[dict[str, Line]] = []
         self.pins = Pins()
-        self._sums = np.zeros((8, 0))
+        self._promises: list[list[float]] = []
+        self._sums = np.zeros((11, 0))
         self._name_rows()
 
     def _name_rows(self) -> None:
         self.tokens, self.pairs, self.seats, self.kv, self.decode_kv = self._sums[:5]
-        self.head_tokens, self.head_pairs, self.head_since = self._sums[5:]
+        self.head_tokens, self.head_pairs, self.head_since = self._sums[5:8]
+        self.read_kv, self.tightest_s, self.promised = self._sums[8:]
 
     def open(self, slot: int) -> None:
         """Give a new endpoint an empty column."""
         if slot == len(self.prefilling):
             self.prefilling.append({})
             self.decoding.append({})
+            self._promises.append([])
             self._sums = np.column_stack([self._sums, np.zeros(len(self._sums))])
             self._name_rows()
+            self.tightest_s[slot] = math.inf
         assert not self.prefilling[slot], f"slot {slot} still has prefill on it"
         assert not self.decoding[slot], f"slot {slot} still has decode on it"
         self.pins.open(slot)
@@ -109,6 +119,11 @@ class Ledger:
         self.seats[slot] += 1
         shared = len(line.blocks) - self.pins.hold(slot, line.blocks)
         self.kv[slot] += line.kv - shared * BLOCK_TOKENS
+        self.read_kv[slot] += line.kv
+        if line.tpot_s < math.inf:
+            self.promised[slot] += 1
+            bisect.insort(self._promises[slot], line.tpot_s)
+            self.tightest_s[slot] = self._promises[slot][0]
 
     def first_token(self, slot: int, request_id: str, now: float) -> None:
         """Its prefill is done; it decodes. Saying so twice does no harm."""
@@ -126,6 +141,12 @@ class Ledger:
         self.seats[slot] -= 1
         shared = len(line.blocks) - self.pins.drop(slot, line.blocks)
         self.kv[slot] -= line.kv - shared * BLOCK_TOKENS
+        self.read_kv[slot] -= line.kv
+        if line.tpot_s < math.inf:
+            promises = self._promises[slot]
+            self.promised[slot] -= 1
+            del promises[bisect.bisect_left(promises, line.tpot_s)]
+            self.tightest_s[slot] = promises[0] if promises else math.inf
 
     def backlog(self, rates: Rates, now: float) -> Backlog:
         """What stands before a newcomer, dead-reckoned from the predictions and the last first tokens seen."""

@@ -14,7 +14,7 @@ from scheduler.policies import AnyPolicy, Policy, Urgency
 from scheduler.predict import Predictor
 from scheduler.prefix import Index
 from scheduler.settings import Objective
-from scheduler.state import Ticket
+from scheduler.state import Floats, Ticket
 
 
 class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,6 +63,12 @@ class Memory:
     def backlog_s(self) -> float:
         """Predicted seconds of prefill that wait."""
         return view.backlog_s(self.book, self.predictor)
+
+    def pace_row(self, slot: int) -> Floats:
+        """What decoding costs there now, in the terms of `pace`."""
+        ledger = self.book.ledger
+        batch, read = float(ledger.seats[slot]), float(ledger.read_kv[slot])
+        return self.predictor.pace.row(slot, batch, read, self.now)
 
     def note(self, ticket: Ticket, kind: str, reason: str, slack_s: float | None = None) -> None:
         """Log a turn that moves nothing in Redis."""

@@ -12,6 +12,7 @@ Nothing here changes a ticket or the ledger: the plan is a list of turns that th
 as no endpoint could start anything within the window, so a full fleet costs next to nothing.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -20,10 +21,11 @@ import numpy as np
 
 from scheduler import cost
 from scheduler.ledger import Backlog, Line, Rates, chain
+from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
 from scheduler.policies import Terms
 from scheduler.prefix import BLOCK_TOKENS
-from scheduler.state import Floats, Ticket
+from scheduler.state import Bools, Floats, Ticket
 
 CHUNK = 4
 "Requests priced at once to begin with, then twice as many each time: most plans end after a few."
@@ -37,6 +39,15 @@ ASIDE_MAX = 32
 IDLE_S = 1e-3
 "An endpoint that could begin within this is idle."
 
+PACE_ODDS_MIN = 0.1
+"Below this chance to keep its pace a request gains nothing by being there."
+
+PACE_TIE = 0.1
+"Places that gain so nearly as much as the best are left to the earliest first token."
+
+SHORT_ANSWER = 16
+"The fewest tokens over which a stall for prefill is thought to be spread."
+
 CANDIDATES = 5
 "How many of the endpoints a decision's record names."
 
@@ -49,6 +60,13 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     horizon: int = 256
     "The most urgent requests that one step considers (I8)."
+
+    pace_worth: float = 0.7
+    """
+    What the promises per token of those who decode already are worth beside a newcomer's own; 0: nobody asks.
+
+    Where a newcomer would break more than it gains it is not put; where that is everywhere, it waits.
+    """
 
     tie: float = 0.02
     "Endpoints whose predicted first token differs by less than this part are taken as equal: chance decides."
@@ -99,6 +117,9 @@ class Room:
         kv: Floats,
         kv_max: Floats,
         pins: Pins,
+        pace: Load,
+        tightest_s: Floats,
+        promised: Floats,
         length_max: Floats,
         wanted_s: Floats,
     ) -> None:
@@ -117,6 +138,13 @@ class Room:
         self.kv = kv
         self.kv_max = kv_max
         self.pins = pins
+        self.pace = pace
+        self.joined_s = pace.joined_s.copy()
+        "Seconds per token with one sequence more, before it reads anything."
+        self.tightest_s = tightest_s
+        "The shortest seconds per token that somebody there was promised."
+        self.promised = promised
+        "How many there were promised any."
         self.length_max = length_max
         self.reserved = np.zeros(len(seats), dtype=bool)
         "Slots that somebody more urgent waits for."
@@ -139,6 +167,10 @@ class Room:
         self.reserve(slot, work_s, line)
         self.busy_s[slot] += work_s
         self.kv[slot] -= line.kv
+        self.joined_s[slot] += self.pace.sequence_s[slot] + self.pace.token_s[slot] * line.kv
+        if line.tpot_s < math.inf:
+            self.tightest_s[slot] = min(self.tightest_s[slot], line.tpot_s)
+            self.promised[slot] += 1
         self.seats[slot] -= 1
         if self.seats[slot] <= 0:
             self.shut_s[slot] = np.inf
@@ -175,6 +207,7 @@ class Planner:
         terms: Terms,
         spread: Floats,
         pricer: Pricer,
+        noise: Noise,
         rng: np.random.Generator,
     ) -> None:
         """Plan with this room.
@@ -186,6 +219,7 @@ class Planner:
             terms: what the policy asks.
             spread: float64[n_slots], by what factor the lucky `odds_min` part of requests beats its prediction.
             pricer: prefix cache and eligibility of a request.
+            noise: how far off the predicted pace may be.
             rng: decides between equals.
         """
         self.room = room
@@ -194,6 +228,7 @@ class Planner:
         self.terms = terms
         self.spread = spread
         self.pricer = pricer
+        self.noise = noise
         self.rng = rng
         self.choices: list[Choice] = []
         self.turns: list[Turn] = []
@@ -235,7 +270,7 @@ class Planner:
                 cannot be interrupted.
         """
         for offer in self._offers(aside):
-            idle = (self.room.start_s <= IDLE_S) & ~self.room.reserved
+            idle = (self.room.start_s <= IDLE_S) & ~self.room.reserved & self._worthy(offer)
             total_s = np.where(idle, self._total_s(offer), np.inf)
             slot = int(total_s.argmin())
             if not np.isfinite(total_s[slot]):
@@ -258,6 +293,14 @@ class Planner:
             self._wait_for_room(offer)
             return
         can_make_it = self._can_make_it(offer.ticket, total_s)
+        worthy = self._worthy(offer)
+        if not worthy.all():
+            worthy_s = np.where(worthy, total_s, np.inf)
+            kept = int(worthy_s.argmin())
+            if np.isfinite(worthy_s[kept]):
+                total_s, best = worthy_s, kept
+            elif can_make_it:
+                return
         if can_make_it == (
             offer.ticket.state == "set_aside"
         ):  # a change; a test without one says nothing
@@ -269,7 +312,7 @@ class Planner:
         if self._starts_now(slot):
             self._hand_over(offer, slot, total_s, propensity, why)
         else:
-            self.room.reserve(slot, float(offer.work_s[slot]), _line(offer, slot))
+            self.room.reserve(slot, float(offer.work_s[slot]), self._line(offer, slot))
 
     def _pick(self, ticket: Ticket, total_s: Floats, best: int) -> tuple[int, float, str]:
         """The slot, with what chance it was taken, and why."""
@@ -287,7 +330,7 @@ class Planner:
     def _hand_over(
         self, offer: Offer, slot: int, total_s: Floats, propensity: float, why: str
     ) -> None:
-        line = _line(offer, slot)
+        line = self._line(offer, slot)
         self.choices.append(
             Choice(
                 ticket=offer.ticket,
@@ -335,6 +378,46 @@ class Planner:
             return True
         return bool((total_s * self.spread).min() <= ticket.due_at - self.now)
 
+    def _worthy(self, offer: Offer) -> Bools:
+        """Where it gains more than it breaks: the odds of its own pace against what it takes from the others'.
+
+        Of those places only the ones near the best; the earliest first token decides among them.
+        """
+        room, promise = self.room, offer.ticket.promise
+        if self.settings.pace_worth <= 0 or (promise.tpot_s is None and not room.promised.any()):
+            return np.ones(len(room.seats), dtype=bool)
+        pace_s = room.joined_s + room.pace.token_s * offer.kv
+        gain = np.ones(len(pace_s))
+        if promise.tpot_s is not None and promise.tpot_s >= room.pace.alone_s.min():
+            gain = self.noise.odds(promise.tpot_s, pace_s)
+            gain[gain < PACE_ODDS_MIN] = 0.0
+        value = promise.weight * gain - self._harm(offer, pace_s)
+        worthy: Bools = (value > 0) & (
+            value >= value[np.isfinite(offer.service_s)].max(initial=0.0) - PACE_TIE
+        )
+        return worthy
+
+    def _harm(self, offer: Offer, pace_s: Floats) -> Floats:
+        """How many promises per token of those who are there it would break."""
+        room = self.room
+        added_s = room.pace.sequence_s + room.pace.token_s * offer.kv
+        added_s = added_s + offer.work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
+        broken = self.noise.harm(np.minimum(room.tightest_s, 1e3), pace_s, added_s / pace_s)
+        harm: Floats = self.settings.pace_worth * room.promised * broken
+        return harm
+
+    def _line(self, offer: Offer, slot: int) -> Line:
+        """What the ledger is to hold; a promise per token that cannot be kept there binds nobody."""
+        own_s = offer.ticket.promise.tpot_s
+        pace_s = self.room.joined_s[slot] + self.room.pace.token_s[slot] * offer.kv[slot]
+        return Line(
+            tokens=float(offer.tokens[slot]),
+            pairs=float(offer.pairs[slot]),
+            kv=float(offer.kv[slot]),
+            tpot_s=own_s if own_s is not None and own_s >= pace_s else math.inf,
+            blocks=chain(offer.ticket.request.blocks, offer.kv[slot]),
+        )
+
     def _starts_now(self, slot: int) -> bool:
         return bool(self.room.start_s[slot] <= self.settings.commit_window_s)
 
@@ -362,15 +445,6 @@ class Planner:
             Offer(t, cached[i], tokens[i], pairs[i], work_s[i], service_s[i], kv[i])
             for i, t in enumerate(tickets)
         ]
-
-
-def _line(offer: Offer, slot: int) -> Line:
-    return Line(
-        tokens=float(offer.tokens[slot]),
-        pairs=float(offer.pairs[slot]),
-        kv=float(offer.kv[slot]),
-        blocks=chain(offer.ticket.request.blocks, offer.kv[slot]),
-    )
 
 
 def _best(total_s: Floats) -> tuple[tuple[int, float], ...]:

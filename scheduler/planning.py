@@ -73,6 +73,9 @@ class Planning:
             kv=fleet.kv_max - ledger.kv,
             kv_max=fleet.kv_max,
             pins=ledger.pins,
+            pace=self._memory.predictor.pace.load(ledger.seats, ledger.read_kv, now),
+            tightest_s=ledger.tightest_s.copy(),
+            promised=ledger.promised.copy(),
             length_max=fleet.length_max,
             wanted_s=wanted_s,
         )
@@ -83,6 +86,7 @@ class Planning:
             terms=self._terms,
             spread=self._memory.predictor.spread(room.start_s, self._terms.odds_min),
             pricer=self._price,
+            noise=self._memory.predictor.pace.noise(),
             rng=self._rng,
         )
 
@@ -136,6 +140,8 @@ class Planning:
         waiting = len(self._book.lines)
         self._book.assign(ticket, endpoint, choice.line, memory.now)
         ticket.cached_tokens = choice.cached_tokens
+        memory.predictor.pace.prefill(choice.slot, choice.work_s, memory.now)
+        ticket.pace = tuple(memory.pace_row(choice.slot))
         memory.prefixes.insert(choice.slot, ticket.request.blocks)
         self._aside_credit_s = min(
             self._settings.commit_window_s,

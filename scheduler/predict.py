@@ -16,6 +16,7 @@ import numpy as np
 from scheduler import cost
 from scheduler.ledger import Rates
 from scheduler.lengths import Lengths
+from scheduler.pace import Pace
 from scheduler.regression import DecayedRegression
 from scheduler.speed import LOG_MAX, Speed
 from scheduler.spread import Spread
@@ -76,6 +77,7 @@ class Predictor:
         self._log_speed: Floats = np.zeros(0)
         self._spread = Spread()
         self.lengths = Lengths()
+        self.pace = Pace()
         self._remembered: dict[str, tuple[str, tuple[float, ...]]] = {}
 
     def open(self, slot: int, beat: Beat) -> None:
@@ -91,6 +93,7 @@ class Predictor:
             speed.recall(numbers)
         self._speeds[slot] = speed
         self._log_speed[slot] = speed.log
+        self.pace.open(slot, rates)
         self._prior[:, slot] = rates.overhead_s, rates.token_s, rates.attention_s, rates.kv_s
 
     def close(self, slot: int) -> None:

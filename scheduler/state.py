@@ -64,6 +64,9 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     cached_tokens: int = 0
     "Prefix believed cached at the last assignment."
 
+    pace: tuple[float, ...] = ()
+    "What decoding cost where it went, in the terms of `pace`, when it was assigned."
+
     is_cancelled: bool = False
     "Somebody cancelled it while a worker held it: it must not be tried again."
 

@@ -2,10 +2,12 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 
 from scheduler.ledger import Backlog, Ledger, Line, Rates
+from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
 from scheduler.plan import ASIDE_MAX, Planner, PlanSettings, Room
 from scheduler.policies import Terms
@@ -50,6 +52,9 @@ def planner(
         kv=free_kv.copy(),
         kv_max=free_kv.copy(),
         pins=Pins(),
+        pace=Load(np.full(n, 0.01), np.zeros(n), np.zeros(n), np.full(n, 0.01)),
+        tightest_s=np.full(n, np.inf),
+        promised=np.zeros(n),
         length_max=np.full(n, np.inf),
         wanted_s=np.zeros(n),
     )
@@ -60,6 +65,7 @@ def planner(
         settings=PlanSettings(commit_window_s=1.0, tie=0.0),
         terms=Terms(**terms),
         spread=np.ones(n),
+        noise=Noise(),
         pricer=lambda _: (held, np.zeros(n)),
         rng=np.random.default_rng(0),
     )
@@ -198,3 +204,58 @@ class TestLedger:
 
         for row in (book.tokens, book.pairs, book.seats, book.kv, book.decode_kv):
             assert row[0] == 0.0
+
+
+def decoding(promised: list[float], pace_s: list[float], **fields: float) -> Planner:
+    """Two alike but for what decodes there: this many promises of 50 ms, at this pace."""
+    made = planner([0.001, 0.001], **fields)
+    made.room.promised[:] = promised
+    made.room.tightest_s[:] = np.where(np.array(promised) > 0, 0.05, np.inf)
+    made.room.joined_s[:] = pace_s
+    made.room.pace.sequence_s[:] = 0.001
+    return made
+
+
+def paced(name: str, tokens: int = 100) -> Ticket:
+    made = ticket(name, tokens)
+    made.promise = msgspec.structs.replace(FREE, tpot_s=0.05)
+    return made
+
+
+class TestPace:
+    def test_a_promise_per_token_is_put_where_it_can_be_kept(self):
+        """The first token would come sooner where decoding is too slow for what was promised."""
+        made = decoding([0.0, 0.0], [0.2, 0.02])
+        made.room.start_s[1] = 0.5
+
+        made.serve([paced("r")])
+
+        assert served(made) == [("r", 1)]
+        assert made.choices[0].line.tpot_s == 0.05
+
+    def test_nobody_is_put_where_it_would_break_more_than_it_gains(self):
+        """Forty members at the edge of their promise: one more waits; it is not set aside."""
+        made = decoding([40.0, 40.0], [0.05, 0.05])
+
+        made.serve([paced("r")])
+
+        assert served(made) == []
+        assert made.turns == []
+
+    def test_it_can_be_switched_off(self):
+        """I10: with no worth for pace, the earliest first token decides alone."""
+        made = decoding([40.0, 40.0], [0.05, 0.05])
+        made.settings = msgspec.structs.replace(made.settings, pace_worth=0.0)
+
+        made.serve([paced("r")])
+
+        assert len(served(made)) == 1
+
+    def test_a_promise_that_nobody_could_keep_binds_nobody(self):
+        """It is served, and whoever comes later need not mind it."""
+        made = decoding([0.0, 0.0], [0.2, 0.2])
+        made.room.pace.alone_s[:] = 0.1
+
+        made.serve([paced("r")])
+
+        assert made.choices[0].line.tpot_s == math.inf

@@ -1,0 +1,159 @@
+"""What one more decode costs, and where: predicted seconds per output token, learned from every answer's own.
+
+    seconds per token = speed[endpoint] * weights . (step, sequences, KV read, share of time that prefill takes)
+
+All four terms are in seconds under the declared hardware, so untaught weights are one. Prefill stretches every
+token: an engine that prefills for a third of its time decodes in the other two.
+"""
+
+import math
+
+import msgspec
+import numpy as np
+
+from scheduler.cost import Hardware
+from scheduler.regression import DecayedRegression
+from scheduler.state import Floats
+from scheduler.window import Window
+
+TERMS = 4
+
+GAIN = 0.05
+"How much of a log error an endpoint's speed takes over, once it is no longer young."
+
+STEP, LOG_MAX = 0.7, 3.0
+"The largest log error believed at once, and the most that a server may differ from its class."
+
+PREFILL_S = 5.0
+"Over how long the share of time that prefill takes is averaged."
+
+SHARE_MAX = 0.8
+"The largest share of prefill believed."
+
+SPREAD_SIZE, SPREAD_LEAST = 300, 30
+COLD_SIGMA, SIGMA_MIN = 0.2, 0.05
+"How far off predictions are before enough answers were seen to know, and at least."
+
+LOGISTIC = 1.702
+"The logistic curve so much steeper is within 0.01 of the normal distribution."
+
+
+class Load(msgspec.Struct, frozen=True):
+    """The pace everywhere if one sequence more joins, and what each KV token that it brings adds; float64[n_slots]."""
+
+    joined_s: Floats
+    "Seconds per token with one sequence more that reads nothing."
+
+    sequence_s: Floats
+    "Of that, what one sequence adds."
+
+    token_s: Floats
+    "What each KV token that it reads adds."
+
+    alone_s: Floats
+    "Seconds per token of a sequence that is alone and reads nothing."
+
+
+class Noise(msgspec.Struct, frozen=True, kw_only=True):
+    """How the real pace scatters around the predicted one, in logs."""
+
+    bias: float = 0.0
+    sigma: float = COLD_SIGMA
+
+    def odds(self, promised_s: Floats | float, pace_s: Floats) -> Floats:
+        """The chance that a promise per token is kept at this predicted pace.
+
+        >>> Noise().odds(0.05, np.array([0.025, 0.05, 0.1])).round(2)
+        array([1. , 0.5, 0. ])
+        """
+        z = (np.log(promised_s / pace_s) - self.bias) / self.sigma
+        odds: Floats = 1.0 / (1.0 + np.exp(-LOGISTIC * np.clip(z, -20.0, 20.0)))
+        return odds
+
+    def harm(self, promised_s: Floats, pace_s: Floats, slower: Floats) -> Floats:
+        """By how much that chance falls when everything there becomes slower by this part."""
+        odds = self.odds(promised_s, pace_s)
+        fall: Floats = LOGISTIC / self.sigma * odds * (1.0 - odds) * slower
+        return np.minimum(odds, fall)
+
+
+class Pace:
+    """One column an endpoint."""
+
+    def __init__(self) -> None:
+        """Untaught: as declared."""
+        self._regression = DecayedRegression(np.ones(TERMS))
+        self._rated: Floats = np.zeros((3, 0))
+        self._log: Floats = np.zeros(0)
+        self._counts: list[int] = []
+        self._prefill_s: Floats = np.zeros(0)
+        self._prefill_at = -math.inf
+        self._errors = Window(SPREAD_SIZE)
+
+    def open(self, slot: int, hardware: Hardware) -> None:
+        """An endpoint takes this slot, as declared."""
+        if slot == len(self._log):
+            self._rated = np.column_stack([self._rated, np.zeros(3)])
+            self._log = np.append(self._log, 0.0)
+            self._prefill_s = np.append(self._prefill_s, 0.0)
+            self._counts.append(0)
+        self._rated[:, slot] = hardware.step_s, hardware.sequence_s, hardware.kv_s
+        self._log[slot] = self._prefill_s[slot] = self._counts[slot] = 0
+
+    def prefill(self, slot: int, work_s: float, now: float) -> None:
+        """So many seconds of prefill go there now."""
+        if now > self._prefill_at:
+            self._prefill_s *= math.exp(min(0.0, (self._prefill_at - now) / PREFILL_S))
+            self._prefill_at = now
+        self._prefill_s[slot] += work_s
+
+    def load(self, batch: Floats, read: Floats, now: float) -> Load:
+        """What decoding costs now, given how many sequences there are and the KV tokens they read."""
+        step_s, sequence_s, kv_s = self._rated
+        weights, speed = self._regression.weights, np.exp(self._log)
+        stretch = weights[3] * self._stretch(now)
+        one_s = speed * sequence_s * (weights[1] + stretch)
+        token_s = speed * kv_s * (weights[2] + stretch)
+        base_s = speed * step_s
+        return Load(
+            joined_s=base_s * (weights[0] + stretch) + one_s * (batch + 1) + token_s * read,
+            sequence_s=one_s,
+            token_s=token_s,
+            alone_s=base_s * weights[0] + speed * sequence_s * weights[1],
+        )
+
+    def row(self, slot: int, batch: float, read: float, now: float) -> Floats:
+        """The terms of one endpoint at this moment."""
+        step_s, sequence_s, kv_s = self._rated[:, slot]
+        parts = step_s, sequence_s * batch, kv_s * read
+        return np.array([*parts, sum(parts) * float(self._stretch(now)[slot])])
+
+    def learn(self, slot: int, row: Floats, seconds: float) -> None:
+        """One answer had this many seconds per token, in a load of which `row` says the terms."""
+        if not 1e-4 <= seconds <= 10.0:
+            return
+        speed = math.exp(self._log[slot])
+        log_error = math.log(seconds / max(1e-6, speed * float(row @ self._regression.weights)))
+        self._errors.add(log_error)
+        self._regression.learn_row(
+            row, seconds / speed, min(1.0, 1 / max(1e-9, abs(log_error))) * (speed / seconds) ** 2
+        )
+        self._counts[slot] += 1
+        gain = max(GAIN, 1 / (self._counts[slot] + 3))
+        moved = self._log[slot] + gain * max(-STEP, min(STEP, log_error))
+        self._log[slot] = max(-LOG_MAX, min(LOG_MAX, moved))
+
+    def noise(self) -> Noise:
+        """How far off predictions were of late."""
+        errors = self._errors
+        if len(errors) < SPREAD_LEAST:
+            return Noise()
+        sigma = 0.5 * (errors.quantile(0.84) - errors.quantile(0.16))
+        return Noise(bias=errors.quantile(0.5), sigma=max(SIGMA_MIN, sigma))
+
+    def _stretch(self, now: float) -> Floats:
+        """Seconds of prefill for each second of decoding."""
+        faded = math.exp(min(0.0, (self._prefill_at - now) / PREFILL_S))
+        share = np.minimum(SHARE_MAX, self._prefill_s * faded / PREFILL_S)
+        stretch: Floats = share / (1.0 - share)
+        return stretch
