@@ -74,7 +74,7 @@ def _standing(found: Standing, now: float) -> RenderableType:
 
 
 def _pool(name: str, found: PoolGlance) -> RenderableType:
-    leader = f"{found.leader} (epoch {found.leader_epoch})" if found.leader else "[bold]nobody[/]"
+    leader = f"{found.leader} (epoch {found.leader_epoch})" if found.leader else "nobody"
     table = Table(show_header=False, box=None)
     table.add_row("pool", f"{name}, led by {leader}")
     table.add_row(
