@@ -36,6 +36,12 @@ vllm: install
 test-vllm: install vllm
 	$(BIN)/pytest -p no:xdist tests/vllm $(ARGS)
 
+# Some 20 minutes: what a request costs, beside others; what is added to an engine's latency; what stays behind.
+bench: install
+	$(BIN)/python tests/bench/throughput.py --peers --json .bench/throughput.json $(ARGS)
+	$(BIN)/python tests/bench/latency.py
+	$(BIN)/python tests/bench/soak.py --json .bench/soak.json
+
 check: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

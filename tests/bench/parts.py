@@ -2,6 +2,7 @@
 
     python tests/bench/parts.py endpoints URL POOL COUNT     answers jobs; beats
     python tests/bench/parts.py asker URL POOL               takes one line of JSON a run, answers with one
+    python tests/bench/parts.py gone URL POOL COUNT          leaves so many requests read and unfinished behind
 
 Both use the real moves over the real connection. What they add beside them is as little as can be, so that what is
 measured is the dispatcher: an answer's result and reward are encoded once and only what differs is filled in.
@@ -28,7 +29,7 @@ SUBMIT_MAX = 100
 "Requests enqueued in one round trip."
 
 BODY = json.dumps(
-    {"messages": [{"role": "user", "content": "why is the sky blue? " * 20}]}
+    {"messages": [{"role": "user", "content": "why is the sky blue? " * 20}], "max_tokens": 2}
 ).encode()
 
 GROUPS = 50
@@ -37,7 +38,9 @@ GROUPS = 50
 
 def main() -> None:
     role, url, pool, *rest = sys.argv[1:]
-    uvloop.run({"endpoints": endpoints, "asker": asker}[role](url, Keys("hg", pool), *rest))
+    uvloop.run(
+        {"endpoints": endpoints, "asker": asker, "gone": gone}[role](url, Keys("hg", pool), *rest)
+    )
 
 
 def say(message) -> None:
@@ -164,6 +167,21 @@ class Endpoint:
         args[2], args[5], args[6] = entry, request_id, fields[b"entry"].decode()
         args[11], args[14] = packed_fields(result), packed_fields(reward)
         return Call("finish", names, args)
+
+
+# A dispatcher that died
+
+
+async def gone(url: str, keys: Keys, number: str) -> None:
+    redis = await Connection.connect(Where(url=url))
+    await redis.ensure_group(keys.requests, DISPATCHER_GROUP)
+    for at in range(0, int(number), SUBMIT_MAX):
+        await redis.batch([asking(keys, at + i, {}) for i in range(SUBMIT_MAX)])
+        await redis.read_group(
+            DISPATCHER_GROUP, "gone", [keys.requests], count=SUBMIT_MAX, block_s=None
+        )
+    await redis.close()
+    say({"ready": True})
 
 
 # Whoever asks

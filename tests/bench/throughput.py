@@ -21,6 +21,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import peers
 from rich.console import Console
 from rich.table import Table
 
@@ -49,6 +50,17 @@ def cpu_s(pid: int) -> float:
 def rss_mb(pid: int) -> float:
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) / 1024
+
+
+def metrics(port: int, **wanted: str) -> dict[str, float]:
+    """These series of a process's /metrics, under names of one's own; 0 where there is none yet."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    found = {
+        name: re.search(rf"^{series}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        for name, series in wanted.items()
+    }
+    return {name: float(match[1]) if match else 0.0 for name, match in found.items()}
 
 
 @contextlib.contextmanager
@@ -83,24 +95,19 @@ class System:
     def spent(self) -> dict[str, float]:
         return {
             **{f"{name}_us": cpu_s(pid) * 1e6 for name, pid in self.pids.items()},
-            **self.metrics(),
+            **self.turned(),
             **self.commands(),
             "at": time.perf_counter(),
         }
 
-    def metrics(self) -> dict[str, float]:
-        text = urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics").read().decode()
-        wanted = {
-            "turns": "headgate_turns_total",
-            "round_trips": "headgate_redis_round_trips_total",
-            "decide_us": "headgate_decide_seconds_sum",
-        }
-        found = {
-            name: re.search(rf"^{series}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-            for name, series in wanted.items()
-        }
-        scale = {"decide_us": 1e6}
-        return {name: float(m[1]) * scale.get(name, 1) for name, m in found.items() if m}
+    def turned(self) -> dict[str, float]:
+        found = metrics(
+            self.port,
+            turns="headgate_turns_total",
+            round_trips="headgate_redis_round_trips_total",
+            decide_us="headgate_decide_seconds_sum",
+        )
+        return found | {"decide_us": found["decide_us"] * 1e6}
 
     def commands(self) -> dict[str, float]:
         said = self.redis.call("INFO", "commandstats").decode()
@@ -236,6 +243,42 @@ def idle(endpoints: int, for_s: float) -> dict[str, float]:
         }
 
 
+def takeover(pending: int) -> dict[str, float]:
+    """How long a new leader reads back what a dead one had read, and what it weighs then."""
+    with tempfile.TemporaryDirectory() as directory, Server(directory=Path(directory)) as server:
+        parts = str(HERE / "parts.py")
+        with running(sys.executable, parts, "gone", server.url, "bench", str(pending)):
+            pass
+        headgate = (HEADGATE, "--redis", server.url, "--pool", "bench", "dispatcher")
+        with running(*headgate) as (dispatcher, ready):
+            began_at, before_mb = time.perf_counter(), rss_mb(dispatcher.pid)
+            while not metrics(ready["metrics_port"], leads="headgate_is_leader")["leads"]:
+                time.sleep(0.02)
+            return {
+                "pending": pending,
+                "took_s": time.perf_counter() - began_at,
+                "cpu_s": cpu_s(dispatcher.pid),
+                "before_mb": before_mb,
+                "after_mb": rss_mb(dispatcher.pid),
+            }
+
+
+def peer_table(ours: float, found: dict[str, dict[str, object]]) -> Table:
+    table = Table(
+        title="Beside us: tasks that do nothing, one worker process", title_justify="left"
+    )
+    for column in ("", "version", "tasks/s here", "we, times that"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("headgate, 16 endpoints", "", f"{ours:,.0f}", "1.0")
+    for name, one in found.items():
+        if "error" in one:
+            table.add_row(name, str(one["error"]), "", "")
+        else:
+            row = (str(one["version"]), f"{one['rate']:,.0f}", f"{ours / one['rate']:.1f}")
+            table.add_row(name, *row)
+    return table
+
+
 def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -244,6 +287,12 @@ def main() -> None:
     options.add_argument("--passes", type=int, default=3)
     options.add_argument("--endpoints", type=int, nargs="+", default=[4, 16, 64])
     options.add_argument("--idle-s", type=float, default=10)
+    options.add_argument(
+        "--pending", type=int, default=100_000, help="at a takeover; 0: leave it out"
+    )
+    options.add_argument(
+        "--peers", action="store_true", help="streaQ, taskiq-redis, saq and arq as well"
+    )
     options.add_argument("--json", type=Path)
     given = options.parse_args()
     console = Console(width=110)
@@ -267,7 +316,17 @@ def main() -> None:
         console.print(
             f"idle with 100 endpoints: dispatcher {cores['dispatcher']:.3f}, Redis {cores['server']:.3f} core"
         )
+    if given.pending:
+        found["takeover"] = one = takeover(given.pending)
+        console.print(
+            f"takeover with {given.pending:,} pending: {one['took_s']:.1f} s, "
+            f"{one['before_mb']:.0f} -> {one['after_mb']:.0f} MB"
+        )
+    if given.peers and 16 in found["cost"]:
+        found["peers"] = peers.rates(3000, given.passes)
+        console.print(peer_table(found["cost"][16]["rate"], found["peers"]))
     if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(found, indent=1))
 
 
