@@ -102,7 +102,7 @@ class Endpoints:
             )
         if reward.tpot_s is not None and ticket.pace:
             # The load at its beginning and at its end, halfway: nearer to what it met than either.
-            row = 0.5 * (np.array(ticket.pace) + self._memory.pace_row(slot))
+            row = 0.5 * (np.array(ticket.pace) + np.array(self._memory.pace_row(slot)))
             self._memory.predictor.pace.learn(slot, row, reward.tpot_s)
 
     def _progress(self, beat: Beat) -> None:

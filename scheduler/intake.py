@@ -22,6 +22,7 @@ def ticket(
     objectives: dict[str, Objective],
     policy: Policy,
     predictor: Predictor,
+    token_s: float,
     max_attempts: int,
 ) -> Ticket | Ending:
     """The request with its promise made out and its place in line, or how it ends where its objective is unknown."""
@@ -30,17 +31,23 @@ def ticket(
         promise = slo.promise(request, event.enqueued_at, objectives)
     except WireError as error:
         return Ending(outcome="invalid", reason=str(error))
-    output_tokens, token_s = predictor.lengths.answer(request.model)
-    due_at = slo.due_at(promise, event.enqueued_at, output_tokens * token_s)
+    prompt_tokens = slo.prompt_tokens(request, predictor.lengths.prompt(request.model))
+    output_tokens, pace_s = predictor.lengths.answer(request.model)
+    due_at = slo.due_at(promise, event.enqueued_at, output_tokens * pace_s)
     return Ticket(
         request=request,
         entry=event.entry,
         enqueued_at=event.enqueued_at,
         promise=promise,
-        prompt_tokens=slo.prompt_tokens(request, predictor.lengths.prompt(request.model)),
+        prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         due_at=due_at,
-        rank=policy.rank(enqueued_at=event.enqueued_at, due_at=due_at, priority=promise.priority),
+        rank=policy.rank(
+            enqueued_at=event.enqueued_at,
+            due_at=due_at,
+            priority=promise.priority,
+            work_s=prompt_tokens * token_s,
+        ),
         max_attempts=request.max_attempts or max_attempts,
     )
 

@@ -6,7 +6,7 @@ themselves, so that there is one account of everything and one moment that is no
 
 import msgspec
 
-from scheduler import view
+from scheduler import cost, view
 from scheduler.book import Book
 from scheduler.outbox import Outbox
 from scheduler.plan import PlanSettings
@@ -14,7 +14,7 @@ from scheduler.policies import AnyPolicy, Policy, Urgency
 from scheduler.predict import Predictor
 from scheduler.prefix import Index
 from scheduler.settings import Objective
-from scheduler.state import Floats, Ticket
+from scheduler.state import Ticket
 
 
 class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,12 +59,14 @@ class Memory:
         self.predictor = Predictor()
         self.prefixes = Index()
         self.now = float("-inf")
+        self.token_s = cost.UNKNOWN.token_s
+        "Predicted seconds of one prompt token on a usual endpoint, as of the last step."
 
     def backlog_s(self) -> float:
         """Predicted seconds of prefill that wait."""
         return view.backlog_s(self.book, self.predictor)
 
-    def pace_row(self, slot: int) -> Floats:
+    def pace_row(self, slot: int) -> tuple[float, ...]:
         """What decoding costs there now, in the terms of `pace`."""
         ledger = self.book.ledger
         batch, read = float(ledger.seats[slot]), float(ledger.read_kv[slot])

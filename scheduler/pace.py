@@ -122,11 +122,13 @@ class Pace:
             alone_s=base_s * weights[0] + speed * sequence_s * weights[1],
         )
 
-    def row(self, slot: int, batch: float, read: float, now: float) -> Floats:
+    def row(self, slot: int, batch: float, read: float, now: float) -> tuple[float, ...]:
         """The terms of one endpoint at this moment."""
-        step_s, sequence_s, kv_s = self._rated[:, slot]
+        step_s, sequence_s, kv_s = self._rated[:, slot].tolist()
         parts = step_s, sequence_s * batch, kv_s * read
-        return np.array([*parts, sum(parts) * float(self._stretch(now)[slot])])
+        prefill_s = float(self._prefill_s[slot]) * self._faded(now)
+        share = min(SHARE_MAX, prefill_s / PREFILL_S)
+        return (*parts, sum(parts) * share / (1.0 - share))
 
     def learn(self, slot: int, row: Floats, seconds: float) -> None:
         """One answer had this many seconds per token, in a load of which `row` says the terms."""
@@ -153,7 +155,10 @@ class Pace:
 
     def _stretch(self, now: float) -> Floats:
         """Seconds of prefill for each second of decoding."""
-        faded = math.exp(min(0.0, (self._prefill_at - now) / PREFILL_S))
-        share = np.minimum(SHARE_MAX, self._prefill_s * faded / PREFILL_S)
+        share = np.minimum(SHARE_MAX, self._prefill_s * (self._faded(now) / PREFILL_S))
         stretch: Floats = share / (1.0 - share)
         return stretch
+
+    def _faded(self, now: float) -> float:
+        """What is left by now of the prefill that was counted up to the last."""
+        return math.exp(min(0.0, (self._prefill_at - now) / PREFILL_S))

@@ -20,11 +20,11 @@ import msgspec
 import numpy as np
 
 from scheduler import cost
-from scheduler.ledger import Backlog, Line, Rates, chain
-from scheduler.pace import Load, Noise
-from scheduler.pins import Pins
+from scheduler.ledger import Line, chain
+from scheduler.pace import Noise
 from scheduler.policies import Terms
 from scheduler.prefix import BLOCK_TOKENS
+from scheduler.room import Offer, Room
 from scheduler.state import Bools, Floats, Ticket
 
 CHUNK = 4
@@ -38,6 +38,9 @@ ASIDE_MAX = 32
 
 IDLE_S = 1e-3
 "An endpoint that could begin within this is idle."
+
+PRESSURE_FROM = 0.8
+"A KV cache fuller than this evicts prefixes that are still wanted."
 
 PACE_ODDS_MIN = 0.1
 "Below this chance to keep its pace a request gains nothing by being there."
@@ -67,6 +70,19 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Where a newcomer would break more than it gains it is not put; where that is everywhere, it waits.
     """
+
+    waste: float = 3.0
+    """
+    Predicted seconds to a first token that one second of prefill is worth which a better prefix match would save.
+
+    Recomputing what lies elsewhere costs those behind. 0: nobody else is asked.
+    """
+
+    fill: float = 0.1
+    "The same for an endpoint's KV: predicted seconds that a full one is worth beside an empty one."
+
+    pressure: float = 2.0
+    "And for each part above PRESSURE_FROM: a cache that is nearly full evicts what others come back for."
 
     tie: float = 0.02
     "Endpoints whose predicted first token differs by less than this part are taken as equal: chance decides."
@@ -103,92 +119,6 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     ticket: Ticket
     total_s: float
     "Predicted seconds to its first token on its best endpoint."
-
-
-class Room:
-    """What the endpoints can still take in this step; every choice makes it smaller."""
-
-    def __init__(
-        self,
-        *,
-        rates: Rates,
-        backlog: Backlog,
-        seats: Floats,
-        kv: Floats,
-        kv_max: Floats,
-        pins: Pins,
-        pace: Load,
-        tightest_s: Floats,
-        promised: Floats,
-        length_max: Floats,
-        wanted_s: Floats,
-    ) -> None:
-        """Start from the ledger; `seats` and `kv` are what is free, `inf` where unknown.
-
-        `wanted_s` is 0 for endpoints that may take something of what waits, and `inf` for the others.
-        """
-        self.rates = rates
-        self.busy_s = backlog.seconds(rates)
-        "Until each could begin something new, by what was handed over."
-        self.start_s = self.busy_s.copy()
-        "The same, with the places kept for the more urgent."
-        self.tokens = backlog.tokens.copy()
-        self.pairs = backlog.pairs.copy()
-        self.seats = seats
-        self.kv = kv
-        self.kv_max = kv_max
-        self.pins = pins
-        self.pace = pace
-        self.joined_s = pace.joined_s.copy()
-        "Seconds per token with one sequence more, before it reads anything."
-        self.tightest_s = tightest_s
-        "The shortest seconds per token that somebody there was promised."
-        self.promised = promised
-        "How many there were promised any."
-        self.length_max = length_max
-        self.reserved = np.zeros(len(seats), dtype=bool)
-        "Slots that somebody more urgent waits for."
-        self.shut_s = np.where(seats > 0, wanted_s, np.inf)
-        "0 where something more may go, `inf` where not."
-
-    def can_start(self, within_s: float) -> bool:
-        """Whether any endpoint with a seat could begin something new so soon."""
-        return bool(((self.start_s + self.shut_s) <= within_s).any())
-
-    def reserve(self, slot: int, work_s: float, line: Line) -> None:
-        """Keep the place: whoever comes later on this slot starts after it."""
-        self.start_s[slot] += work_s
-        self.tokens[slot] += line.tokens
-        self.pairs[slot] += line.pairs
-        self.reserved[slot] = True
-
-    def take(self, slot: int, work_s: float, line: Line) -> None:
-        """Hand it over: it also takes a seat and its KV."""
-        self.reserve(slot, work_s, line)
-        self.busy_s[slot] += work_s
-        self.kv[slot] -= line.kv
-        self.joined_s[slot] += self.pace.sequence_s[slot] + self.pace.token_s[slot] * line.kv
-        if line.tpot_s < math.inf:
-            self.tightest_s[slot] = min(self.tightest_s[slot], line.tpot_s)
-            self.promised[slot] += 1
-        self.seats[slot] -= 1
-        if self.seats[slot] <= 0:
-            self.shut_s[slot] = np.inf
-
-
-class Offer(msgspec.Struct, frozen=True):
-    """What one request would cost on every slot."""
-
-    ticket: Ticket
-    cached: Floats
-    tokens: Floats
-    "Uncached."
-    pairs: Floats
-    work_s: Floats
-    "Seconds of the endpoint's time."
-    service_s: Floats
-    "The same and the overhead; `inf` where it may not go."
-    kv: Floats
 
 
 Pricer = Callable[[Ticket], tuple[Floats, Floats]]
@@ -308,24 +238,41 @@ class Planner:
             self.turns.append(Turn(kind=kind, ticket=offer.ticket, total_s=float(total_s[best])))
         if not can_make_it:
             return
-        slot, propensity, why = self._pick(offer.ticket, total_s, best)
+        slot, propensity, why = self._pick(offer, total_s, best)
         if self._starts_now(slot):
             self._hand_over(offer, slot, total_s, propensity, why)
         else:
             self.room.reserve(slot, float(offer.work_s[slot]), self._line(offer, slot))
 
-    def _pick(self, ticket: Ticket, total_s: Floats, best: int) -> tuple[int, float, str]:
+    def _pick(self, offer: Offer, total_s: Floats, best: int) -> tuple[int, float, str]:
         """The slot, with what chance it was taken, and why."""
-        slack_s = ticket.due_at - self.now - float(total_s[best])
-        if slack_s > self.terms.best_fit_slack_s:
-            fits = np.where(total_s / self.spread <= ticket.due_at - self.now, total_s, -np.inf)
+        left_s = offer.ticket.due_at - self.now
+        if left_s - float(total_s[best]) > self.terms.best_fit_slack_s:
+            fits = np.where(total_s / self.spread <= left_s, total_s, -np.inf)
             fits[~np.isfinite(total_s)] = -np.inf
             return int(fits.argmax()), 1.0, "patient: the slowest endpoint that makes it"
-        near = np.flatnonzero(total_s <= total_s[best] * (1.0 + self.settings.tie))
+        score_s = total_s + self._externality_s(offer)
+        # Who is promised a first token pays for others only out of its slack.
+        late = total_s > max(left_s, float(total_s[best]))
+        score_s[late] = np.inf
+        best = int(score_s.argmin())
+        near = np.flatnonzero(score_s <= score_s[best] * (1.0 + self.settings.tie))
         if len(near) == 1:
             return best, 1.0, "earliest first token"
         drawn = int(self.rng.random() * len(near))
         return int(near[drawn]), 1.0 / len(near), f"earliest first token, one of {len(near)} equals"
+
+    def _externality_s(self, offer: Offer) -> Floats:
+        """What its being there costs others, in seconds of its own wait."""
+        settings, room = self.settings, self.room
+        open_ = np.isfinite(offer.service_s)
+        least = offer.tokens[open_].min()
+        wasted_s = (offer.tokens - least) * room.rates.token_s
+        over = np.maximum(0.0, room.used - PRESSURE_FROM)
+        cost_s: Floats = (
+            settings.waste * wasted_s + settings.fill * room.used + settings.pressure * over
+        )
+        return cost_s
 
     def _hand_over(
         self, offer: Offer, slot: int, total_s: Floats, propensity: float, why: str
@@ -384,11 +331,11 @@ class Planner:
         Of those places only the ones near the best; the earliest first token decides among them.
         """
         room, promise = self.room, offer.ticket.promise
-        if self.settings.pace_worth <= 0 or (promise.tpot_s is None and not room.promised.any()):
+        if self.settings.pace_worth <= 0 or (promise.tpot_s is None and not room.decodes.is_bound):
             return np.ones(len(room.seats), dtype=bool)
-        pace_s = room.joined_s + room.pace.token_s * offer.kv
+        pace_s = room.decodes.pace_s(offer.kv)
         gain = np.ones(len(pace_s))
-        if promise.tpot_s is not None and promise.tpot_s >= room.pace.alone_s.min():
+        if promise.tpot_s is not None and promise.tpot_s >= room.decodes.load.alone_s.min():
             gain = self.noise.odds(promise.tpot_s, pace_s)
             gain[gain < PACE_ODDS_MIN] = 0.0
         value = promise.weight * gain - self._harm(offer, pace_s)
@@ -399,22 +346,22 @@ class Planner:
 
     def _harm(self, offer: Offer, pace_s: Floats) -> Floats:
         """How many promises per token of those who are there it would break."""
-        room = self.room
-        added_s = room.pace.sequence_s + room.pace.token_s * offer.kv
+        decodes = self.room.decodes
+        added_s = decodes.load.sequence_s + decodes.load.token_s * offer.kv
         added_s = added_s + offer.work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
-        broken = self.noise.harm(np.minimum(room.tightest_s, 1e3), pace_s, added_s / pace_s)
-        harm: Floats = self.settings.pace_worth * room.promised * broken
+        broken = self.noise.harm(np.minimum(decodes.tightest_s, 1e3), pace_s, added_s / pace_s)
+        harm: Floats = self.settings.pace_worth * decodes.promised * broken
         return harm
 
     def _line(self, offer: Offer, slot: int) -> Line:
         """What the ledger is to hold; a promise per token that cannot be kept there binds nobody."""
         own_s = offer.ticket.promise.tpot_s
-        pace_s = self.room.joined_s[slot] + self.room.pace.token_s[slot] * offer.kv[slot]
+        keeps = own_s is not None and own_s >= self.room.decodes.pace_s(offer.kv)[slot]
         return Line(
             tokens=float(offer.tokens[slot]),
             pairs=float(offer.pairs[slot]),
             kv=float(offer.kv[slot]),
-            tpot_s=own_s if own_s is not None and own_s >= pace_s else math.inf,
+            tpot_s=own_s if own_s is not None and keeps else math.inf,
             blocks=chain(offer.ticket.request.blocks, offer.kv[slot]),
         )
 

@@ -4,8 +4,9 @@ import numpy as np
 
 from scheduler import assign, order
 from scheduler.memory import Memory
-from scheduler.plan import Choice, Planner, Room
+from scheduler.plan import Choice, Planner
 from scheduler.prefix import BLOCK_TOKENS
+from scheduler.room import Decodes, Room
 from scheduler.state import Floats, Ticket
 
 RETEST_MAX = 32
@@ -66,6 +67,7 @@ class Planning:
     def _planner(self, wanted_s: Floats) -> Planner:
         ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now
         rates = self._memory.predictor.rates(ledger.decode_kv)
+        self._memory.token_s = float(rates.token_s[np.isfinite(wanted_s)].mean())
         room = Room(
             rates=rates,
             backlog=ledger.backlog(rates, now),
@@ -73,9 +75,11 @@ class Planning:
             kv=fleet.kv_max - ledger.kv,
             kv_max=fleet.kv_max,
             pins=ledger.pins,
-            pace=self._memory.predictor.pace.load(ledger.seats, ledger.read_kv, now),
-            tightest_s=ledger.tightest_s.copy(),
-            promised=ledger.promised.copy(),
+            decodes=Decodes(
+                lambda: self._memory.predictor.pace.load(ledger.seats, ledger.read_kv, now),
+                tightest_s=ledger.tightest_s.copy(),
+                promised=ledger.promised.copy(),
+            ),
             length_max=fleet.length_max,
             wanted_s=wanted_s,
         )
@@ -141,7 +145,7 @@ class Planning:
         self._book.assign(ticket, endpoint, choice.line, memory.now)
         ticket.cached_tokens = choice.cached_tokens
         memory.predictor.pace.prefill(choice.slot, choice.work_s, memory.now)
-        ticket.pace = tuple(memory.pace_row(choice.slot))
+        ticket.pace = memory.pace_row(choice.slot)
         memory.prefixes.insert(choice.slot, ticket.request.blocks)
         self._aside_credit_s = min(
             self._settings.commit_window_s,

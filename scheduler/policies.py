@@ -48,15 +48,22 @@ class Policy(
         """What it asks of the plan beside the order."""
         return Terms()
 
-    def rank(self, *, enqueued_at: float, due_at: float, priority: int) -> float:
-        """Its place in line, in seconds; smaller goes first, ties to the older."""
+    def rank(self, *, enqueued_at: float, due_at: float, priority: int, work_s: float) -> float:
+        """Its place in line, in seconds; smaller goes first, ties to the older.
+
+        Args:
+            enqueued_at: when it came.
+            due_at: when its first token must be there; `inf` without promise.
+            priority: higher first.
+            work_s: predicted seconds of its prefill on a usual endpoint.
+        """
         raise NotImplementedError
 
 
 class Fcfs(Policy, frozen=True, tag="fcfs"):
     """First come, first served. The baseline: promises and priorities are ignored."""
 
-    def rank(self, *, enqueued_at: float, due_at: float, priority: int) -> float:  # noqa: ARG002
+    def rank(self, *, enqueued_at: float, due_at: float, priority: int, work_s: float) -> float:  # noqa: ARG002
         """The moment it came."""
         return enqueued_at
 
@@ -67,7 +74,7 @@ class Edf(Policy, frozen=True, tag="edf"):
     patience_s: Positive = 60.0
     "A request without promise is ranked as if it were due this long after it came."
 
-    def rank(self, *, enqueued_at: float, due_at: float, priority: int) -> float:  # noqa: ARG002
+    def rank(self, *, enqueued_at: float, due_at: float, priority: int, work_s: float) -> float:  # noqa: ARG002
         """The moment it is due."""
         return due_at if math.isfinite(due_at) else enqueued_at + self.patience_s
 
@@ -80,6 +87,14 @@ class Urgency(Policy, frozen=True, tag="urgency"):
 
     patience_s: Positive = 60.0
     "A request without promise is ranked as if it were due this long after it came."
+
+    stretch: Annotated[float, Meta(ge=0)] = 20.0
+    """
+    For how many times its own prefill a request without promise lets shorter ones pass.
+
+    Shortest first with ageing: the mean first token comes sooner, and the longest waits so much longer at most.
+    0: in the order they came.
+    """
 
     band_s: Positive = 5.0
     "Seconds of deadline that one level of priority is worth."
@@ -108,9 +123,10 @@ class Urgency(Policy, frozen=True, tag="urgency"):
             best_fit_slack_s=self.best_fit_slack_s,
         )
 
-    def rank(self, *, enqueued_at: float, due_at: float, priority: int) -> float:
+    def rank(self, *, enqueued_at: float, due_at: float, priority: int, work_s: float) -> float:
         """The moment it is due, earlier by a band for each level of priority."""
-        due = due_at if math.isfinite(due_at) else enqueued_at + self.patience_s
+        patient = enqueued_at + self.patience_s + self.stretch * work_s
+        due = due_at if math.isfinite(due_at) else patient
         return due - self.band_s * priority
 
 

@@ -208,6 +208,7 @@ class Requests:
             objectives=settings.objectives,
             policy=settings.policy,
             predictor=self._memory.predictor,
+            token_s=self._memory.token_s,
             max_attempts=settings.max_attempts,
         )
         if isinstance(made, Ticket):

@@ -43,7 +43,7 @@ class TestPace:
         made, rng = pace("a100", "a100"), np.random.default_rng(0)
         for turn in range(80):
             slot, batch = turn % 2, float(rng.integers(1, 60))
-            row = made.row(slot, batch, 1500 * batch, now=0.0)
+            row = np.array(made.row(slot, batch, 1500 * batch, now=0.0))
             made.learn(slot, row, (1 + slot) * float(row.sum()) * float(rng.lognormal(0, 0.05)))
 
         joined_s = made.load(np.full(2, 20.0), np.full(2, 30_000.0), now=0.0).joined_s
@@ -55,7 +55,7 @@ class TestPace:
         made = pace()
         before = made.load(np.zeros(1), np.zeros(1), now=0.0).joined_s[0]
 
-        made.learn(0, made.row(0, 1.0, 100.0, now=0.0), absurd)
+        made.learn(0, np.array(made.row(0, 1.0, 100.0, now=0.0)), absurd)
 
         assert made.load(np.zeros(1), np.zeros(1), now=0.0).joined_s[0] == before
 

@@ -9,8 +9,9 @@ import pytest
 from scheduler.ledger import Backlog, Ledger, Line, Rates
 from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
-from scheduler.plan import ASIDE_MAX, Planner, PlanSettings, Room
+from scheduler.plan import ASIDE_MAX, Planner, PlanSettings
 from scheduler.policies import Terms
+from scheduler.room import Decodes, Room
 from scheduler.slo import Promise
 from scheduler.state import Ticket
 from scheduler.wire import Request
@@ -52,9 +53,11 @@ def planner(
         kv=free_kv.copy(),
         kv_max=free_kv.copy(),
         pins=Pins(),
-        pace=Load(np.full(n, 0.01), np.zeros(n), np.zeros(n), np.full(n, 0.01)),
-        tightest_s=np.full(n, np.inf),
-        promised=np.zeros(n),
+        decodes=Decodes(
+            lambda: Load(np.full(n, 0.01), np.zeros(n), np.zeros(n), np.full(n, 0.01)),
+            tightest_s=np.full(n, np.inf),
+            promised=np.zeros(n),
+        ),
         length_max=np.full(n, np.inf),
         wanted_s=np.zeros(n),
     )
@@ -206,13 +209,15 @@ class TestLedger:
             assert row[0] == 0.0
 
 
-def decoding(promised: list[float], pace_s: list[float], **fields: float) -> Planner:
+def decoding(promised: list[float], pace_s: list[float], alone_s: float = 0.01) -> Planner:
     """Two alike but for what decodes there: this many promises of 50 ms, at this pace."""
-    made = planner([0.001, 0.001], **fields)
-    made.room.promised[:] = promised
-    made.room.tightest_s[:] = np.where(np.array(promised) > 0, 0.05, np.inf)
-    made.room.joined_s[:] = pace_s
-    made.room.pace.sequence_s[:] = 0.001
+    made = planner([0.001, 0.001])
+    load = Load(np.array(pace_s), np.full(2, 0.001), np.zeros(2), np.full(2, alone_s))
+    made.room.decodes = Decodes(
+        lambda: load,
+        tightest_s=np.where(np.array(promised) > 0, 0.05, np.inf),
+        promised=np.array(promised),
+    )
     return made
 
 
@@ -253,8 +258,7 @@ class TestPace:
 
     def test_a_promise_that_nobody_could_keep_binds_nobody(self):
         """It is served, and whoever comes later need not mind it."""
-        made = decoding([0.0, 0.0], [0.2, 0.2])
-        made.room.pace.alone_s[:] = 0.1
+        made = decoding([0.0, 0.0], [0.2, 0.2], alone_s=0.1)
 
         made.serve([paced("r")])
 

@@ -23,15 +23,17 @@ class TestEveryPolicy:
     def test_ranks_everything_finitely_and_the_same_each_time(self, policy):
         """I6: a rank is a pure, finite number, with or without a promise."""
         for due_at, priority in itertools.product((5.0, math.inf), (-3, 0, 3)):
-            rank = policy.rank(enqueued_at=1.0, due_at=due_at, priority=priority)
+            rank = policy.rank(enqueued_at=1.0, due_at=due_at, priority=priority, work_s=0.1)
             assert math.isfinite(rank)
-            assert rank == policy.rank(enqueued_at=1.0, due_at=due_at, priority=priority)
+            assert rank == policy.rank(
+                enqueued_at=1.0, due_at=due_at, priority=priority, work_s=0.1
+            )
 
     def test_starves_nobody_by_rank(self, policy):
         """Whoever waits is passed in the end: late enough newcomers rank behind, whatever their priority."""
-        old = policy.rank(enqueued_at=0.0, due_at=math.inf, priority=-3)
+        old = policy.rank(enqueued_at=0.0, due_at=math.inf, priority=-3, work_s=0.1)
 
-        assert policy.rank(enqueued_at=1e4, due_at=1e4 + 0.1, priority=3) > old
+        assert policy.rank(enqueued_at=1e4, due_at=1e4 + 0.1, priority=3, work_s=0.1) > old
 
     def test_asks_for_sane_terms(self, policy):
         """Odds and shares are parts of one."""
@@ -43,15 +45,15 @@ def test_edf_takes_the_earliest_due():
     """And what has no promise, as if it had the patience."""
     edf = Edf(patience_s=10.0)
 
-    assert edf.rank(enqueued_at=3.0, due_at=4.0, priority=9) == 4.0
-    assert edf.rank(enqueued_at=3.0, due_at=math.inf, priority=9) == 13.0
+    assert edf.rank(enqueued_at=3.0, due_at=4.0, priority=9, work_s=0.1) == 4.0
+    assert edf.rank(enqueued_at=3.0, due_at=math.inf, priority=9, work_s=0.1) == 13.0
 
 
 def test_a_level_of_priority_is_worth_a_band():
     """Two levels, two bands: no wall."""
     urgency = Urgency(band_s=5.0)
 
-    assert urgency.rank(enqueued_at=0.0, due_at=20.0, priority=2) == 10.0
+    assert urgency.rank(enqueued_at=0.0, due_at=20.0, priority=2, work_s=0.1) == 10.0
 
 
 def test_fcfs_asks_the_plan_for_nothing():
@@ -63,7 +65,7 @@ def test_a_plug_in_joins_the_union():
     """A policy from elsewhere is chosen by its name like any other."""
 
     class Lifo(Policy, frozen=True, tag="lifo"):
-        def rank(self, *, enqueued_at, due_at, priority):
+        def rank(self, *, enqueued_at, due_at, priority, work_s):
             return -enqueued_at
 
     assert isinstance(msgspec.convert({"name": "lifo"}, union((Lifo,))), Lifo)

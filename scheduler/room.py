@@ -1,0 +1,140 @@
+"""What the endpoints can still take in one step: time, seats, KV, and slower tokens. Every choice makes it smaller."""
+
+import math
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+
+from scheduler.ledger import Backlog, Line, Rates
+from scheduler.pace import Load
+from scheduler.pins import Pins
+from scheduler.state import Floats, Ticket
+
+
+class Decodes:
+    """Who decodes where, and what they were promised per token.
+
+    Most steps ask nothing of it, where nobody was promised a pace: `load` is made when first asked for.
+    """
+
+    def __init__(
+        self, make_load: Callable[[], Load], *, tightest_s: Floats, promised: Floats
+    ) -> None:
+        """Start from the ledger.
+
+        Args:
+            make_load: what decoding costs now.
+            tightest_s: float64[n_slots], the shortest seconds per token promised to somebody there.
+            promised: float64[n_slots], how many there were promised any.
+        """
+        self._make_load = make_load
+        self._load: Load | None = None
+        self._taken: list[tuple[int, float]] = []
+        self.tightest_s = tightest_s
+        self.promised = promised
+        self.is_bound = bool(promised.any())
+        "Whether anybody anywhere was promised a pace."
+
+    @property
+    def load(self) -> Load:
+        """What decoding cost when the step began."""
+        if self._load is None:
+            self._load = self._make_load()
+        return self._load
+
+    def pace_s(self, kv: Floats) -> Floats:
+        """Seconds per token with one sequence more that reads so many KV tokens; float64[n_slots] both."""
+        load = self.load
+        pace_s: Floats = load.joined_s + load.token_s * kv
+        for slot, taken_kv in self._taken:
+            pace_s[slot] += load.sequence_s[slot] + load.token_s[slot] * taken_kv
+        return pace_s
+
+    def take(self, slot: int, line: Line) -> None:
+        """One more decodes there."""
+        self._taken.append((slot, line.kv))
+        if line.tpot_s < math.inf:
+            self.tightest_s[slot] = min(self.tightest_s[slot], line.tpot_s)
+            self.promised[slot] += 1
+            self.is_bound = True
+
+
+class Room:
+    """What the endpoints can still take in this step; every choice makes it smaller."""
+
+    def __init__(
+        self,
+        *,
+        rates: Rates,
+        backlog: Backlog,
+        seats: Floats,
+        kv: Floats,
+        kv_max: Floats,
+        pins: Pins,
+        decodes: Decodes,
+        length_max: Floats,
+        wanted_s: Floats,
+    ) -> None:
+        """Start from the ledger; `seats` and `kv` are what is free, `inf` where unknown.
+
+        `wanted_s` is 0 for endpoints that may take something of what waits, and `inf` for the others.
+        """
+        self.rates = rates
+        self.busy_s = backlog.seconds(rates)
+        "Until each could begin something new, by what was handed over."
+        self.start_s = self.busy_s.copy()
+        "The same, with the places kept for the more urgent."
+        self.tokens = backlog.tokens.copy()
+        self.pairs = backlog.pairs.copy()
+        self.seats = seats
+        self.kv = kv
+        self.kv_max = kv_max
+        self.used = np.zeros(len(kv))
+        "The part of its KV that each has given away; 0 where unknown."
+        known = np.isfinite(kv_max) & (kv_max > 0)
+        self.used[known] = 1.0 - kv[known] / kv_max[known]
+        self.pins = pins
+        self.decodes = decodes
+        self.length_max = length_max
+        self.reserved = np.zeros(len(seats), dtype=bool)
+        "Slots that somebody more urgent waits for."
+        self.shut_s = np.where(seats > 0, wanted_s, np.inf)
+        "0 where something more may go, `inf` where not."
+
+    def can_start(self, within_s: float) -> bool:
+        """Whether any endpoint with a seat could begin something new so soon."""
+        return bool(((self.start_s + self.shut_s) <= within_s).any())
+
+    def reserve(self, slot: int, work_s: float, line: Line) -> None:
+        """Keep the place: whoever comes later on this slot starts after it."""
+        self.start_s[slot] += work_s
+        self.tokens[slot] += line.tokens
+        self.pairs[slot] += line.pairs
+        self.reserved[slot] = True
+
+    def take(self, slot: int, work_s: float, line: Line) -> None:
+        """Hand it over: it also takes a seat and its KV."""
+        self.reserve(slot, work_s, line)
+        self.busy_s[slot] += work_s
+        self.kv[slot] -= line.kv
+        self.used[slot] += line.kv / self.kv_max[slot]
+        self.decodes.take(slot, line)
+        self.seats[slot] -= 1
+        if self.seats[slot] <= 0:
+            self.shut_s[slot] = np.inf
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What one request would cost on every slot."""
+
+    ticket: Ticket
+    cached: Floats
+    tokens: Floats
+    "Uncached."
+    pairs: Floats
+    work_s: Floats
+    "Seconds of the endpoint's time."
+    service_s: Floats
+    "The same and the overhead; `inf` where it may not go."
+    kv: Floats
