@@ -1,5 +1,6 @@
 """What arrives on an endpoint's stream: jobs, made ready to be served, and words to cancel one."""
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
 
@@ -55,6 +56,8 @@ class Inbox:
         self._stream = keys.jobs(endpoint)
         self._entries: list[Entry] = []
         "Read and not yet passed on: they stay here while Redis is away."
+        self._taking = asyncio.Lock()
+        "Reader and adopter both take: an entry passed on twice runs twice, one dropped between them is never run."
 
     async def open(self) -> None:
         """Make the stream and its group, unless they exist."""
@@ -70,7 +73,7 @@ class Inbox:
                 count=min(room, READ_MAX),
                 block_s=BLOCK_S,
             )
-            self._entries = read.get(self._stream, [])
+            self._entries.extend(read.get(self._stream, []))
 
     async def adopt(self) -> None:
         """Take over what was delivered to another worker of this endpoint.
@@ -102,10 +105,26 @@ class Inbox:
         Jobs of an older epoch were given back long ago and are only acknowledged. What a *newer* worker should
         have got stays pending, where that worker finds it.
         """
+        async with self._taking:
+            entries = self._entries.copy()
+            done, held, odd = self._sorted(entries, epoch, cancel, is_known)
+            arrivals = odd + await self._fetched(held)
+            await self._acknowledge(done)
+            del self._entries[: len(entries)]  # more may have come meanwhile
+        return arrivals
+
+    def _sorted(
+        self,
+        entries: Iterable[Entry],
+        epoch: int,
+        cancel: Callable[[str, str], None],
+        is_known: Callable[[str, int], bool],
+    ) -> tuple[list[str], list[Held], list[Arrival]]:
+        """What is over with, the jobs that are ours, and those that nobody can read."""
         done: list[str] = []
         held: list[Held] = []
         odd: list[Arrival] = []
-        for entry, fields in self._entries:
+        for entry, fields in entries:
             if b"action" in fields:
                 with contextlib.suppress(WireError):
                     control = codec.decode(Control, fields)
@@ -121,10 +140,7 @@ class Inbox:
                 done.append(entry)
             elif job.epoch == epoch and not is_known(job.id, job.attempt):
                 held.append(Held(self._endpoint, job, entry))
-        arrivals = odd + await self._fetched(held)
-        await self._acknowledge(done)
-        self._entries = []
-        return arrivals
+        return done, held, odd
 
     def _odd(self, entry: str, fields: dict[bytes, bytes], trouble: str) -> list[Arrival]:
         """A job that cannot be read: a dispatcher of another version wrote it. It goes back, if it can be named."""
