@@ -131,11 +131,13 @@ class Loop:
 
     async def _news(self) -> list[Batch]:
         """All that was read, as soon as there is something; nothing, when the core wants to be woken."""
-        try:
-            async with asyncio.timeout(self._pause_s()):
-                batches = [await self._inbox.get()]
-        except TimeoutError:
-            return []
+        batches: list[Batch] = []
+        if self._inbox.empty():
+            try:
+                async with asyncio.timeout(self._pause_s()):
+                    batches.append(await self._inbox.get())
+            except TimeoutError:
+                return []
         while not self._inbox.empty():
             batches.append(self._inbox.get_nowait())
         return batches
