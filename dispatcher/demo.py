@@ -127,9 +127,20 @@ class Demo:
         model: str,
         time_scale: float,
         stretches: int = 12,
+        vocabulary: int = 0,
     ) -> None:
-        """Build every request; `stretches` is into how many the prediction error is cut."""
-        self._client, self._scale = client, time_scale
+        """Build every request.
+
+        Args:
+            client: of the pool.
+            arrivals: what is sent, and when.
+            model: what the engines serve.
+            time_scale: how much faster than their own clock they come.
+            stretches: into how many the prediction error is cut.
+            vocabulary: of the engines' tokenizer, and prompts are token ids: the only ones whose length a real
+                engine sees as it was meant. 0: prompts are text.
+        """
+        self._client, self._scale, self._vocabulary = client, time_scale, vocabulary
         self._rows = [
             Played(arrival, self._request(arrival, model, row))
             for row, arrival in enumerate(arrivals)
@@ -156,6 +167,11 @@ class Demo:
             learning.cancel()
             await asyncio.gather(learning, return_exceptions=True)
         return self.report()
+
+    @property
+    def records(self) -> list[Result | None]:
+        """The terminal record of each arrival, in their order; None where there is none yet."""
+        return [row.record for row in self._rows]
 
     def report(self) -> Report:
         """What came of it until now."""
@@ -191,7 +207,11 @@ class Demo:
             tenant=arrival.tenant,
             session="" if arrival.session is None else str(arrival.session),
         )
-        return self._client.request(bodies.body(arrival, model, row=row), **wishes)
+        if self._vocabulary:
+            body = bodies.body(arrival, model, "tokens", row=row, vocabulary=self._vocabulary)
+        else:
+            body = bodies.body(arrival, model, row=row)
+        return self._client.request(body, **wishes)
 
     async def _send(self) -> None:
         began_at = time.monotonic()

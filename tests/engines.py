@@ -78,7 +78,7 @@ class Real:
             self._kept[key] = one
         async with Client(one.url) as client:
             client.terminate = lambda: os.kill(one.pid, signal.SIGTERM)
-            client.crash = lambda: os.kill(_engine_core(one.pid), signal.SIGKILL)
+            client.crash = lambda: os.kill(engine_core(one.pid), signal.SIGKILL)
             client.gone = lambda: _closed(client)
             try:
                 yield client
@@ -105,6 +105,7 @@ class Real:
             max_model_len=words["max_model_len"],
             kv_tokens=words.get("kv_tokens", 0),
             shutdown_timeout_s=shutdown_timeout,
+            is_tied=True,
             more=(
                 "--enable-scale-out",
                 "--enable-server-load-tracking",
@@ -118,7 +119,8 @@ class Real:
         await end(list(self._kept.values()), grace_s=5)
 
 
-def _engine_core(pid):
+def engine_core(pid):
+    """The process with the engine in it, a child of the API server's."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for child in children:
         if "EngineCor" in Path(f"/proc/{child}/comm").read_text():

@@ -1,14 +1,30 @@
 """Just enough HTTP to see what an engine says, whichever it is."""
 
 import asyncio
+import contextlib
 import json
 
 import aiohttp
+import pytest
 
 MODEL = "emulated"
 
 USAGE = {"include_usage": True}
 ENDLESS = {"max_tokens": 20_000, "ignore_eos": True}
+
+
+PATIENCE_S = 20.0
+"What a server that does as it should may take on a busy machine."
+
+
+@contextlib.asynccontextmanager
+async def patient(what):
+    """A wait in vain says what it waited for."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            yield
+    except TimeoutError:
+        pytest.fail(what())
 
 
 class Client:
@@ -68,14 +84,16 @@ class Client:
         )
 
     async def until(self, name, value, **labels):
-        """Wait until a metric says so; the test's own timeout ends a wait in vain."""
-        while await self.metric(name, **labels) != value:  # noqa: ASYNC110  a server has no events
-            await asyncio.sleep(0.005)
+        """Wait until a metric says so."""
+        async with patient(lambda: f"{name} is {found}, {value} wanted"):
+            while (found := await self.metric(name, **labels)) != value:  # noqa: ASYNC110  a server has no events
+                await asyncio.sleep(0.005)
 
     async def until_load(self, value):
         """Wait until so many requests are inside the server."""
-        while json.loads((await self.get("/load"))[1]) != {"server_load": value}:  # noqa: ASYNC110  as above
-            await asyncio.sleep(0.005)
+        async with patient(lambda: f"load is {found}, {value} wanted"):
+            while (found := json.loads((await self.get("/load"))[1])["server_load"]) != value:  # noqa: ASYNC110  a server has no events
+                await asyncio.sleep(0.005)
 
     async def fault(self, kind, **fields):
         status, text = await self.post("/emulator/fault", {"kind": kind, **fields})

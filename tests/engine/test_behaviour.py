@@ -189,14 +189,14 @@ class TestRefusals:
                 id="unknown model",
             ),
             pytest.param(
-                {"prompt": [1] * 32_768, "max_tokens": 4},
+                {"prompt": [1] * 32_769, "max_tokens": 4},
                 *(400, "BadRequestError", "input_tokens", "maximum context length is 32768"),
                 id="too long",
             ),
             pytest.param(
-                {"prompt": [1] * 32_000, "max_tokens": 1000},
-                *(400, "BadRequestError", "input_tokens", "maximum context length is 32768"),
-                id="too long with its answer",
+                {"prompt": [1] * 32_768, "max_tokens": 4},
+                *(400, "BadRequestError", "max_tokens", "max_tokens must be at least 1, got 0"),
+                id="no room for an answer",
             ),
             pytest.param(
                 {"prompt": [1], "max_tokens": 40_000},
@@ -244,6 +244,13 @@ class TestRefusals:
         if param is not ...:
             assert reply.error["param"] == param
 
+    async def test_an_answer_that_does_not_fit_is_cut_to_the_room_there_is(self, server):
+        """Where prompt and limit together are too long; nobody is told."""
+        reply = await server.ask(prompt=[1] * 32_760, max_tokens=1000, ignore_eos=True)
+
+        assert (reply.status, reply.finish_reason) == (200, "length")
+        assert reply.usage["completion_tokens"] == 8
+
     async def test_an_answer_left_open_takes_no_second_opening(self, server):
         """Both flags at once are refused, and one of them is on by default."""
         reply = await server.ask(
@@ -272,7 +279,7 @@ class TestRefusals:
 
             assert (whole.status, whole.error["code"]) == (503, 503)
             assert (stream.status, stream.error["code"], stream.said) == (200, 503, "")
-            assert whole.error["type"] == stream.error["type"]
+            assert whole.error["type"] == stream.error["type"] == "Service Unavailable"
             assert "currently busy" in whole.error["message"]
             assert await server.metric("admission_rejections_total") == before + 2
             reasons = await server.metric(
@@ -388,9 +395,7 @@ class TestOrder:
 
 class TestAborts:
     async def test_a_client_that_leaves_frees_its_seat(self, server):
-        """Stream or not: nothing runs on, and the abort is counted."""
-        name, labels = "request_success_total", {"finished_reason": "abort"}
-        before = await server.metric(name, **labels)
+        """Stream or not: nothing runs on."""
         for is_stream in (True, False):
             task = asyncio.create_task(server.ask(prompt=[1], stream=is_stream, **ENDLESS))
             await server.until("num_requests_running", 1)
@@ -398,7 +403,6 @@ class TestAborts:
             await server.until("num_requests_running", 0)
 
         await server.until("kv_cache_usage_perc", 0)
-        await server.until(name, before + 2, **labels)
 
     @pytest.mark.parametrize(
         ("path", "body", "request_id", "is_known"),
@@ -497,7 +501,7 @@ class TestMetrics:
         shown = families(text)
 
         if engine.is_real:
-            assert shown == known
+            assert known.items() <= shown.items()  # some come with their first event
         else:
             assert shown.items() <= known.items()
 

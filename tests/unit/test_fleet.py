@@ -63,11 +63,11 @@ class TestSaid:
 
 class TestPod:
     def test_it_holds_what_the_gpu_would(self, settings):
-        """The KV cache is the profile's, in the bytes of the small model."""
+        """The KV cache is the profile's and a block that vLLM keeps, in the bytes of the small model."""
         words = pod.arguments(settings, "l40s", 8000)
 
         held = int(words[words.index("--kv-cache-memory-bytes") + 1])
-        assert held == 128 * profile.load("l40s").kv_tokens
+        assert held == 128 * (profile.load("l40s").kv_tokens + settings.block_size)
         assert words[words.index("--worker-cls") + 1] == "headgate_clock.ClockWorker"
 
     def test_settings_of_other_servers_do_not_leak_in(self, settings, monkeypatch):

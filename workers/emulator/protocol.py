@@ -210,13 +210,7 @@ def _max_tokens(body: Body, kind: Kind, prompt_tokens: int, max_model_len: int) 
     asked = body.max_tokens if asked is None else asked
     if asked is None:
         asked = min(COMPLETION_MAX_TOKENS, room) if kind == "completion" else room
-    elif asked < 1:
-        raise RefusedError(
-            400,
-            f"max_tokens must be at least 1, got {asked}. (parameter=max_tokens, value={asked})",
-            param="max_tokens",
-        )
-    if room < 1:
+    if room < 0:
         raise RefusedError(
             400,
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
@@ -232,14 +226,12 @@ def _max_tokens(body: Body, kind: Kind, prompt_tokens: int, max_model_len: int) 
             f"Please request fewer output tokens. (parameter=max_tokens, value={asked})",
             param="max_tokens",
         )
-    if asked > room:
+    asked = min(asked, room)  # without a word to the client
+    if asked < 1:
         raise RefusedError(
             400,
-            f"This model's maximum context length is {max_model_len} tokens. However, you "
-            f"requested {asked} output tokens and your prompt contains {prompt_tokens} input "
-            f"tokens, for a total of {prompt_tokens + asked} tokens. Please reduce the length of "
-            "the input prompt or the number of requested output tokens.",
-            param="input_tokens",
+            f"max_tokens must be at least 1, got {asked}. (parameter=max_tokens, value={asked})",
+            param="max_tokens",
         )
     if asked < body.min_tokens:
         raise RefusedError(

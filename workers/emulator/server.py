@@ -234,7 +234,7 @@ class Emulator:
         try:
             self._submit(answer)
         except QueueFullError as error:
-            raise RefusedError(503, str(error), kind="ServiceUnavailableError") from error
+            raise RefusedError(503, str(error), kind="Service Unavailable") from error
         try:
             ending = await answer.done
         finally:
@@ -252,7 +252,7 @@ class Emulator:
             if await answer.done == "cut":
                 _cut(request)
         except QueueFullError as error:
-            body = error_body(503, str(error), kind="ServiceUnavailableError")
+            body = error_body(503, str(error), kind="Service Unavailable")
             _write_all(request, framed_event(body), DONE)
         finally:
             self.service.abort(answer)

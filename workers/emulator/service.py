@@ -99,11 +99,10 @@ class Service:
         self.quiet.clear()
 
     def abort(self, answer: Answer) -> None:
-        """End it now: the slot and the blocks are free for the next step."""
+        """End it now: the slot and the blocks are free for the next step. As in vLLM, nobody counts it."""
         sequence = answer.sequence
         if sequence is not None and self._answers.pop(sequence.id, None) is not None:
             self.engine.abort(sequence.id)
-            self.metrics.finished["abort"] += 1
             self._note_load()
             self.pacer.kick()
         answer.end("abort")

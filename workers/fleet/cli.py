@@ -28,7 +28,7 @@ def up(
     count: Annotated[int, typer.Argument(metavar="N", min=0, help="Servers on emulated clocks.")],
     *,
     profiles: Annotated[str, typer.Option(metavar="A,B,...", help="Their GPUs, in turn.")] = "a100",
-    compute: Annotated[int, typer.Option(min=0, help="More that really compute, on the CPU.")] = 0,
+    compute: Annotated[int, typer.Option(min=0, help="More that really compute a tiny model.")] = 0,
     venv: Annotated[Path, typer.Option(help="The environment with the CPU build of vLLM.")] = Path(
         ".venv-vllm"
     ),
@@ -154,7 +154,7 @@ def _greet(pods: list[Pod], took_s: float, *, as_json: bool) -> None:
 def option(one: Pod) -> str:
     """As `headgate up` and `headgate worker` take it."""
     hardware = f",hardware={one.hardware}" if one.hardware else ""
-    return f"{one.name}={one.url}{hardware},by_priority=true"
+    return f"{one.name}={one.url}{hardware},max_num_seqs={one.max_num_seqs},by_priority=true"
 
 
 async def _down(fleet: Fleet) -> None:

@@ -19,6 +19,9 @@ INSIDE = Path(__file__).with_name("inside")
 EMULATED_SHAPE = "nano"
 COMPUTING_SHAPE = "tiny"
 
+COMPUTING_MODEL = "tiny"
+"What those that really compute serve: another text than the emulated, so a pool must not take one for the other."
+
 COMPUTING_KV_BYTES = 256 * 2**20
 COMPUTING_MAX_MODEL_LEN = 8192
 
@@ -51,7 +54,7 @@ class PodSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     "Models, logs and caches."
 
     model: str = "emulated"
-    "The name they serve under."
+    "The name that those on an emulated clock serve."
 
     time_scale: Annotated[float, Meta(gt=0)] = 1.0
     "Emulated clock: times faster than the wall clock."
@@ -95,16 +98,23 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
 
     port: int
     pid: int
+    max_num_seqs: int
+    "Its seats; a worker must be told."
+
     log: str
 
     @property
     def is_running(self) -> bool:
         """Whether its process is there, and not merely its number."""
+        process = Path(f"/proc/{self.pid}")
         try:
-            words = Path(f"/proc/{self.pid}/cmdline").read_bytes().split(b"\0")
-        except FileNotFoundError:
+            words = (process / "cmdline").read_bytes()
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
             return not Path("/proc/self").exists() and _exists(self.pid)
-        return str(self.port).encode() in words
+        if not words:  # dead and not buried, or just now becoming another program
+            return state != "Z"
+        return str(self.port).encode() in words.split(b"\0")
 
     @property
     def last_words(self) -> str:
@@ -140,6 +150,7 @@ def start(settings: PodSettings, *, name: str, hardware: str, number: int, port:
         hardware=hardware,
         port=port,
         pid=process.pid,
+        max_num_seqs=settings.max_num_seqs,
         log=str(log),
     )
 
@@ -148,7 +159,9 @@ def arguments(settings: PodSettings, hardware: str, port: int) -> list[str]:
     """What `vllm` is told; every choice that matters to a comparison is said, none left to its version."""
     if hardware:
         kv_tokens = settings.kv_tokens or profile.load(hardware).kv_tokens
-        kv_bytes = kv_tokens * _told(settings, EMULATED_SHAPE)["kv_bytes_per_token"]
+        # vLLM keeps one block for itself.
+        kept = kv_tokens + settings.block_size
+        kv_bytes = kept * _told(settings, EMULATED_SHAPE)["kv_bytes_per_token"]
         own = ["--worker-cls", "headgate_clock.ClockWorker"]
         max_model_len = min(settings.max_model_len, kv_tokens)
     else:
@@ -157,7 +170,7 @@ def arguments(settings: PodSettings, hardware: str, port: int) -> list[str]:
     options = {
         "host": "127.0.0.1",
         "port": port,
-        "served-model-name": settings.model,
+        "served-model-name": settings.model if hardware else COMPUTING_MODEL,
         "dtype": "bfloat16",
         "max-model-len": max_model_len,
         "block-size": settings.block_size,
