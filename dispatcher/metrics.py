@@ -137,6 +137,7 @@ class Meter:
         self.learner_lag_s = 0.0
         self.memory: Memory | None = None
         "Of Redis; None before it was asked."
+        self.best_tokens = 0
         self.selected_tokens = 0
         self.reused_tokens = 0
         self.prompt_tokens = 0
@@ -184,6 +185,7 @@ class Meter:
             match command:
                 case Assign():
                     assigned += 1
+                    self.best_tokens += command.decision.best_cached_tokens
                     self.selected_tokens += command.decision.cached_tokens
                     self._decided(command.decision)
                 case Note():
@@ -270,6 +272,7 @@ class Exposition(Collector):
             ("turns", "Turns of the loop.", meter.turns),
             ("reigns", "How often this node became leader.", meter.reigns),
             ("redis_round_trips", "Pipelines of moves.", self._figures.round_trips),
+            ("best_cached_tokens", "Prefix tokens believed cached where most are.", meter.best_tokens),
             ("selected_cached_tokens", "Prefix tokens believed cached.", meter.selected_tokens),
             ("reused_cached_tokens", "Prefix tokens found cached.", meter.reused_tokens),
             ("prompt_tokens", "Prompt tokens of ended requests.", meter.prompt_tokens),

@@ -43,6 +43,7 @@ def command(
         start_s=choice.start_s,
         prefill_s=choice.total_s - choice.start_s,
         cached_tokens=choice.cached_tokens,
+        best_cached_tokens=choice.best_cached_tokens,
         waiting=waiting,
         propensity=choice.propensity,
         candidates=tuple(f"{names[slot]}={total_s:.4g}" for slot, total_s in choice.candidates),

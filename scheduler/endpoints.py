@@ -70,8 +70,12 @@ class Endpoints:
             return
         if reward.outcome != "returned":
             book.finish(ticket, now)
+            if endpoint is not None and reward.outcome == "completed":
+                endpoint.returns = 0
         elif ticket.is_held:
             book.give_back(ticket, "hand_back", now)
+            if endpoint is not None and not ticket.is_cancelled:
+                endpoint.rest(now)
             if ticket.is_cancelled:
                 self._requests.end_if_over(ticket)
 

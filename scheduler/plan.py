@@ -96,6 +96,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     line: Line
     "What the ledger is to hold."
     cached_tokens: int
+    best_cached_tokens: int
+    "On the endpoint that has the most and may take it."
     start_s: float
     "Predicted seconds until the endpoint begins it."
     work_s: float
@@ -284,6 +286,7 @@ class Planner:
                 slot=slot,
                 line=line,
                 cached_tokens=int(offer.cached[slot]),
+                best_cached_tokens=int(offer.cached[np.isfinite(offer.service_s)].max()),
                 start_s=float(self.room.start_s[slot]),
                 work_s=float(offer.work_s[slot]),
                 total_s=float(total_s[slot]),

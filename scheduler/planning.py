@@ -38,15 +38,17 @@ class Planning:
         self._rng = rng
         self._aside_credit_s = 0.0
         self._room_at: float | None = None
+        self._rested_at: float | None = None
 
     def moments(self) -> list[float]:
-        """When an endpoint comes within the window for those who still wait."""
-        return [] if self._room_at is None else [self._room_at]
+        """When an endpoint comes within the window, or has rested, for those who still wait."""
+        return [at for at in (self._room_at, self._rested_at) if at is not None]
 
     def step(self) -> None:
         """Hand over what starts within the commit window."""
-        self._room_at = None
+        self._room_at = self._rested_at = None
         wanted_s = self._fleet.wanted(self._book.lines.by_model)
+        self._let_rest(wanted_s)
         if not np.isfinite(wanted_s).any():
             return
         planner = self._planner(wanted_s)
@@ -63,6 +65,13 @@ class Planning:
         elif self._book.lines:
             is_short = planner.is_exhausted and len(line) == self._settings.horizon
             self._room_at = self._next_room_at(planner.room, is_short=is_short)
+
+    def _let_rest(self, wanted_s: Floats) -> None:
+        """Nothing new for endpoints that have just handed something back."""
+        for endpoint in self._fleet.endpoints.values():
+            if endpoint.rests_until > self._memory.now and wanted_s[endpoint.slot] == 0:
+                wanted_s[endpoint.slot] = np.inf
+                self._rested_at = min(endpoint.rests_until, self._rested_at or np.inf)
 
     def _planner(self, wanted_s: Floats) -> Planner:
         ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now

@@ -19,6 +19,14 @@ Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 
 
+REST_S, REST_MAX_S = 0.25, 5.0
+"""How long an endpoint that hands a job back takes nothing new: first, and at most.
+
+An engine that answers 429 or 503 says no within milliseconds: without a rest it would use up all attempts of all
+that wait before it is well again.
+"""
+
+
 class Ticket(msgspec.Struct, kw_only=True, eq=False):
     """A living request, from reading to its terminal record."""
 
@@ -121,6 +129,12 @@ class Endpoint(msgspec.Struct, kw_only=True, eq=False):
     is_drained: bool = False
     "A person asked that it take no new work."
 
+    returns: int = 0
+    "Jobs it has handed back since it last completed one."
+
+    rests_until: float = 0.0
+    "It takes nothing new before."
+
     held: dict[str, Ticket]
     "What it was assigned and has not finished, oldest first."
 
@@ -133,6 +147,11 @@ class Endpoint(msgspec.Struct, kw_only=True, eq=False):
     def takes_work(self) -> bool:
         """Whether anything new may go there."""
         return self.beat.state == "ready" and not self.is_drained
+
+    def rest(self, now: float) -> None:
+        """It handed a job back: give it time, twice as much each time in a row."""
+        self.rests_until = now + min(REST_MAX_S, REST_S * 2**self.returns)
+        self.returns = min(self.returns + 1, 16)
 
     def lost_at(self, lease_s: float) -> float:
         """When what it holds goes back, unless it is heard from before."""

@@ -468,6 +468,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     "Prefix tokens believed cached there."
 
+    best_cached_tokens: int = 0
+    "Prefix tokens believed cached on the endpoint that has the most and may take it."
+
     waiting: int = 0
     "How many waited at that moment."
 

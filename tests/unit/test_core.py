@@ -427,7 +427,25 @@ class TestEnds:
 
         pool.reward(assign, "returned")
 
-        assert [c.job.attempt for c in pool.decide()] == [2]
+        assert [c.job.attempt for c in pool.decide(0.25)] == [2]
+
+    def test_an_endpoint_that_hands_back_rests_longer_each_time(self):
+        """An engine that says 503 at once must not use up all attempts of all that wait; others go on."""
+        pool = Pool(max_attempts=9)
+        pool.beat()
+        pool.ask("r")
+        [assign] = pool.decide()
+        rests = []
+        for _ in range(3):
+            pool.reward(assign, "returned")
+            assert pool.decide() == []
+            rests.append(pool.core.wakeup_at() - pool.now)
+            [assign] = pool.decide(rests[-1])
+
+        assert rests == [0.25, 0.5, 1.0]
+        pool.reward(assign, "returned")
+        pool.beat("e1")
+        assert [c.endpoint for c in pool.decide() if isinstance(c, Assign)] == ["e1"]
 
     def test_a_reward_of_an_older_attempt_moves_nothing(self):
         """It may teach, but the present attempt goes on."""
@@ -436,7 +454,7 @@ class TestEnds:
         pool.ask("r")
         [first] = pool.decide()
         pool.reward(first, "returned")
-        pool.decide()
+        pool.decide(0.25)
 
         pool.reward(first, "completed")
 
