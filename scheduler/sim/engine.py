@@ -134,10 +134,34 @@ class Engine:
             ValueError: the id is taken, or the request could never fit the KV cache.
         """
         self._refuse_impossible(sequence)
-        self._refuse_overflow()
+        self.check_admission()
         self._all[sequence.id] = sequence
         self._line.push(sequence)
         self._is_blocked = False
+
+    def check_admission(self) -> None:
+        """Whether a newcomer would be taken in.
+
+        As vLLM, whose limits count more than their names say: who runs too, and prompts under way whole.
+
+        Raises:
+            QueueFullError: a limit on requests or on prompt tokens is reached.
+        """
+        settings = self.settings
+        limit = settings.max_num_queued_reqs
+        if limit is not None and len(self._all) >= limit:
+            raise QueueFullError(
+                "max_num_queued_reqs",
+                "The engine is currently busy and cannot accept new requests. "
+                "Please try again later or on a different instance.",
+            )
+        limit = settings.max_num_queued_tokens
+        if limit is not None and self._tokens_before_first() >= limit:
+            raise QueueFullError(
+                "max_num_queued_tokens",
+                "The engine has reached its prefill token backlog limit. "
+                "Please try again later or on a different instance.",
+            )
 
     def abort(self, sequence_id: str) -> Sequence | None:
         """End a request now and free all it held; None if the engine does not have it."""
@@ -483,24 +507,6 @@ class Engine:
             raise ValueError(
                 f"sequence {sequence.id!r} grows to {tokens} tokens; without chunked prefill "
                 f"at most max_num_batched_tokens ({self.settings.max_num_batched_tokens}) can run"
-            )
-
-    def _refuse_overflow(self) -> None:
-        """As vLLM, whose limits count more than their names say: who runs too, and prompts under way whole."""
-        settings = self.settings
-        limit = settings.max_num_queued_reqs
-        if limit is not None and len(self._all) >= limit:
-            raise QueueFullError(
-                "max_num_queued_reqs",
-                "The engine is currently busy and cannot accept new requests. "
-                "Please try again later or on a different instance.",
-            )
-        limit = settings.max_num_queued_tokens
-        if limit is not None and self._tokens_before_first() >= limit:
-            raise QueueFullError(
-                "max_num_queued_tokens",
-                "The engine has reached its prefill token backlog limit. "
-                "Please try again later or on a different instance.",
             )
 
     def _tokens_before_first(self) -> int:

@@ -266,8 +266,8 @@ class TestRefusals:
 
         assert reply.status == 200
 
-    async def test_a_full_engine_is_503_or_a_200_with_an_error_inside(self, engine):
-        """Who runs counts as much as who waits; non-streams get the status, streams get it as a chunk."""
+    async def test_a_full_engine_is_a_503(self, engine):
+        """Who runs counts as much as who waits; streams are refused before they begin."""
         async with engine(max_num_seqs=1, max_num_queued_reqs=2) as server:
             before = await server.metric("admission_rejections_total")
             running = await server.begun(prompt=[1], **ENDLESS)
@@ -278,8 +278,8 @@ class TestRefusals:
             stream = await server.stream(prompt=[1], max_tokens=2)
 
             assert (whole.status, whole.error["code"]) == (503, 503)
-            assert (stream.status, stream.error["code"], stream.said) == (200, 503, "")
-            assert whole.error["type"] == stream.error["type"] == "Service Unavailable"
+            assert (stream.status, json.loads(stream.text)) == (503, whole.chunks[0])
+            assert whole.error["type"] == "Service Unavailable"
             assert "currently busy" in whole.error["message"]
             assert await server.metric("admission_rejections_total") == before + 2
             reasons = await server.metric(

@@ -78,6 +78,20 @@ class TestFace:
         assert "emulated" in reply.error["message"]
 
 
+class TestRace:
+    async def test_who_comes_in_together_may_be_refused_inside_a_200(self):
+        """Both found room before their streams began, and only one has it when it is to be taken."""
+        limits = EngineSettings(max_num_queued_reqs=1)
+        async with serving(engine=limits, time_scale=1) as server:
+            replies = await asyncio.gather(
+                *(server.stream(prompt=[1], max_tokens=2, ignore_eos=True) for _ in range(2))
+            )
+
+            assert [reply.status for reply in replies] == [200, 200]
+            (refused,) = [reply for reply in replies if reply.error]
+            assert (refused.error["code"], refused.said, refused.is_done) == (503, "", True)
+
+
 class TestTime:
     async def test_a_late_process_hands_out_several_tokens_at_once(self):
         """At a scale no process can follow, chunks are fewer than tokens and no step is longer."""

@@ -1,7 +1,7 @@
 """The emulated server's routes and its life as a process.
 
-How vLLM 0.32 behaves where it is surprising, and this therefore too: streams refused by
-admission are a 200 with an error chunk; `/health` is 200 while paused, asleep and draining;
+How vLLM 0.32 behaves where it is surprising, and this therefore too: a stream that admission
+refuses after it was let in is a 200 with an error chunk; `/health` is 200 while paused, asleep and draining;
 a draining server answers new requests with 200 and no tokens.
 """
 
@@ -224,17 +224,26 @@ class Emulator:
         answer = self.service.open(ask, _external_id(request, kind), created=int(time.time()))
         if isinstance(fault, faults.NoTokens) or self.service.life == "draining":
             return await self._say_nothing(request, answer)
+        self._preflight()
         answer.plan(fault)
         await asyncio.sleep(self.service.frontend_s())
         if ask.is_stream:
             return await self._stream(request, answer)
         return await self._whole(request, answer)
 
+    def _preflight(self) -> None:
+        """What can be refused before a stream begins; who comes in between is refused inside it."""
+        try:
+            self.service.engine.check_admission()
+        except QueueFullError as error:
+            self.service.metrics.rejected[error.reason] += 1
+            raise _refusal(error) from error
+
     async def _whole(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         try:
             self._submit(answer)
         except QueueFullError as error:
-            raise RefusedError(503, str(error), kind="Service Unavailable") from error
+            raise _refusal(error) from error
         try:
             ending = await answer.done
         finally:
@@ -252,8 +261,7 @@ class Emulator:
             if await answer.done == "cut":
                 _cut(request)
         except QueueFullError as error:
-            body = error_body(503, str(error), kind="Service Unavailable")
-            _write_all(request, framed_event(body), DONE)
+            _write_all(request, framed_event(_refusal(error).body()), DONE)
         finally:
             self.service.abort(answer)
         await response.write_eof()
@@ -381,6 +389,10 @@ class Emulator:
         else:
             self.service.faults.put(fault)
         return _json(b"{}")
+
+
+def _refusal(error: QueueFullError) -> RefusedError:
+    return RefusedError(503, str(error), kind="Service Unavailable")
 
 
 class _AbortBody(msgspec.Struct, frozen=True):
