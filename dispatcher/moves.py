@@ -3,7 +3,8 @@
 Every call recognises its own repetition, so all of them may be said again until Redis answers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import msgspec
 
@@ -109,7 +110,7 @@ class Moves:
             return Move(self.refuse(entry, now), entry)
         return Move(dispatch.bury(self._keys, self._epoch, intake.dead(entry)), None)
 
-    def _carry(self, command: Command, at_once: Set[str]) -> Move | None:
+    def _carry(self, command: Command, at_once: AbstractSet[str]) -> Move | None:
         match command:
             case Assign():
                 is_new = command.job.entry in at_once
