@@ -39,9 +39,6 @@ ASIDE_MAX = 32
 IDLE_S = 1e-3
 "An endpoint that could begin within this is idle."
 
-PRESSURE_FROM = 0.8
-"A KV cache fuller than this evicts prefixes that are still wanted."
-
 PACE_ODDS_MIN = 0.1
 "Below this chance to keep its pace a request gains nothing by being there."
 
@@ -71,18 +68,12 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Where a newcomer would break more than it gains it is not put; where that is everywhere, it waits.
     """
 
-    waste: float = 3.0
+    fill: float = 0.6
     """
-    Predicted seconds to a first token that one second of prefill is worth which a better prefix match would save.
+    What an endpoint's full KV is worth beside an empty one, in predicted seconds to the first token; 0: nothing.
 
-    Recomputing what lies elsewhere costs those behind. 0: nobody else is asked.
+    It decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody.
     """
-
-    fill: float = 0.1
-    "The same for an endpoint's KV: predicted seconds that a full one is worth beside an empty one."
-
-    pressure: float = 2.0
-    "And for each part above PRESSURE_FROM: a cache that is nearly full evicts what others come back for."
 
     tie: float = 0.02
     "Endpoints whose predicted first token differs by less than this part are taken as equal: chance decides."
@@ -253,28 +244,17 @@ class Planner:
             fits = np.where(total_s / self.spread <= left_s, total_s, -np.inf)
             fits[~np.isfinite(total_s)] = -np.inf
             return int(fits.argmax()), 1.0, "patient: the slowest endpoint that makes it"
-        score_s = total_s + self._externality_s(offer)
         # Who is promised a first token pays for others only out of its slack.
+        score_s = total_s + self.settings.fill * self.room.used
         late = total_s > max(left_s, float(total_s[best]))
         score_s[late] = np.inf
-        best = int(score_s.argmin())
-        near = np.flatnonzero(score_s <= score_s[best] * (1.0 + self.settings.tie))
+        cheapest = int(score_s.argmin())
+        why = "earliest first token" if cheapest == best else "a little later, where more is free"
+        near = np.flatnonzero(score_s <= score_s[cheapest] * (1.0 + self.settings.tie))
         if len(near) == 1:
-            return best, 1.0, "earliest first token"
+            return cheapest, 1.0, why
         drawn = int(self.rng.random() * len(near))
-        return int(near[drawn]), 1.0 / len(near), f"earliest first token, one of {len(near)} equals"
-
-    def _externality_s(self, offer: Offer) -> Floats:
-        """What its being there costs others, in seconds of its own wait."""
-        settings, room = self.settings, self.room
-        open_ = np.isfinite(offer.service_s)
-        least = offer.tokens[open_].min()
-        wasted_s = (offer.tokens - least) * room.rates.token_s
-        over = np.maximum(0.0, room.used - PRESSURE_FROM)
-        cost_s: Floats = (
-            settings.waste * wasted_s + settings.fill * room.used + settings.pressure * over
-        )
-        return cost_s
+        return int(near[drawn]), 1.0 / len(near), f"{why}, one of {len(near)} equals"
 
     def _hand_over(
         self, offer: Offer, slot: int, total_s: Floats, propensity: float, why: str

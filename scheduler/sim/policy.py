@@ -66,6 +66,8 @@ class _Core(LabPolicy, frozen=True):
     commit_window_s: float = 1.0
     horizon: int = 256
     tie: float = 0.02
+    fill: float = PlanSettings().fill
+    pace_worth: float = PlanSettings().pace_worth
 
     @property
     def is_open(self) -> bool:
@@ -79,7 +81,11 @@ class _Core(LabPolicy, frozen=True):
             policy=self.order(),
             objectives=stage.objectives,
             plan=PlanSettings(
-                commit_window_s=self.commit_window_s, horizon=self.horizon, tie=self.tie
+                commit_window_s=self.commit_window_s,
+                horizon=self.horizon,
+                tie=self.tie,
+                fill=self.fill,
+                pace_worth=self.pace_worth,
             ),
             lease_s=stage.delays.lease_s,
         )

@@ -263,3 +263,34 @@ class TestPace:
         made.serve([paced("r")])
 
         assert made.choices[0].line.tpot_s == math.inf
+
+
+class TestFill:
+    def test_among_near_equals_the_emptier_is_taken(self):
+        """A full KV cache is worth some seconds of wait; off, only the first token counts (I10)."""
+        for fill, slot in ((0.6, 1), (0.0, 0)):
+            made = planner([0.001, 0.0011])
+            made.settings = msgspec.structs.replace(made.settings, fill=fill)
+            made.room.used[:] = 0.9, 0.1
+
+            made.serve([ticket("r", 1000)])
+
+            assert served(made) == [("r", slot)]
+
+    def test_who_would_be_late_there_does_not_pay_for_others(self):
+        """Its slack ends before the emptier endpoint's first token."""
+        made = planner([0.001, 0.0011])
+        made.room.used[:] = 0.9, 0.1
+
+        made.serve([ticket("r", 1000, due_at=1.05)])
+
+        assert served(made) == [("r", 0)]
+
+    def test_the_best_prefix_match_is_written_down(self):
+        """Beside the one that was taken: what not following it cost can be told."""
+        made = planner([0.0001, 0.01], cached=[0.0, 900.0])
+
+        made.serve([ticket("r", 1000)])
+
+        assert served(made) == [("r", 0)]
+        assert (made.choices[0].cached_tokens, made.choices[0].best_cached_tokens) == (0, 900)
