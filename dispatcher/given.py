@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
@@ -43,6 +44,10 @@ def settings(given: Given, environ: Mapping[str, str]) -> Settings:
     except SettingsError as error:
         raise SettingsError(f"{path or 'settings'}: {error}") from None
     redis = replace(found.redis, url=given.redis or found.redis.url)
+    try:
+        urlsplit(redis.url)
+    except ValueError as error:  # the URL itself is not shown: nobody could find the password in it
+        raise SettingsError(f"redis.url is no URL: {error}") from None
     return replace(found, redis=_with_password(redis), pool=given.pool or found.pool)
 
 

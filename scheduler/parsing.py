@@ -51,7 +51,10 @@ def _refuse_secrets(table: Mapping[str, object]) -> None:
     if not isinstance(redis, dict):
         return
     url = redis.get("url")
-    has_login = isinstance(url, str) and urlsplit(url).password is not None
+    try:
+        has_login = isinstance(url, str) and urlsplit(url).password is not None
+    except ValueError as error:
+        raise SettingsError(f"redis.url is no URL: {error}") from None
     if has_login or "password" in redis:
         where = "redis.url" if has_login else "redis.password"
         raise SettingsError(

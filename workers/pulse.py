@@ -65,15 +65,19 @@ class Pulse:
         Raises:
             FencedError: a newer worker has joined in this endpoint's name.
         """
+        lost = 0
         while True:
             try:
                 await self.beat_now()
             except StreamError as error:
                 if isinstance(error, FencedError):
                     raise
-                log.debug("beat_lost", reason=str(error))
+                if lost & (lost - 1) == 0:  # ever more rarely: an hour's outage is a dozen lines
+                    log.warning("beat_lost", reason=str(error), lost=lost)
+                lost += 1
                 await asyncio.sleep(min(self._lease.beat_s, 0.25))
                 continue
+            lost = 0
             await self._until_due()
 
     async def beat_now(self) -> None:

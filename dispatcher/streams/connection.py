@@ -339,7 +339,10 @@ class _Weather:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if _times_cancelled() > self._asked and not isinstance(error, asyncio.CancelledError):
             raise asyncio.CancelledError from error
-        if isinstance(error, weather.RedisError | TimeoutError | OSError):
+        # redis-py's errors of a Cluster are a family of their own.
+        if isinstance(
+            error, weather.RedisError | weather.RedisClusterException | TimeoutError | OSError
+        ):
             raise StreamError(f"redis at {self._shown}: {error or kind}") from error
 
 

@@ -111,6 +111,9 @@ class TestParse:
                 id="secret in URL",
             ),
             pytest.param(
+                "[redis]\nurl = 'redis://['", {}, "redis.url is no URL: Invalid IPv6 URL", id="no URL"
+            ),
+            pytest.param(
                 "[redis]\npassword = 's'",
                 {},
                 "redis.password holds a password in the file",
