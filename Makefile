@@ -33,8 +33,10 @@ vllm: install
 	PYTHON=$(abspath $(BIN))/python deploy/vllm/install.sh .venv-vllm
 
 # The same facts against real vLLM servers, and the main job through a fleet of them: some 12 minutes, 8 GB of memory.
+test-vllm: VLLM_OPTIONS := -p no:xdist --tb short -o timeout=300 -o timeout_method=signal
 test-vllm: install vllm
-	$(BIN)/pytest -p no:xdist tests/vllm $(ARGS)
+	$(BIN)/pytest $(VLLM_OPTIONS) --engine vllm tests/engine $(ARGS)
+	$(BIN)/pytest $(VLLM_OPTIONS) -s tests/vllm $(ARGS)
 
 # Some 20 minutes: what a request costs, beside others; what is added to an engine's latency; what stays behind.
 bench: install

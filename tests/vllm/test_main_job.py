@@ -14,9 +14,9 @@ from collections import defaultdict
 
 import aiohttp
 import pytest
-from conftest import HEADGATE, ended
 from engines import engine_core
 from face import Client as Engine
+from fleets import HEADGATE, ended, started
 
 from dispatcher.client import Client
 from scheduler import codec
@@ -33,10 +33,11 @@ TOKENS = 300
 
 
 @pytest.fixture(scope="module")
-def endpoints(fleet):
+def endpoints(fleet_home):
     """Two H100, two L40S, and a CPU."""
-    process, found = fleet(
-        *("4", "--profiles", "h100,l40s", "--compute", "1", "--max-num-seqs", str(SEATS))
+    process, found = started(
+        fleet_home,
+        *("4", "--profiles", "h100,l40s", "--compute", "1", "--max-num-seqs", str(SEATS)),
     )
     yield {one["name"]: one for one in found}
     ended(process)

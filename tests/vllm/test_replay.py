@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import HEADGATE, ended
+from fleets import HEADGATE, ended, started
 
 from dispatcher.client import Client
 from dispatcher.demo import Demo
@@ -59,10 +59,10 @@ def emulators():
 
 
 @contextlib.contextmanager
-def servers(fleet):
+def servers(home):
     """Real ones."""
-    process, found = fleet(
-        *(str(COUNT), "--profiles", ",".join(PROFILES), "--max-num-seqs", str(SEATS))
+    process, found = started(
+        home, *(str(COUNT), "--profiles", ",".join(PROFILES), "--max-num-seqs", str(SEATS))
     )
     try:
         yield found
@@ -105,7 +105,7 @@ def attainment(records, ttft_s, tpot_s):
     return sum(kept) / len(kept)
 
 
-def test_real_servers_and_the_emulator_keep_the_same_promises(fleet, tmp_path):
+def test_real_servers_and_the_emulator_keep_the_same_promises(fleet_home, tmp_path):
     """Attainment of three promises differs by no more than a few points; nothing is lost on either."""
     with TRACE.open("rb") as file:
         rows = trace.read(file, name=TRACE.name).arrivals
@@ -114,7 +114,7 @@ def test_real_servers_and_the_emulator_keep_the_same_promises(fleet, tmp_path):
 
     with emulators() as endpoints:
         emulated, emulated_records = asyncio.run(played(endpoints, arrivals, tmp_path / "emulated"))
-    with servers(fleet) as endpoints:
+    with servers(fleet_home) as endpoints:
         real, real_records = asyncio.run(played(endpoints, arrivals, tmp_path / "real"))
 
     differences = {}
