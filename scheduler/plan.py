@@ -68,7 +68,7 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Where a newcomer would break more than it gains it is not put; where that is everywhere, it waits.
     """
 
-    fill: float = 0.6
+    fill: float = 0.4
     """
     What an endpoint's full KV is worth beside an empty one, in predicted seconds to the first token; 0: nothing.
 
