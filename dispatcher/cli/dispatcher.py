@@ -52,13 +52,12 @@ async def dispatcher(
     )
     connection = await Connection.connect(where)
     try:
-        one = Node(connection, settings, name=name or node.own_name())
+        own = name or node.own_name()
+        one = Node(connection, settings, name=own)
         async with one.pages.served(metrics_port) as port:
-            _say(
-                Ready(node=name or node.own_name(), pool=settings.pool, metrics_port=port),
-                ready_file,
-            )
-            await _until_told(one)
+            running = _ended_by_signals(one)  # before it says so: who is ready may be told to end
+            _say(Ready(node=own, pool=settings.pool, metrics_port=port), ready_file)
+            await _ended(running)
     finally:
         await connection.close()
 
@@ -70,12 +69,17 @@ def _say(ready: Ready, ready_file: Path | None) -> None:
         ready_file.write_text(line + "\n")
 
 
-async def _until_told(one: Node) -> None:
-    """Run until SIGTERM or SIGINT, or until the node fails."""
+def _ended_by_signals(one: Node) -> "asyncio.Future[None]":
+    """The node's run, which SIGTERM and SIGINT cancel."""
     loop = asyncio.get_running_loop()
     running = asyncio.ensure_future(one.run())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, running.cancel)
+    return running
+
+
+async def _ended(running: "asyncio.Future[None]") -> None:
+    """Return when it was told to end; raise what it fails with."""
     try:
         await running
     except asyncio.CancelledError:

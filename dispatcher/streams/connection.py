@@ -27,6 +27,9 @@ from scheduler.errors import StreamError
 
 __all__ = ("Call", "Connection", "Entry", "Value", "Where")
 
+PREFIX = "hg1_"
+"What our functions' names begin with: the number is the calling convention of functions.lua."
+
 FLOOR = (7, 0)
 "Functions and a group's lag came with Redis 7.0; every Valkey has them."
 
@@ -39,7 +42,7 @@ Entry = tuple[str, dict[bytes, bytes]]
 
 
 class Call(msgspec.Struct, frozen=True):
-    """One function call: its name without `hg_`, its keys, its arguments."""
+    """One function call: its name without the prefix, its keys, its arguments."""
 
     function: str
     keys: Sequence[str]
@@ -381,7 +384,7 @@ async def _insisted(pipe: Pipe, many: Sequence[Words]) -> list[Any]:
 
 
 def _words(call: Call) -> Words:
-    return ("FCALL", f"hg_{call.function}", len(call.keys), *call.keys, *call.args)
+    return ("FCALL", f"{PREFIX}{call.function}", len(call.keys), *call.keys, *call.args)
 
 
 def _block_ms(block_s: float) -> int:

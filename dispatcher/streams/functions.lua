@@ -1,5 +1,8 @@
-#!lua name=headgate
+#!lua name=headgate_1
 
+-- The 1 in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when the
+-- keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
+--
 -- Every move that must be atomic or fenced. A move is refused by comparison inside the same script, never by a lock.
 -- Redis' clients may send a move again after a lost reply, so each one recognises its own repetition.
 --
@@ -293,21 +296,21 @@ local function hand_back(keys, args)
   return 1
 end
 
-redis.register_function('hg_lead', lead)
-redis.register_function('hg_resign', resign)
-redis.register_function('hg_save', save)
-redis.register_function('hg_submit', submit)
-redis.register_function('hg_cancel', cancel)
-redis.register_function('hg_requeue', requeue)
-redis.register_function('hg_accept', accept)
-redis.register_function('hg_assign', assign)
-redis.register_function('hg_reclaim', reclaim)
-redis.register_function('hg_conclude', conclude)
-redis.register_function('hg_log', log)
-redis.register_function('hg_retire', retire)
-redis.register_function('hg_join', join)
-redis.register_function('hg_beat', beat)
-redis.register_function('hg_start', start)
-redis.register_function('hg_tokens', tokens)
-redis.register_function('hg_finish', finish)
-redis.register_function('hg_hand_back', hand_back)
+redis.register_function('hg1_lead', lead)
+redis.register_function('hg1_resign', resign)
+redis.register_function('hg1_save', save)
+redis.register_function('hg1_submit', submit)
+redis.register_function('hg1_cancel', cancel)
+redis.register_function('hg1_requeue', requeue)
+redis.register_function('hg1_accept', accept)
+redis.register_function('hg1_assign', assign)
+redis.register_function('hg1_reclaim', reclaim)
+redis.register_function('hg1_conclude', conclude)
+redis.register_function('hg1_log', log)
+redis.register_function('hg1_retire', retire)
+redis.register_function('hg1_join', join)
+redis.register_function('hg1_beat', beat)
+redis.register_function('hg1_start', start)
+redis.register_function('hg1_tokens', tokens)
+redis.register_function('hg1_finish', finish)
+redis.register_function('hg1_hand_back', hand_back)
