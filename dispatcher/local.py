@@ -139,6 +139,11 @@ class Server:
         return self._child is not None
 
     @property
+    def has_ended(self) -> bool:
+        """Whether what this object started is gone though nobody asked it to end; `start()` brings it back."""
+        return self._child is not None and self._child.poll() is not None
+
+    @property
     def _run(self) -> RunFile:
         if self._running is None:
             raise RuntimeError("the private redis has not been started; use `with Server(...)`")

@@ -29,6 +29,12 @@ BEATEN_S = 30.0
 
 KNOCK_S = 0.05
 
+LOOK_S = 0.2
+"Between two looks whether the private Redis still runs."
+
+AGAIN_S = 2.0
+"After a start of it that failed."
+
 GRACE_S = 10.0
 "Beyond its own drain, how long a child may take to end."
 
@@ -171,6 +177,20 @@ class Stack:
         async with asyncio.TaskGroup() as tasks:
             for child in self._children:
                 tasks.create_task(child.watch(self._told))
+            tasks.create_task(self._watch_redis())
+
+    async def _watch_redis(self) -> None:
+        """What was written is on its disk: it comes back with it, where it was."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if not self._server.has_ended:
+                continue
+            self._told(f"redis ended, starting it again; {self._directory / 'redis'}")
+            try:
+                self._server.start()  # on the loop's own thread, as it wants
+            except StreamError as error:
+                self._told(str(error))
+                await asyncio.sleep(AGAIN_S)
 
     @property
     def _children(self) -> list[Child]:

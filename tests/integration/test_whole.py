@@ -245,6 +245,26 @@ class TestEnd:
 
             await all_gone(pids)
 
+    async def test_a_killed_redis_comes_back_with_what_it_held(self, tmp_path):
+        """The private Redis too is started again where it was, and who runs meanwhile loses nothing."""
+        process, ready = await asyncio.to_thread(started, tmp_path, "--drain-s", "0")
+        try:
+            async with Client(redis=ready["redis"], pool=ready["pool"]) as client:
+                handle = await client.submit(asks(output_tokens=100, stream=True))
+                tokens = aiter(handle)
+                first = await anext(tokens)
+
+                os.kill(ready["pids"]["redis"], signal.SIGKILL)
+
+                async with asyncio.timeout(30):
+                    text = first + "".join([piece async for piece in tokens])
+                    assert (await handle).text == text
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+        assert "redis ended, starting it again" in err
+        assert process.returncode == 0
+
     async def test_who_dies_is_started_again(self, tmp_path):
         """The worker killed: another takes its place, and requests are answered again."""
         process, ready = await asyncio.to_thread(started, tmp_path, "--drain-s", "0")
