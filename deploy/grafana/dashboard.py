@@ -161,6 +161,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Cached prefix tokens: believed and found",
             [
+                rate("best_cached_tokens", "pool", "believed on the best endpoint for it"),
                 rate("selected_cached_tokens", "pool", "believed when assigned"),
                 rate("reused_cached_tokens", "pool", "found by the engine"),
             ],
