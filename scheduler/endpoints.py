@@ -76,6 +76,7 @@ class Endpoints:
             book.give_back(ticket, "hand_back", now)
             if endpoint is not None and not ticket.is_cancelled:
                 endpoint.rest(now)
+                self._fleet.resting.append(endpoint)
             if ticket.is_cancelled:
                 self._requests.end_if_over(ticket)
 

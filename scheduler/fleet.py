@@ -28,6 +28,8 @@ class Fleet:
         self._longest: dict[str, float | None] = {}
         self.epochs: dict[str, int] = {}
         "The newest epoch heard of each name; an older one is a worker that was replaced and still talks."
+        self.resting: list[Endpoint] = []
+        "Those that handed something back a moment ago."
         self.known_models: dict[str, None] = {}
         "Every model that was ever served: a restart of its only endpoint makes it no stranger."
 

@@ -39,6 +39,9 @@ ASIDE_MAX = 32
 IDLE_S = 1e-3
 "An endpoint that could begin within this is idle."
 
+BLOCKED_MAX = 16
+"After so many who wait for a better pace, others who were promised one are not tried in this step (I8)."
+
 PACE_ODDS_MIN = 0.1
 "Below this chance to keep its pace a request gains nothing by being there."
 
@@ -158,6 +161,8 @@ class Planner:
         "Who is to be set aside, and who after all is not."
         self.is_cut = False
         "Whether it stopped only because it had set enough aside for one step."
+        self._blocked = 0
+        "How many were found no place in which they gain more than they break."
         self.is_exhausted = False
         "Whether all of the line was considered: what is idle then, nobody urgent wants."
 
@@ -193,7 +198,10 @@ class Planner:
                 cannot be interrupted.
         """
         for offer in self._offers(aside):
-            idle = (self.room.start_s <= IDLE_S) & ~self.room.reserved & self._worthy(offer)
+            idle = (self.room.start_s <= IDLE_S) & ~self.room.reserved
+            worthy = self._worthy(offer)
+            if worthy is not None:
+                idle &= worthy
             total_s = np.where(idle, self._total_s(offer), np.inf)
             slot = int(total_s.argmin())
             if not np.isfinite(total_s[slot]):
@@ -217,12 +225,13 @@ class Planner:
             return
         can_make_it = self._can_make_it(offer.ticket, total_s)
         worthy = self._worthy(offer)
-        if not worthy.all():
+        if worthy is not None and not worthy.all():
             worthy_s = np.where(worthy, total_s, np.inf)
             kept = int(worthy_s.argmin())
             if np.isfinite(worthy_s[kept]):
                 total_s, best = worthy_s, kept
             elif can_make_it:
+                self._blocked += offer.ticket.promise.tpot_s is not None
                 return
         if can_make_it == (
             offer.ticket.state == "set_aside"
@@ -308,14 +317,14 @@ class Planner:
             return True
         return bool((total_s * self.spread).min() <= ticket.due_at - self.now)
 
-    def _worthy(self, offer: Offer) -> Bools:
+    def _worthy(self, offer: Offer) -> Bools | None:
         """Where it gains more than it breaks: the odds of its own pace against what it takes from the others'.
 
-        Of those places only the ones near the best; the earliest first token decides among them.
+        Of those places only the ones near the best; the earliest first token decides among them. None: nobody asks.
         """
         room, promise = self.room, offer.ticket.promise
         if self.settings.pace_worth <= 0 or (promise.tpot_s is None and not room.decodes.is_bound):
-            return np.ones(len(room.seats), dtype=bool)
+            return None
         pace_s = room.decodes.pace_s(offer.kv)
         gain = np.ones(len(pace_s))
         if promise.tpot_s is not None and promise.tpot_s >= room.decodes.load.alone_s.min():
@@ -354,11 +363,16 @@ class Planner:
     def _offers(self, tickets: Sequence[Ticket]) -> Iterator[Offer]:
         at, count = 0, CHUNK
         while at < len(tickets):
-            yield from self._price(tickets[at : at + count])
+            chunk = tickets[at : at + count]
+            if self._blocked >= BLOCKED_MAX:
+                chunk = [ticket for ticket in chunk if ticket.promise.tpot_s is None]
+            yield from self._price(chunk)
             at, count = at + count, min(2 * count, PRICED_MAX)
 
     def _price(self, tickets: Sequence[Ticket]) -> list[Offer]:
         """Price a chunk at once: arrays are float64[n_tickets, n_slots]."""
+        if not tickets:
+            return []
         rates = self.room.rates
         priced = [self.pricer(ticket) for ticket in tickets]
         prompt = np.array([[float(max(1, t.prompt_tokens))] for t in tickets])

@@ -68,8 +68,11 @@ class Planning:
 
     def _let_rest(self, wanted_s: Floats) -> None:
         """Nothing new for endpoints that have just handed something back."""
-        for endpoint in self._fleet.endpoints.values():
-            if endpoint.rests_until > self._memory.now and wanted_s[endpoint.slot] == 0:
+        now, by_slot = self._memory.now, self._fleet.by_slot
+        resting = [e for e in self._fleet.resting if e.rests_until > now and by_slot[e.slot] is e]
+        self._fleet.resting = resting
+        for endpoint in resting:
+            if wanted_s[endpoint.slot] == 0:
                 wanted_s[endpoint.slot] = np.inf
                 self._rested_at = min(endpoint.rests_until, self._rested_at or np.inf)
 

@@ -150,6 +150,8 @@ class Endpoint(msgspec.Struct, kw_only=True, eq=False):
 
     def rest(self, now: float) -> None:
         """It handed a job back: give it time, twice as much each time in a row."""
+        if now < self.rests_until:
+            return  # of the same burst
         self.rests_until = now + min(REST_MAX_S, REST_S * 2**self.returns)
         self.returns = min(self.returns + 1, 16)
 
