@@ -82,8 +82,12 @@ class Edf(Policy, frozen=True, tag="edf"):
 class Urgency(Policy, frozen=True, tag="urgency"):
     """Earliest due first among those who can still make it, with priorities; the rest are set aside, reversibly."""
 
-    odds_min: Share = 0.1
-    "Below this chance to be on time on its best endpoint a request is set aside; 0: never."
+    odds_min: Share = 0.8
+    """
+    Below this chance to be on time on its best endpoint a request is set aside; 0: never.
+
+    In overload the place of one who probably fails is worth more to one who probably does not.
+    """
 
     patience_s: Positive = 60.0
     "A request without promise is ranked as if it were due this long after it came."

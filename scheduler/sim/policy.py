@@ -102,7 +102,7 @@ class Plan(_Core, frozen=True, tag="plan"):
 class CoreUrgency(_Core, frozen=True, tag="urgency"):
     """The rolling plan with `urgency`: earliest due first among the feasible, the rest set aside."""
 
-    odds_min: float = 0.1
+    odds_min: float = Urgency().odds_min
     aside_share: float = 0.05
     best_fit_slack_s: float = float("inf")
 
