@@ -234,7 +234,7 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     "How long token logs and private results stay readable after the end."
 
     metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
-    "Where /metrics, /healthz and /readyz are served; 0: nowhere."
+    "Where /metrics, /healthz and /readyz are served; 0: a free port, which the ready line names."
 
     def __post_init__(self) -> None:
         names = [engine.name for engine in self.engines]

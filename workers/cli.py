@@ -144,7 +144,9 @@ def worker(
     drain_s: Annotated[
         float | None, typer.Option(help="Seconds to finish in after SIGTERM.")
     ] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="For /metrics; 0: nowhere.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="For /metrics, /healthz, /readyz; 0: a free one.")
+    ] = None,
 ) -> Coroutine[object, object, None]:
     """Stand beside one or more vLLM engines: take their jobs from Redis and see each to its end.
 
@@ -170,7 +172,7 @@ async def _work(settings: Settings) -> None:
                     "worker": worker.name,
                     "pool": settings.pool,
                     "engines": {one.name: one.url for one in settings.worker.engines},
-                    "metrics_port": settings.worker.metrics_port,
+                    "metrics_port": worker.metrics_port,
                 }
             ).decode()
         )

@@ -41,6 +41,8 @@ class Worker:
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
         self.endpoints: list[Endpoint] = []
+        self.metrics_port = 0
+        "Where it serves /metrics, once it works."
 
     def stop(self) -> None:
         """Drain and end; said twice, give back at once what still runs."""
@@ -66,14 +68,14 @@ class Worker:
                 for address in settings.worker.engines
             ]
             async with contextlib.AsyncExitStack() as stack:
-                if settings.worker.metrics_port:
-                    runner = await metrics.serve(
-                        meter,
-                        settings.worker.metrics_port,
-                        is_ready=self._is_ready,
-                        refresh=self._show,
-                    )
-                    stack.push_async_callback(runner.cleanup)
+                runner = await metrics.serve(
+                    meter,
+                    settings.worker.metrics_port,
+                    is_ready=self._is_ready,
+                    refresh=self._show,
+                )
+                stack.push_async_callback(runner.cleanup)
+                self.metrics_port = int(runner.addresses[0][1])
                 await self._work(writer, ready)
         finally:
             await connection.close()

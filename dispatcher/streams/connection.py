@@ -346,7 +346,9 @@ class _Weather:
         if isinstance(
             error, weather.RedisError | weather.RedisClusterException | TimeoutError | OSError
         ):
-            raise StreamError(f"redis at {self._shown}: {error or kind}") from error
+            raise StreamError(
+                f"redis at {self._shown}: {str(error) or type(error).__name__}"
+            ) from error
 
 
 @contextlib.contextmanager

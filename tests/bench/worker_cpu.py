@@ -28,11 +28,11 @@ def cpu_s(pid: int) -> float:
 
 
 async def measure(url: str, n: int, n_tokens: int, *, is_streamed: bool) -> None:
-    engine = subprocess.Popen(
+    engine = subprocess.Popen(  # noqa: ASYNC220
         [HEADGATE, "emulate", "--profile", "a100", "--max-num-seqs", "256"], stdout=subprocess.PIPE
     )
     engine_url = json.loads(engine.stdout.readline())["url"]
-    worker = subprocess.Popen(
+    worker = subprocess.Popen(  # noqa: ASYNC220
         [HEADGATE, "--redis", url, "--pool", "bench", "worker", "--engine", f"e0={engine_url}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -52,7 +52,7 @@ async def measure(url: str, n: int, n_tokens: int, *, is_streamed: bool) -> None
         spent, engine_spent = cpu_s(worker.pid) - before, cpu_s(engine.pid) - engine_before
         wall_s = time.perf_counter() - at
         tokens = n * n_tokens
-        print(
+        print(  # noqa: T201
             f"{'streamed' if is_streamed else 'quiet'}: {tokens} tokens of {n} requests in {wall_s:.1f} s; "
             f"worker {spent / tokens * 1e6:.0f} us a token ({spent / wall_s:.2f} core), "
             f"engine {engine_spent / tokens * 1e6:.0f} us a token"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,10 @@ class TestReady:
         assert system["models"] == ["emulated"]
         assert {one["hardware"] for one in system["endpoints"]} == {"h100", "a100", "l40s", "a30"}
         assert {"dispatcher", "worker-0", "redis"} <= system["pids"].keys()
-        assert system["metrics"]["dispatcher"].startswith("http://127.0.0.1:")
+        assert {"dispatcher", "worker-0", "door"} <= system["metrics"].keys()
+        for url in system["metrics"].values():
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                assert b"headgate_" in answer.read()
 
 
 class TestWaysIn:

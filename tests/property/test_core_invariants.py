@@ -247,7 +247,7 @@ class World(RuleBasedStateMachine):
             slot = endpoint.slot
             assert ledger.seats[slot] == len(endpoint.held) <= fleet.seats_max[slot]
             assert 0 <= ledger.kv[slot] <= fleet.kv_max[slot]
-            assert 0 <= ledger.decode_kv[slot]
+            assert ledger.decode_kv[slot] >= 0
             assert ledger.tokens[slot] == sum(x.tokens for x in ledger.prefilling[slot].values())
 
     def teardown(self):
