@@ -32,7 +32,7 @@ test: install
 vllm: install
 	PYTHON=$(abspath $(BIN))/python deploy/vllm/install.sh .venv-vllm
 
-# The same facts against real vLLM servers, and the main job through a fleet of them: some 12 minutes, 8 GB of memory.
+# The same facts against real vLLM servers, and the main job through a fleet of them: some 15 minutes, 6 GB of memory.
 test-vllm: VLLM_OPTIONS := -p no:xdist --tb short -o timeout=300 -o timeout_method=signal
 test-vllm: install vllm
 	$(BIN)/pytest $(VLLM_OPTIONS) --engine vllm tests/engine $(ARGS)
