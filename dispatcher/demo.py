@@ -37,6 +37,9 @@ BATCH_SEQS = 64
 PROMPTS_BUILT = 2000
 "The most rows of one demo: prompts are built before the clock starts."
 
+COLD = 50
+"After so many completions the predictors have seen every endpoint a few times."
+
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
     """A duration over many requests, seconds of the workload's clock."""
@@ -95,6 +98,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     "Median relative error of the predicted time to first token, one a stretch of time."
 
     error_stretch_s: float
+    error_cold: float | None
+    "The same over the first `COLD` first tokens."
+
+    error_warm: float | None
+    "And over all later ones."
+
     late_s: float
     "99th percentile of how late a request was sent, wall seconds: above a few ms this machine is too slow."
 
@@ -178,6 +187,10 @@ class Demo:
         sent = [row for row in self._rows if row.handle is not None]
         records = [row.record for row in sent if row.record is not None]
         lates = [row.sent_late_s for row in sent if row.sent_late_s is not None]
+        begun = sorted(
+            (reward for reward in self._rewards if reward.first_token_at is not None),
+            key=lambda reward: reward.first_token_at or 0.0,
+        )
         return Report(
             at_s=(self._client.connection.now() - self._began_at) * self._scale,
             sent=len(sent),
@@ -189,6 +202,8 @@ class Demo:
             tpot=self._spread([record.tpot_s for record in records]),
             endpoints=self._endpoints(records),
             errors=self._errors(),
+            error_cold=glance.error(begun[:COLD]),
+            error_warm=glance.error(begun[COLD:]),
             error_stretch_s=self._stretch_s,
             late_s=float(np.quantile(lates, 0.99)) if lates else 0.0,
             time_scale=self._scale,

@@ -21,7 +21,7 @@ from dispatcher.cli.output import seconds
 from dispatcher.cli.status import share
 from dispatcher.cli.up import fleet
 from dispatcher.client import Client
-from dispatcher.demo import Demo, Report, Spread
+from dispatcher.demo import COLD, Demo, Report, Spread
 from dispatcher.stack import PROFILES, Stack, Wanted
 from scheduler.errors import SettingsError
 from scheduler.settings import Settings
@@ -174,13 +174,19 @@ def picture(report: Report) -> RenderableType:
         f"{ended or 'none ended'}; {report.unended} under way"
     )
     bars = "".join(_bar(e) for e in report.errors)
-    known = [e for e in report.errors if e is not None]
     learned = Text(
-        f"prediction of the first token off by, each {report.error_stretch_s:.0f} s: {bars} "
-        + (f"{known[0]:.0%} at first, {known[-1]:.0%} at last" if known else "")
+        f"predicted first token off by {share(report.error_cold)} over the first {COLD} requests, "
+        f"{share(report.error_warm)} since; each {report.error_stretch_s:.0f} s: {bars}"
     )
     late = Text(f"requests were sent at most {seconds(report.late_s)} late (P99)")
-    return Group(head, _class_table(report), _endpoint_table(report), learned, late)
+    return Group(
+        head,
+        _promise_table(report),
+        _time_table(report),
+        _endpoint_table(report),
+        learned,
+        late,
+    )
 
 
 def _bar(error: float | None) -> str:
@@ -189,15 +195,20 @@ def _bar(error: float | None) -> str:
     return BARS[min(len(BARS) - 1, 1 + int(error * (len(BARS) - 1)))]
 
 
-def _class_table(report: Report) -> Table:
-    head = ("work", "promise", "ended", "on time", "TTFT mean", "P50", "P90", "P99")
-    table = Table(*head, "TPOT mean", "P50", "P90", "P99", box=None)
+def _promise_table(report: Report) -> Table:
+    table = Table("work", "promise", "ended", "on time", box=None)
     for one in report.classes:
         ended = f"{one.ended}/{one.sent}"
-        spreads = (*_cells(one.ttft), *_cells(one.tpot))
-        table.add_row(one.name, one.promise or "-", ended, share(one.on_time), *spreads)
-    ended = f"{sum(report.outcomes.values())}/{report.sent}"
-    table.add_row("all", "", ended, "", *_cells(report.ttft), *_cells(report.tpot), style="bold")
+        table.add_row(one.name, one.promise or "-", ended, share(one.on_time))
+    return table
+
+
+def _time_table(report: Report) -> Table:
+    head = ("work", "TTFT mean", "P50", "P90", "P99", "TPOT mean", "P50", "P90", "P99")
+    table = Table(*head, box=None)
+    for one in report.classes:
+        table.add_row(one.name, *_cells(one.ttft), *_cells(one.tpot))
+    table.add_row("all", *_cells(report.ttft), *_cells(report.tpot), style="bold")
     return table
 
 
