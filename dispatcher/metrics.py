@@ -272,7 +272,11 @@ class Exposition(Collector):
             ("turns", "Turns of the loop.", meter.turns),
             ("reigns", "How often this node became leader.", meter.reigns),
             ("redis_round_trips", "Pipelines of moves.", self._figures.round_trips),
-            ("best_cached_tokens", "Prefix tokens believed cached where most are.", meter.best_tokens),
+            (
+                "best_cached_tokens",
+                "Prefix tokens believed cached where most are.",
+                meter.best_tokens,
+            ),
             ("selected_cached_tokens", "Prefix tokens believed cached.", meter.selected_tokens),
             ("reused_cached_tokens", "Prefix tokens found cached.", meter.reused_tokens),
             ("prompt_tokens", "Prompt tokens of ended requests.", meter.prompt_tokens),

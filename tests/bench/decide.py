@@ -105,7 +105,9 @@ def full(endpoints: int, waiting: int, steps: int) -> list[float]:
     rng = np.random.default_rng(2)
     core, now, took, flying, number = pool(endpoints), 0.0, [], [], 0
     for _ in range(steps + 50):
-        while ((view := core._memory.book.lines) and len(view.waiting) < waiting) or number < waiting:
+        while (
+            (view := core._memory.book.lines) and len(view.waiting) < waiting
+        ) or number < waiting:
             arrive(core, number, now, rng)
             number += 1
         started = time.perf_counter()

@@ -111,7 +111,10 @@ class TestParse:
                 id="secret in URL",
             ),
             pytest.param(
-                "[redis]\nurl = 'redis://['", {}, "redis.url is no URL: Invalid IPv6 URL", id="no URL"
+                "[redis]\nurl = 'redis://['",
+                {},
+                "redis.url is no URL: Invalid IPv6 URL",
+                id="no URL",
             ),
             pytest.param(
                 "[redis]\npassword = 's'",
