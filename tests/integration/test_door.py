@@ -191,7 +191,7 @@ class TestRefused:
             pytest.param(
                 {"max_tokens": 10**9},
                 openai.BadRequestError,
-                "context length",
+                "max_model_len",
                 id="the engine's own",
             ),
         ],
