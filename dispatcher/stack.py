@@ -120,7 +120,7 @@ class Stack:
             directory=directory / "redis",
         )
         self._engines: list[Child] = []
-        self._dispatcher: Child | None = None
+        self._dispatchers: list[Child] = []
         self._workers: list[Child] = []
         self._door: Child | None = None
         self._endpoints: list[Engine] = []
@@ -194,8 +194,8 @@ class Stack:
 
     @property
     def _children(self) -> list[Child]:
-        ones = [self._dispatcher, *self._workers, self._door]
-        return [*self._engines, *(one for one in ones if one is not None)]
+        doors = [self._door] if self._door is not None else []
+        return [*self._engines, *self._dispatchers, *self._workers, *doors]
 
     async def _start(self) -> None:
         counts: Counter[str] = Counter()
@@ -203,8 +203,13 @@ class Stack:
             name = f"{profile}-{counts[profile]}"
             counts[profile] += 1
             self._engines.append(self._child(name, self._emulator(profile, len(self._engines))))
-        self._dispatcher = self._child("dispatcher", lambda _: ["dispatcher"])
-        await _together([child.start() for child in [*self._engines, self._dispatcher]])
+        leader, standby = (
+            self._child(name, lambda _: ["dispatcher"]) for name in ("dispatcher", "standby")
+        )
+        self._dispatchers = [leader]
+        await _together([child.start() for child in [*self._engines, leader]])
+        # A death is seen and mended here; only a standby mends a leader that freezes.
+        self._dispatchers.append(standby)
         # At another speed than the real one the prior for that hardware would be wrong by just as much.
         is_real = self._wanted.time_scale == 1.0
         emulated = [
@@ -223,7 +228,7 @@ class Stack:
         if self._wanted.door_port is not None:
             self._door = self._child("door", self._door_words(self._wanted.door_port))
         doors = [self._door] if self._door is not None else []
-        await _together([child.start() for child in [*self._workers, *doors]])
+        await _together([child.start() for child in [standby, *self._workers, *doors]])
         await self._await_beats()
 
     def _door_words(self, port: int) -> Callable[[Ready | None], list[str]]:

@@ -104,6 +104,19 @@ class TestReady:
                 assert b"headgate_" in answer.read()
 
 
+class TestFrozen:
+    async def test_the_standby_takes_over(self, system, client):
+        """A frozen leader answers nobody; within its lease the standby does."""
+        os.kill(system["pids"]["dispatcher"], signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(20):
+                answer = await (await client.submit(asks()))
+        finally:
+            os.kill(system["pids"]["dispatcher"], signal.SIGCONT)
+
+        assert answer.record.output_tokens == 8
+
+
 class TestWaysIn:
     async def test_submit(self, client):
         """An answer with its promises judged."""
