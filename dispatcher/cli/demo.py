@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 import typer
+from msgspec import structs
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -28,7 +29,7 @@ from scheduler.settings import Settings
 from scheduler.sim import profile as engines
 from scheduler.sim import trace as traces
 from scheduler.sim.generate import MIXES, generated
-from scheduler.sim.workload import Promise, Workload, promised
+from scheduler.sim.workload import Arrival, Promise, Workload, promised
 
 app = typer.Typer()
 
@@ -41,8 +42,15 @@ LINE_S = 5.0
 LOAD = 0.65
 "Deadlines bind, and most can be kept."
 
-PROMISE = Promise(ttft_s=0.5, tpot_s=0.05)
-"For traces, which promise nothing: a person in a chat, and what the smaller GPUs keep at a moderate batch only."
+TIERS = (
+    ("to 2k tokens", 2_000, Promise(ttft_s=0.5, tpot_s=0.05)),
+    ("to 8k tokens", 8_000, Promise(ttft_s=2.0, tpot_s=0.05)),
+    ("longer", 1 << 62, Promise(ttft_s=5.0, tpot_s=0.1)),
+)
+"""
+For traces, which promise nothing, by the prompt's length: 0.5 s is a person in a chat, and less than any GPU here
+needs to read 20,000 tokens. So is 50 ms a token what the smaller ones keep at a moderate batch only.
+"""
 
 JITTER = 0.15
 "Of the emulated engines' coefficients, so that there is something to learn."
@@ -136,7 +144,13 @@ def _rows(path: Path) -> Workload:
     except traces.TraceError as error:
         raise SettingsError(str(error)) from None
     has_promise = any(row.ttft_s or row.deadline_s for row in rows)
-    return rows if has_promise else promised(rows, PROMISE)
+    return rows if has_promise else tuple(_tiered(row) for row in rows)
+
+
+def _tiered(row: Arrival) -> Arrival:
+    name, _, promise = next(tier for tier in TIERS if row.prompt_tokens <= tier[1])
+    [row] = promised([row], promise)
+    return structs.replace(row, client=name)
 
 
 async def _shown(play: Demo) -> Report:
