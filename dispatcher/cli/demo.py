@@ -104,6 +104,11 @@ async def demo(
         output.console().print(picture(report))
     if svg is not None:
         _draw(report, svg)
+    judge(report)
+
+
+def judge(report: Report) -> None:
+    """Exit with 1 where a single request has no terminal record."""
     if report.unended:
         output.talk(f"{report.unended} requests have no terminal record")
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """The demo as a person runs it: short here, but the whole way."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 from dispatcher import demo
+from dispatcher.cli.demo import judge
 from scheduler.sim import profile
 from scheduler.sim.workload import Arrival
 
@@ -69,6 +72,32 @@ def test_it_ends_by_itself_with_every_request_answered(tmp_path):
     assert {one["name"] for one in report["classes"]} <= {"chat", "code", "summarise", "batch"}
     assert sum(one["served"] for one in report["endpoints"]) == report["outcomes"]["completed"]
     assert (tmp_path / "demo.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("unended", [0, 1])
+def test_one_request_without_a_record_fails_the_demo(unended):
+    """A single request that was sent and never ended makes the exit code 1; none leaves it alone."""
+    report = demo.Report(
+        at_s=1.0,
+        sent=2,
+        total=2,
+        outcomes={"completed": 2 - unended},
+        unended=unended,
+        classes=[],
+        ttft=None,
+        tpot=None,
+        endpoints=[],
+        errors=[],
+        error_stretch_s=1.0,
+        error_cold=None,
+        error_warm=None,
+        late_s=0.0,
+        time_scale=1.0,
+    )
+    with pytest.raises(typer.Exit) if unended else contextlib.nullcontext() as caught:
+        judge(report)
+
+    assert caught is None or caught.value.exit_code == 1
 
 
 def test_a_bad_trace_is_one_line(tmp_path):

@@ -121,7 +121,7 @@ class TestFiles:
         assert found == []
 
     @pytest.mark.parametrize(
-        "line", ["pip install --index-url x", "cd /home/me/headgate", "see /work/x"]
+        "line", ["pip install --index-url x", "cd /home/me/headgate", "see /Users/x"]
     )
     def test_such_a_line_would_be_seen(self, line):
         """The patterns match what they are for."""
