@@ -37,6 +37,9 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 NAME_CHARS = 256
 "The longest model, tenant, session, objective or reply name that is read."
 
+KV_PARAMS_BYTES = 131_072
+"The longest `kv_transfer_params` that are carried: an engine that names more blocks prefills for nobody."
+
 BLOCKS_MAX = 512
 "The most prefix blocks a request may bring; the rest of a longer prompt cannot be matched."
 
@@ -180,6 +183,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: str = ""
     "W3C trace context."
 
+    kv_params: bytes = b""
+    "For `decode`: the prefill engine's `kv_transfer_params`, JSON, as its reward brought them; opaque."
+
+    kv_until_at: float | None = None
+    "For `decode`: from then on the prefill engine may have forgotten the KV; a later job is handed back."
+
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True):
     """An endpoint's heartbeat, and at once its progress: written each `beat_s`, and sooner when there is news."""
@@ -219,6 +228,12 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
 
     max_model_len: int = 0
     "The longest context it serves; 0: unknown."
+
+    link_gbps: float = 0.0
+    "Gigabits a second of its link, when KV is handed over; 0: it hands over none, and takes only whole requests."
+
+    kv_token_bytes: int = 0
+    "One token's KV: what a hand-over must carry; 0: unknown."
 
     running: int = 0
     "Requests in the engine's batch, as scraped; information, never the control signal."
@@ -350,7 +365,10 @@ class Reward(msgspec.Struct, frozen=True, kw_only=True):
     "What part of the request."
 
     outcome: str
-    "The terminal outcome, or `returned`: handed back, to be tried again."
+    """
+    The terminal outcome; or `returned`: handed back, to be tried again; or `prefilled`: a `prefill` leg has done
+    its part, and the request waits for an endpoint that decodes.
+    """
 
     reason: str = ""
     "Why, unless completed."
@@ -417,6 +435,9 @@ class Reward(msgspec.Struct, frozen=True, kw_only=True):
 
     features: tuple[str, ...] = ()
     "The job's features, verbatim."
+
+    kv_params: bytes = b""
+    "For `prefilled`: the engine's `kv_transfer_params`, JSON, opaque, at most 128 KiB."
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True):
