@@ -12,8 +12,9 @@ Nothing here changes a ticket or the ledger: the plan is a list of turns that th
 as no endpoint could start anything within the window, so a full fleet costs next to nothing.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -26,12 +27,6 @@ from scheduler.policies import Terms
 from scheduler.prefix import BLOCK_TOKENS
 from scheduler.room import Offer, Room
 from scheduler.state import Bools, Floats, Ticket
-
-CHUNK = 4
-"Requests priced at once to begin with, then twice as many each time: most plans end after a few."
-
-PRICED_MAX = 64
-"The most priced at once."
 
 ASIDE_MAX = 32
 "The most that one step sets aside (I8); the next step, at once, goes on behind them."
@@ -117,8 +112,11 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     "Predicted seconds to its first token on its best endpoint."
 
 
-Pricer = Callable[[Ticket], tuple[Floats, Floats]]
-"A request's cached tokens on every slot, and its barrier: 0 where it may go, `inf` where not."
+Pricer = Callable[[Ticket], tuple[Floats | None, Floats]]
+"A request's cached tokens on every slot (None: nobody has any), and its barrier: 0 where it may go, `inf` where not."
+
+Spread = Callable[[Floats], Floats]
+"By what factor the lucky `odds_min` part of requests beats its prediction, given the seconds before it on each slot."
 
 
 class Planner:
@@ -131,9 +129,9 @@ class Planner:
         now: float,
         settings: PlanSettings,
         terms: Terms,
-        spread: Floats,
+        spread: Spread,
         pricer: Pricer,
-        noise: Noise,
+        noise: Callable[[], Noise],
         rng: np.random.Generator,
     ) -> None:
         """Plan with this room.
@@ -143,19 +141,19 @@ class Planner:
             now: unix seconds.
             settings: how far and how early.
             terms: what the policy asks.
-            spread: float64[n_slots], by what factor the lucky `odds_min` part of requests beats its prediction.
+            spread: how much luckier than predicted a request may be; asked once, if ever.
             pricer: prefix cache and eligibility of a request.
-            noise: how far off the predicted pace may be.
+            noise: how far off the predicted pace may be; asked once, if ever.
             rng: decides between equals.
         """
         self.room = room
         self.now = now
         self.settings = settings
         self.terms = terms
-        self.spread = spread
         self.pricer = pricer
-        self.noise = noise
         self.rng = rng
+        self._ask_spread = spread
+        self._ask_noise = noise
         self.choices: list[Choice] = []
         self.turns: list[Turn] = []
         "Who is to be set aside, and who after all is not."
@@ -166,28 +164,41 @@ class Planner:
         self.is_exhausted = False
         "Whether all of the line was considered: what is idle then, nobody urgent wants."
 
+    @functools.cached_property
+    def spread(self) -> Floats:
+        """By what factor the lucky `odds_min` part of requests beats its prediction; float64[n_slots]."""
+        return self._ask_spread(self.room.backlog_s)
+
+    @functools.cached_property
+    def noise(self) -> Noise:
+        """How far off the predicted pace may be."""
+        return self._ask_noise()
+
     def serve(self, line: Sequence[Ticket]) -> None:
         """Plan these, most urgent first, until nothing more could start within the window."""
-        for offer in self._offers(line):
+        for ticket in line:
+            if self._blocked >= BLOCKED_MAX and ticket.promise.tpot_s is not None:
+                continue
             if not self.room.can_start(self.settings.commit_window_s):
                 return
             if len(self.turns) >= ASIDE_MAX:
                 self.is_cut = True
                 return
-            self._place(offer)
+            self._place(self._price(ticket))
         self.is_exhausted = True
 
     def hopeful(self, aside: Sequence[Ticket]) -> list[Ticket]:
         """Who of those set aside could make it alone, by the plain prediction: worth another place in the plan."""
-        young = [ticket for ticket in aside if ticket.due_at > self.now]
-        if not young or not self.room.can_start(self.settings.commit_window_s):
+        if not self.room.can_start(self.settings.commit_window_s):
             return []
-        offers = self._price(young[:PRICED_MAX])
-        open_s = self.room.start_s + self.room.shut_s
-        best_s = (open_s + np.array([offer.service_s for offer in offers])).min(axis=1)
-        return [
-            o.ticket for o, s in zip(offers, best_s, strict=True) if s <= o.ticket.due_at - self.now
-        ]
+        return [ticket for ticket in aside if self._is_hopeful(ticket)]
+
+    def _is_hopeful(self, ticket: Ticket) -> bool:
+        left_s = ticket.due_at - self.now
+        if left_s <= 0:
+            return False
+        total_s = self.room.open_s + self._price(ticket).service_s
+        return bool(np.minimum.reduce(total_s) <= left_s)
 
     def fill(self, aside: Sequence[Ticket], *, is_calm: bool) -> None:
         """Give what the plan leaves idle to these, in their order.
@@ -197,30 +208,33 @@ class Planner:
             is_calm: nobody urgent waits. Otherwise only what is shorter than the window is let in, since it
                 cannot be interrupted.
         """
-        for offer in self._offers(aside):
-            idle = (self.room.start_s <= IDLE_S) & ~self.room.reserved
+        for ticket in aside:
+            idle = (self.room.open_s <= IDLE_S) & ~self.room.reserved
+            if not idle.any():
+                return
+            offer = self._price(ticket)
             worthy = self._worthy(offer)
             if worthy is not None:
                 idle &= worthy
             total_s = np.where(idle, self._total_s(offer), np.inf)
             slot = int(total_s.argmin())
-            if not np.isfinite(total_s[slot]):
+            if total_s[slot] == math.inf:
                 return
             if is_calm or offer.work_s[slot] <= self.settings.commit_window_s:
                 self._hand_over(offer, slot, total_s, 1.0, "late, on an endpoint that is idle")
 
     def serve_aged(self, ticket: Ticket) -> None:
         """Give one that was set aside its share, whatever its chances, if it could start now."""
-        for offer in self._offers([ticket]):
-            total_s = self._total_s(offer)
-            slot = int(total_s.argmin())
-            if np.isfinite(total_s[slot]) and self._starts_now(slot):
-                self._hand_over(offer, slot, total_s, 1.0, "late, its turn by the aside share")
+        offer = self._price(ticket)
+        total_s = self._total_s(offer)
+        slot = int(total_s.argmin())
+        if total_s[slot] < math.inf and self._starts_now(slot):
+            self._hand_over(offer, slot, total_s, 1.0, "late, its turn by the aside share")
 
     def _place(self, offer: Offer) -> None:
         total_s = self._total_s(offer)
         best = int(total_s.argmin())
-        if not np.isfinite(total_s[best]):
+        if total_s[best] == math.inf:
             self._wait_for_room(offer)
             return
         can_make_it = self._can_make_it(offer.ticket, total_s)
@@ -228,7 +242,7 @@ class Planner:
         if worthy is not None and not worthy.all():
             worthy_s = np.where(worthy, total_s, np.inf)
             kept = int(worthy_s.argmin())
-            if np.isfinite(worthy_s[kept]):
+            if worthy_s[kept] < math.inf:
                 total_s, best = worthy_s, kept
             elif can_make_it:
                 self._blocked += offer.ticket.promise.tpot_s is not None
@@ -253,13 +267,13 @@ class Planner:
             fits = np.where(total_s / self.spread <= left_s, total_s, -np.inf)
             fits[~np.isfinite(total_s)] = -np.inf
             return int(fits.argmax()), 1.0, "patient: the slowest endpoint that makes it"
-        # Who is promised a first token pays for others only out of its slack.
         score_s = total_s + self.settings.fill * self.room.used
-        late = total_s > max(left_s, float(total_s[best]))
-        score_s[late] = np.inf
+        if left_s < math.inf:
+            # Who is promised a first token pays for others only out of its slack.
+            score_s[total_s > max(left_s, float(total_s[best]))] = math.inf
         cheapest = int(score_s.argmin())
         why = "earliest first token" if cheapest == best else "a little later, where more is free"
-        near = np.flatnonzero(score_s <= score_s[cheapest] * (1.0 + self.settings.tie))
+        near = (score_s <= score_s[cheapest] * (1.0 + self.settings.tie)).nonzero()[0]
         if len(near) == 1:
             return cheapest, 1.0, why
         drawn = int(self.rng.random() * len(near))
@@ -269,15 +283,21 @@ class Planner:
         self, offer: Offer, slot: int, total_s: Floats, propensity: float, why: str
     ) -> None:
         line = self._line(offer, slot)
+        cached = best_cached = 0.0
+        if offer.cached is not None:
+            cached = min(float(offer.cached[slot]), offer.prompt - 1.0)
+            open_to_it = offer.cached[np.isfinite(offer.service_s)]
+            best_cached = min(float(open_to_it.max()), offer.prompt - 1.0)
+        work_s = float(offer.work_s[slot])
         self.choices.append(
             Choice(
                 ticket=offer.ticket,
                 slot=slot,
                 line=line,
-                cached_tokens=int(offer.cached[slot]),
-                best_cached_tokens=int(offer.cached[np.isfinite(offer.service_s)].max()),
+                cached_tokens=int(cached),
+                best_cached_tokens=int(best_cached),
                 start_s=float(self.room.start_s[slot]),
-                work_s=float(offer.work_s[slot]),
+                work_s=work_s,
                 total_s=float(total_s[slot]),
                 ahead_tokens=float(self.room.tokens[slot]),
                 ahead_pairs=float(self.room.pairs[slot]),
@@ -286,21 +306,27 @@ class Planner:
                 why=why,
             )
         )
-        self.room.take(slot, float(offer.work_s[slot]), line)
+        self.room.take(slot, work_s, line)
 
     def _total_s(self, offer: Offer) -> Floats:
-        total_s: Floats = self.room.start_s + self.room.shut_s + offer.service_s
-        tight = self.room.kv < offer.kv
-        if tight.any():
-            for slot in np.flatnonzero(tight & np.isfinite(total_s)):
-                if self.room.kv[slot] < self._kv_needed(offer, int(slot)):
-                    total_s[slot] = np.inf
+        """Predicted seconds to its first token; `inf` where it may not go or finds no room now."""
+        total_s: Floats = self.room.open_s + offer.service_s
+        if self.room.is_tight(offer.kv):
+            kv = self._kv(offer)
+            blocks = offer.ticket.request.blocks
+            tight = (self.room.kv < kv) & (total_s < math.inf)
+            if not blocks:
+                total_s[tight] = math.inf
+                return total_s
+            for slot in tight.nonzero()[0].tolist():
+                shared = self.room.pins.depth(slot, chain(blocks, float(kv[slot])))
+                if self.room.kv[slot] < float(kv[slot]) - BLOCK_TOKENS * shared:
+                    total_s[slot] = math.inf
         return total_s
 
-    def _kv_needed(self, offer: Offer, slot: int) -> float:
-        """KV tokens it would take there, beside what others hold for it."""
-        own = chain(offer.ticket.request.blocks, offer.kv[slot])
-        return float(offer.kv[slot]) - BLOCK_TOKENS * self.room.pins.depth(slot, own)
+    def _kv(self, offer: Offer) -> Floats:
+        """KV tokens that it would hold on each slot: no more than there are."""
+        return np.minimum(offer.kv, self.room.kv_max)
 
     def _wait_for_room(self, offer: Offer) -> None:
         """It fits nowhere now. The endpoint that suits it best is kept from those behind it, so that it empties.
@@ -308,14 +334,14 @@ class Planner:
         Otherwise small requests would keep every endpoint too full for a large one for ever.
         """
         slot = int((self.room.start_s + offer.service_s).argmin())
-        if np.isfinite(offer.service_s[slot]):
-            self.room.shut_s[slot] = np.inf
+        if offer.service_s[slot] < math.inf:
+            self.room.shut(slot)
 
     def _can_make_it(self, ticket: Ticket, total_s: Floats) -> bool:
         """Whether its chance to be on time on its best endpoint is at least the policy's `odds_min`."""
-        if self.terms.odds_min <= 0 or not np.isfinite(ticket.due_at):
+        if self.terms.odds_min <= 0 or ticket.due_at == math.inf:
             return True
-        return bool((total_s * self.spread).min() <= ticket.due_at - self.now)
+        return bool(np.minimum.reduce(total_s * self.spread) <= ticket.due_at - self.now)
 
     def _worthy(self, offer: Offer) -> Bools | None:
         """Where it gains more than it breaks: the odds of its own pace against what it takes from the others'.
@@ -325,21 +351,22 @@ class Planner:
         room, promise = self.room, offer.ticket.promise
         if self.settings.pace_worth <= 0 or (promise.tpot_s is None and not room.decodes.is_bound):
             return None
-        pace_s = room.decodes.pace_s(offer.kv)
+        kv = self._kv(offer)
+        pace_s = room.decodes.pace_s(kv)
         gain = np.ones(len(pace_s))
         if promise.tpot_s is not None and promise.tpot_s >= room.decodes.load.alone_s.min():
             gain = self.noise.odds(promise.tpot_s, pace_s)
             gain[gain < PACE_ODDS_MIN] = 0.0
-        value = promise.weight * gain - self._harm(offer, pace_s)
+        value = promise.weight * gain - self._harm(offer, kv, pace_s)
         worthy: Bools = (value > 0) & (
             value >= value[np.isfinite(offer.service_s)].max(initial=0.0) - PACE_TIE
         )
         return worthy
 
-    def _harm(self, offer: Offer, pace_s: Floats) -> Floats:
+    def _harm(self, offer: Offer, kv: Floats, pace_s: Floats) -> Floats:
         """How many promises per token of those who are there it would break."""
         decodes = self.room.decodes
-        added_s = decodes.load.sequence_s + decodes.load.token_s * offer.kv
+        added_s = decodes.load.sequence_s + decodes.load.token_s * kv
         added_s = added_s + offer.work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
         broken = self.noise.harm(np.minimum(decodes.tightest_s, 1e3), pace_s, added_s / pace_s)
         harm: Floats = self.settings.pace_worth * decodes.promised * broken
@@ -347,50 +374,42 @@ class Planner:
 
     def _line(self, offer: Offer, slot: int) -> Line:
         """What the ledger is to hold; a promise per token that cannot be kept there binds nobody."""
-        own_s = offer.ticket.promise.tpot_s
-        keeps = own_s is not None and own_s >= self.room.decodes.pace_s(offer.kv)[slot]
+        prompt, own_s = offer.prompt, offer.ticket.promise.tpot_s
+        kv = min(offer.kv, float(self.room.kv_max[slot]))
+        keeps = own_s is not None and own_s >= self.room.decodes.pace_s(self._kv(offer))[slot]
+        tokens = prompt
+        if offer.cached is not None:
+            tokens -= min(float(offer.cached[slot]), prompt - 1.0)
         return Line(
-            tokens=float(offer.tokens[slot]),
-            pairs=float(offer.pairs[slot]),
-            kv=float(offer.kv[slot]),
+            tokens=tokens,
+            pairs=tokens * (prompt - 0.5 * tokens),
+            kv=kv,
             tpot_s=own_s if own_s is not None and keeps else math.inf,
-            blocks=chain(offer.ticket.request.blocks, offer.kv[slot]),
+            blocks=chain(offer.ticket.request.blocks, kv),
         )
 
     def _starts_now(self, slot: int) -> bool:
         return bool(self.room.start_s[slot] <= self.settings.commit_window_s)
 
-    def _offers(self, tickets: Sequence[Ticket]) -> Iterator[Offer]:
-        at, count = 0, CHUNK
-        while at < len(tickets):
-            chunk = tickets[at : at + count]
-            if self._blocked >= BLOCKED_MAX:
-                chunk = [ticket for ticket in chunk if ticket.promise.tpot_s is None]
-            yield from self._price(chunk)
-            at, count = at + count, min(2 * count, PRICED_MAX)
-
-    def _price(self, tickets: Sequence[Ticket]) -> list[Offer]:
-        """Price a chunk at once: arrays are float64[n_tickets, n_slots]."""
-        if not tickets:
-            return []
+    def _price(self, ticket: Ticket) -> Offer:
+        """What it would cost on every slot."""
         rates = self.room.rates
-        priced = [self.pricer(ticket) for ticket in tickets]
-        prompt = np.array([[float(max(1, t.prompt_tokens))] for t in tickets])
-        output = np.array([[float(t.output_tokens)] for t in tickets])
-        cached = np.minimum(np.array([row for row, _ in priced]), prompt - 1.0)
-        barrier = np.array([row for _, row in priced])
-        tokens = prompt - cached
-        pairs = cost.attention(tokens, prompt)
-        work_s = tokens * rates.token_s + pairs * rates.pair_s
+        cached, barrier = self.pricer(ticket)
+        prompt = float(max(1, ticket.prompt_tokens))
+        if cached is None:
+            work_s = prompt * rates.token_s + (0.5 * prompt * prompt) * rates.pair_s
+        else:
+            tokens = prompt - np.minimum(cached, prompt - 1.0)
+            work_s = tokens * rates.token_s + cost.attention(tokens, prompt) * rates.pair_s
         service_s = work_s + rates.overhead_s + barrier
-        service_s[prompt > self.room.length_max] = np.inf
-        kv = np.minimum(prompt + output, self.room.kv_max)
-        return [
-            Offer(t, cached[i], tokens[i], pairs[i], work_s[i], service_s[i], kv[i])
-            for i, t in enumerate(tickets)
-        ]
+        if prompt > self.room.length_least:
+            service_s[prompt > self.room.length_max] = math.inf
+        kv = prompt + float(ticket.output_tokens)
+        return Offer(ticket, prompt, kv, cached, work_s, service_s)
 
 
 def _best(total_s: Floats) -> tuple[tuple[int, float], ...]:
-    order = np.argsort(total_s, kind="stable")[:CANDIDATES]
-    return tuple((int(slot), float(total_s[slot])) for slot in order if np.isfinite(total_s[slot]))
+    """The slots of the shortest, with their seconds, best first."""
+    order = total_s.argsort(kind="stable")[:CANDIDATES]
+    pairs = zip(order.tolist(), total_s[order].tolist(), strict=True)
+    return tuple(pair for pair in pairs if pair[1] < math.inf)

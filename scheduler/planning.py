@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from scheduler import assign, order
+from scheduler import assign
 from scheduler.memory import Memory
 from scheduler.plan import Choice, Planner
 from scheduler.prefix import BLOCK_TOKENS
@@ -100,17 +100,20 @@ class Planning:
             now=now,
             settings=self._settings,
             terms=self._terms,
-            spread=self._memory.predictor.spread(room.start_s, self._terms.odds_min),
+            spread=lambda ahead_s: self._memory.predictor.spread(ahead_s, self._terms.odds_min),
             pricer=self._price,
-            noise=self._memory.predictor.pace.noise(),
+            noise=self._memory.predictor.pace.noise,
             rng=self._rng,
         )
 
-    def _price(self, ticket: Ticket) -> tuple[Floats, Floats]:
-        """A request's cached tokens on every slot, and where it may go."""
-        cached = np.zeros(len(self._fleet.by_slot))
-        for slot, blocks in self._memory.prefixes.match(ticket.request.blocks).items():
-            cached[slot] = blocks * BLOCK_TOKENS
+    def _price(self, ticket: Ticket) -> tuple[Floats | None, Floats]:
+        """A request's cached tokens on every slot, None where nobody has any, and where it may go."""
+        found = self._memory.prefixes.match(ticket.request.blocks)
+        cached = None
+        if found:
+            cached = np.zeros(len(self._fleet.by_slot))
+            for slot, blocks in found.items():
+                cached[slot] = blocks * BLOCK_TOKENS
         return cached, self._fleet.barrier(ticket.request.model)
 
     def _serve_aged(self, planner: Planner) -> None:
@@ -125,7 +128,7 @@ class Planning:
         chosen = {choice.ticket.id for choice in planner.choices}
         hopeful = planner.hopeful(self._book.lines.aside.tail(RETEST_MAX))
         again = [ticket for ticket in hopeful if ticket.id not in chosen]
-        return sorted(line + again, key=order.by_rank) if again else line
+        return self._book.lines.waiting.arrange(line + again) if again else line
 
     def _turn(self, planner: Planner) -> None:
         """Set aside and take up as planned; each change is noted once."""
@@ -193,7 +196,7 @@ class Planning:
         if is_short:
             return now + TICK_S
         wanted_s = self._settings.commit_window_s if self._book.lines.waiting else 0.0
-        open_s = room.busy_s[np.isfinite(room.shut_s)]
+        open_s = room.busy_s[np.isfinite(room.open_s)]
         ahead_s = open_s[open_s > wanted_s]
         if not len(ahead_s):
             return None

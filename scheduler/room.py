@@ -81,34 +81,60 @@ class Room:
         `wanted_s` is 0 for endpoints that may take something of what waits, and `inf` for the others.
         """
         self.rates = rates
-        self.busy_s = backlog.seconds(rates)
-        "Until each could begin something new, by what was handed over."
-        self.start_s = self.busy_s.copy()
-        "The same, with the places kept for the more urgent."
-        self.tokens = backlog.tokens.copy()
-        self.pairs = backlog.pairs.copy()
+        self.backlog_s = backlog.seconds(rates)
+        "Until each could begin something new when the step began."
+        self.start_s = self.backlog_s.copy()
+        "The same now, with the places kept for the more urgent."
+        self.open_s = self.start_s + np.where(seats > 0, wanted_s, np.inf)
+        "The same; `inf` where nothing more may go."
+        self.tokens = backlog.tokens
+        self.pairs = backlog.pairs
         self.seats = seats
         self.kv = kv
         self.kv_max = kv_max
-        self.used = np.zeros(len(kv))
-        "The part of its KV that each has given away; 0 where unknown."
-        known = np.isfinite(kv_max) & (kv_max > 0)
-        self.used[known] = 1.0 - kv[known] / kv_max[known]
         self.pins = pins
         self.decodes = decodes
         self.length_max = length_max
+        self.length_least = _least(length_max)
         self.reserved = np.zeros(len(seats), dtype=bool)
         "Slots that somebody more urgent waits for."
-        self.shut_s = np.where(seats > 0, wanted_s, np.inf)
-        "0 where something more may go, `inf` where not."
+        self._kv_least = _least(kv)
+        self._used: Floats | None = None
+        self._taken: list[tuple[int, float]] = []
+
+    @property
+    def busy_s(self) -> Floats:
+        """Until each could begin something new, by what was handed over."""
+        busy_s = self.backlog_s.copy()
+        for slot, work_s in self._taken:
+            busy_s[slot] += work_s
+        return busy_s
+
+    @property
+    def used(self) -> Floats:
+        """The part of its KV that each has given away; 0 where unknown."""
+        if self._used is None:
+            known = np.isfinite(self.kv_max) & (self.kv_max > 0)
+            free = np.divide(self.kv, self.kv_max, out=np.ones(len(self.kv)), where=known)
+            self._used = 1.0 - free
+        return self._used
 
     def can_start(self, within_s: float) -> bool:
         """Whether any endpoint with a seat could begin something new so soon."""
-        return bool(((self.start_s + self.shut_s) <= within_s).any())
+        return _least(self.open_s) <= within_s
+
+    def is_tight(self, kv: float) -> bool:
+        """Whether so many KV tokens may be too many for somebody."""
+        return self._kv_least < kv
+
+    def shut(self, slot: int) -> None:
+        """Nothing more may go there."""
+        self.open_s[slot] = math.inf
 
     def reserve(self, slot: int, work_s: float, line: Line) -> None:
         """Keep the place: whoever comes later on this slot starts after it."""
         self.start_s[slot] += work_s
+        self.open_s[slot] += work_s
         self.tokens[slot] += line.tokens
         self.pairs[slot] += line.pairs
         self.reserved[slot] = True
@@ -116,25 +142,33 @@ class Room:
     def take(self, slot: int, work_s: float, line: Line) -> None:
         """Hand it over: it also takes a seat and its KV."""
         self.reserve(slot, work_s, line)
-        self.busy_s[slot] += work_s
+        self._taken.append((slot, work_s))
         self.kv[slot] -= line.kv
-        self.used[slot] += line.kv / self.kv_max[slot]
+        self._kv_least = min(self._kv_least, float(self.kv[slot]))
+        if self._used is not None:
+            self._used[slot] += line.kv / self.kv_max[slot]
         self.decodes.take(slot, line)
         self.seats[slot] -= 1
         if self.seats[slot] <= 0:
-            self.shut_s[slot] = np.inf
+            self.shut(slot)
 
 
 class Offer(msgspec.Struct, frozen=True):
     """What one request would cost on every slot."""
 
     ticket: Ticket
-    cached: Floats
-    tokens: Floats
-    "Uncached."
-    pairs: Floats
+    prompt: float
+    "Its prompt's tokens, at least one."
+    kv: float
+    "The KV tokens that it wants to hold: prompt and expected answer."
+    cached: Floats | None
+    "Of its prompt, what each has; None: nobody has any of it."
     work_s: Floats
     "Seconds of the endpoint's time."
     service_s: Floats
     "The same and the overhead; `inf` where it may not go."
-    kv: Floats
+
+
+def _least(values: Floats) -> float:
+    """The smallest; `inf` of none."""
+    return float(np.minimum.reduce(values, initial=np.inf))

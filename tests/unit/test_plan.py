@@ -67,8 +67,8 @@ def planner(
         now=0.0,
         settings=PlanSettings(commit_window_s=1.0, tie=0.0),
         terms=Terms(**terms),
-        spread=np.ones(n),
-        noise=Noise(),
+        spread=lambda _: np.ones(n),
+        noise=Noise,
         pricer=lambda _: (held, np.zeros(n)),
         rng=np.random.default_rng(0),
     )
@@ -231,7 +231,7 @@ class TestPace:
     def test_a_promise_per_token_is_put_where_it_can_be_kept(self):
         """The first token would come sooner where decoding is too slow for what was promised."""
         made = decoding([0.0, 0.0], [0.2, 0.02])
-        made.room.start_s[1] = 0.5
+        made.room.start_s[1] = made.room.open_s[1] = 0.5
 
         made.serve([paced("r")])
 
