@@ -77,6 +77,7 @@ def _job(
         max_attempts=ticket.attempts_allowed,
         prompt_tokens=ticket.prompt_tokens,
         cached_tokens=choice.cached_tokens,
+        expected_tokens=request.expected_tokens,
         decided_at=now,
         prefill_s=choice.total_s,
         features=features,

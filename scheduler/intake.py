@@ -32,7 +32,8 @@ def ticket(
     except WireError as error:
         return Ending(outcome="invalid", reason=str(error))
     prompt_tokens = slo.prompt_tokens(request, predictor.lengths.prompt(request.model))
-    output_tokens, pace_s = predictor.lengths.answer(request.model)
+    usual_tokens, pace_s = predictor.lengths.answer(request.model)
+    output_tokens = request.expected_tokens or usual_tokens
     due_at = slo.due_at(promise, event.enqueued_at, output_tokens * pace_s)
     return Ticket(
         request=request,

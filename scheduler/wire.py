@@ -37,6 +37,9 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 NAME_CHARS = 256
 "The longest model, tenant, session, objective or reply name that is read."
 
+TOKENS_MAX = 100_000_000
+"The longest prompt or answer that is believed."
+
 KV_PARAMS_BYTES = 131_072
 "The longest `kv_transfer_params` that are carried: an engine that names more blocks prefills for nobody."
 
@@ -97,6 +100,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt_tokens: int | None = None
     "Length of the prompt; estimated from the body's bytes where absent."
+
+    expected_tokens: int | None = None
+    """
+    How long the answer will be, as the application or its predictor thinks; what is usual of the model where absent.
+
+    A guess that plans are made with: nothing is cut by it, and nobody is punished for a wrong one.
+    """
 
     blocks: tuple[str, ...] = ()
     "Chained hashes of the prompt's blocks, first block first."
@@ -170,6 +180,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     cached_tokens: int = 0
     "How much of it the dispatcher believes to be in the endpoint's prefix cache."
+
+    expected_tokens: int | None = None
+    "How long the answer will be, as the request said; absent: nobody knows."
 
     decided_at: float
     "When it was assigned."
@@ -264,6 +277,36 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
 
     first_tokens: tuple[str, ...] = ()
     "`id:attempt:milliseconds` since the last beat: engine time from admission to first token."
+
+    read_at: float | None = None
+    "Every job handed over before is read; what of them is neither held nor ended is lost. Empty: not said this time."
+
+    holds: tuple[str, ...] = ()
+    "With `read_at`: `id:attempt` of the jobs read and not ended, by id, those behind `holds_after` up to `holds_to`."
+
+    holds_after: str = ""
+    "Which id these come behind; empty: from the first."
+
+    holds_to: str = ""
+    "Up to which id they go, with it; empty: to the last. More follow in the next beats."
+
+    kv_epoch: int = 0
+    "Which telling of the engine's prefix cache this is; each begins with a listing. 0: the engine does not tell."
+
+    kv_seq: int = 0
+    "1 for the first change of an epoch, one more for each; a gap means that one was missed."
+
+    kv_stored: tuple[str, ...] = ()
+    "Prefix blocks, as in a request's `blocks`, that its cache holds now."
+
+    kv_removed: tuple[str, ...] = ()
+    "Those that it does not hold any more."
+
+    kv_rest: int = 0
+    "How many of the listing still follow; once it is 0, what was not listed is not there."
+
+    kv_was_empty: bool = False
+    "Whether the cache was empty when this epoch began."
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -565,8 +608,10 @@ def _check_numbers(request: Request) -> None:
             _refuse(name.removesuffix("_s") + "_ms", f"{value * 1e3:g}", "more than 0")
     if request.max_attempts is not None and not 1 <= request.max_attempts <= 100:
         _refuse("max_attempts", str(request.max_attempts), "1 to 100")
-    if request.prompt_tokens is not None and not 0 <= request.prompt_tokens <= 100_000_000:
-        _refuse("prompt_tokens", str(request.prompt_tokens), "0 to 100000000")
+    for name, least in (("prompt_tokens", 0), ("expected_tokens", 1)):
+        tokens = getattr(request, name)
+        if tokens is not None and not least <= tokens <= TOKENS_MAX:
+            _refuse(name, str(tokens), f"{least} to {TOKENS_MAX}")
     if request.priority is not None and abs(request.priority) > 1_000_000:
         _refuse("priority", str(request.priority), "-1000000 to 1000000")
 

@@ -85,7 +85,7 @@ class Attempt:
         self.last_tick = 0.0
         self.gap_max_s = 0.0
         self.expected_tokens = 0.0
-        "How long answers usually are, never more than the client's limit."
+        "How long the answer will be: as its request says, else as usual; never more than the client's limit."
 
     @property
     def name(self) -> str:
@@ -115,10 +115,11 @@ class Attempt:
         return self.answer.output_tokens + self.written.output_tokens
 
     def expect(self, usual_tokens: float) -> None:
-        """Say how long answers usually are here."""
+        """Say how long answers usually are here; what the request says of its own goes before."""
         limit = max_tokens(self.body)
-        usual = usual_tokens if limit is None else min(usual_tokens, limit)
-        self.expected_tokens = max(usual - self.written.output_tokens, 1.0)
+        wanted = self.job.expected_tokens or usual_tokens
+        bounded = wanted if limit is None else min(wanted, limit)
+        self.expected_tokens = max(bounded - self.written.output_tokens, 1.0)
 
     def halt(self, stop: Stop) -> None:
         """End it from outside: the connection to the engine closes, which frees its seat. The first reason stays."""

@@ -45,6 +45,9 @@ class Wishes(TypedDict, total=False):
     stream: bool
     "Write tokens as they come; default the body's own `stream`."
 
+    expected_tokens: int | None
+    "How long the answer will be, where something here can guess; nothing is cut by it."
+
     max_attempts: int | None
     "How often it may be tried on an engine."
 

@@ -95,6 +95,7 @@ TABLE: dict[str, tuple[tuple[str, Callable[[str], object]], ...]] = {
         ("x-llm-d-inference-ttl", _positive_duration_s),
     ),
     "priority": (("x-headgate-priority", _whole), ("x-vllm-priority", _lower_first)),
+    "expected_tokens": (("x-headgate-expected-tokens", _whole),),
     "max_attempts": (("x-headgate-max-attempts", _whole),),
     "traceparent": (("traceparent", str),),
 }

@@ -14,8 +14,10 @@ from scheduler import batch, cost
 from scheduler.batch import Candidate, Limits, Member
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays, Machine
+from scheduler.sim.handover import Handover, Params, Party
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.step import Step
+from scheduler.sim.tempo import Tempo
 from scheduler.steptime import Law, StepTime
 from scheduler.wire import Beat, Job, Reward
 
@@ -72,16 +74,21 @@ class Attempt:
     @property
     def uncached_tokens(self) -> int:
         """What the worker believes is to be prefilled: the dispatcher's word for it."""
+        if self.job.leg == "decode":
+            return 1
         return max(self.job.prompt_tokens - self.job.cached_tokens, 1)
 
 
-class Endpoint:
+class Endpoint(Party):
     """Driven by `World`: whatever it is told, it says in `next_at` when it wants a `turn`.
 
     1. `receive` a job: it is held
     2. admitted: at once where `is_open`, else when the batch's promises allow it
     3. after the front end's time the engine has it; steps end, tokens come
     4. first tokens and ends are reported, at the age at which a dispatcher would hear of them
+
+    Of a `prefill` leg, which says nothing to its client, the KV stays here under a lease until it has been fetched; a
+    `decode` leg claims it, waits for it, and is handed back where it is gone. See `handover`.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class Endpoint:
         report: Report,
         fence: Callable[[str, int], bool],
         model: str,
+        kv_lease_s: float = math.inf,
     ) -> None:
         """Start empty.
 
@@ -103,6 +111,7 @@ class Endpoint:
             report: takes what the worker says.
             fence: whether an id's attempt is still the one that counts.
             model: the name it serves.
+            kv_lease_s: how long it keeps KV that nobody claims.
         """
         self.machine = machine
         self.name = machine.name
@@ -115,6 +124,9 @@ class Endpoint:
         self._report = report
         self._fence = fence
         self._model = model
+        self._kv_lease_s = kv_lease_s
+        self.handover: Handover | None = None
+        "Set by the world, where KV is handed over."
         self._frontend_s = machine.actual.frontend_s
         self._clear()
         self._law = StepTime(_prior(machine.hardware))
@@ -139,6 +151,11 @@ class Endpoint:
         self._first_tokens: list[str] = []
         self._news_at = math.inf
         self._tend_at = math.inf
+        self._kept: dict[str, int] = {}
+        "Prefilled here and not fetched: by request, the attempt."
+        self._leases: deque[tuple[float, str, int]] = deque()
+        "Until when each of them is kept that nobody has claimed."
+        self._tempo = Tempo()
         self._has_changed = False
         "Since the last look at the held: who may enter can only differ by it, or by time."
         self._n_steps = 0
@@ -152,9 +169,10 @@ class Endpoint:
         older = self._held.get(job.id) or self._running.get(job.id)
         if older is not None:  # it was taken from us and has come back
             self._drop(older, now)
-        attempt = Attempt(
-            job, sequence, fate, pulled_at=now, expected_tokens=max(self._usual_tokens, 1.0)
-        )
+        if job.leg == "prefill":
+            self.release(job.id, self._kept.get(job.id, 0), now)
+        expected_tokens = max(job.expected_tokens or self._usual_tokens, 1.0)
+        attempt = Attempt(job, sequence, fate, pulled_at=now, expected_tokens=expected_tokens)
         self._held[job.id] = attempt
         self._has_changed = True
         if job.deadline_at is not None:
@@ -219,6 +237,8 @@ class Endpoint:
             at = min(at, self._entering[0][0])
         if self._deadlines:
             at = min(at, self._deadlines[0][0])
+        if self._leases:
+            at = min(at, self._leases[0][0])
         return at
 
     def turn(self, now: float) -> None:
@@ -228,6 +248,8 @@ class Endpoint:
         self._catch_up(now)
         if self._deadlines and self._deadlines[0][0] <= now:
             self._end_the_late(now)
+        while self._leases and self._leases[0][0] <= now:
+            self._forget(*self._leases.popleft()[1:])
         if self._held and (self._has_changed or now >= self._tend_at):
             self._admit(now)
         while self._entering and self._entering[0][0] <= now:
@@ -241,13 +263,13 @@ class Endpoint:
         """Run and settle what is over by now."""
         if self._quiet_until is not None:
             self._quiet_until = None
-            self._step = self.engine.step(self._at, until=now)
+            self._run(until=now)
         while (step := self._step) is not None and step.ended_at <= now:
             self._at = step.ended_at
             self._step = None
             self._settle(step)
             if self._at < now:
-                self._step = self.engine.step(self._at, until=now)
+                self._run(until=now)
 
     def _begin(self, now: float) -> None:
         """Start the next step, or sleep through a stretch in which only tokens are decoded."""
@@ -256,7 +278,18 @@ class Endpoint:
         if quiet_s is not None and quiet_s > QUIET_LEAST_S:
             self._quiet_until = now + QUIET_SHARE * quiet_s
         else:
-            self._step = self.engine.step(now)
+            self._run()
+
+    def _run(self, until: float | None = None) -> None:
+        """Start the engine's next step, and fetch the KV of whoever got room for it."""
+        self._step = self.engine.step(self._at, until=until)
+        if self.handover is None:
+            return
+        for sequence in self.engine.take_loading():
+            attempt = self._running[sequence.id]
+            tokens = sequence.prompt_tokens - sequence.cached_tokens
+            size = float(tokens * self.machine.nominal.kv_bytes_per_token)
+            self.handover.begin(self.name, attempt.job, size, self._at)
 
     # Admitting.
 
@@ -287,9 +320,50 @@ class Endpoint:
         self._hurry(now)
 
     def _enter(self, attempt: Attempt, now: float) -> None:
-        if self._running.get(attempt.job.id) is attempt:
-            attempt.sequence.arrived_at = now
-            self.engine.add(attempt.sequence)
+        if self._running.get(attempt.job.id) is not attempt:
+            return
+        if attempt.job.leg == "decode" and not (self.handover and self.handover.claim(attempt.job)):
+            self.lose_kv(attempt.job.id, attempt.job.attempt, now)
+            return
+        attempt.sequence.arrived_at = now
+        self.engine.add(attempt.sequence)
+
+    # What other endpoints ask.
+
+    def claim(self, request_id: str, attempt: int) -> bool:
+        """Whether it still has this KV; if so, it keeps it until told otherwise."""
+        if self.is_dead or self._kept.get(request_id) != attempt:
+            return False
+        self._leases = deque(lease for lease in self._leases if lease[1] != request_id)
+        return True
+
+    def release(self, request_id: str, attempt: int, now: float) -> None:
+        """It has been fetched, or is not wanted any more."""
+        if self._kept.get(request_id) == attempt:
+            self._forget(request_id, attempt)
+            self.turn(now)
+
+    def loaded(self, request_id: str, attempt: int, now: float) -> None:
+        """The KV that a decode leg waited for has come."""
+        found = self._running.get(request_id)
+        if found is not None and found.job.attempt == attempt:
+            if not self.is_frozen:
+                self._catch_up(now)
+            self.engine.loaded(request_id)
+            self.turn(now)
+
+    def lose_kv(self, request_id: str, attempt: int, now: float) -> None:
+        """The KV that a decode leg wanted is gone: hand it back, its prompt must be computed again."""
+        found = self._running.get(request_id)
+        if found is not None and found.job.attempt == attempt and found.first_at is None:
+            self._drop(found, now)
+            self._report(now, self._reward(found, "returned", now))
+
+    def _forget(self, request_id: str, attempt: int) -> None:
+        if self._kept.get(request_id) == attempt:
+            del self._kept[request_id]
+            self.engine.forget(request_id)
+            self._has_changed = True
 
     def _member(self, attempt: Attempt, now: float) -> Member:
         """As the live worker sees it: tokens it has been told of, and lengths that are usual."""
@@ -331,6 +405,7 @@ class Endpoint:
 
     def _settle(self, step: Step) -> None:
         now = step.ended_at
+        self._tempo.note(step)
         self._learn(step)
         # Whoever was dropped while this step was under way is in it still, and is nobody's any more.
         for sequence in step.preempted:
@@ -349,6 +424,8 @@ class Endpoint:
         attempt.first_at = now
         self._has_changed = True
         self._prefill_tokens -= attempt.uncached_tokens
+        if attempt.job.leg == "prefill":
+            return  # its token is for nobody
         if attempt.fate.first_token_at is None:
             attempt.fate.first_token_at = now
         assert attempt.admitted_at is not None
@@ -359,15 +436,29 @@ class Endpoint:
         del self._running[attempt.job.id]
         self._has_changed = True
         fate, sequence = attempt.fate, attempt.sequence
+        if attempt.job.leg == "prefill":
+            self._keep(attempt, now)
+            return
         fate.end = "completed"
         fate.finished_at = now
         fate.endpoint = self.name
         fate.output_tokens = sequence.output_tokens
-        fate.cached_tokens = sequence.cached_tokens
+        if attempt.job.leg == "whole":
+            fate.cached_tokens = sequence.cached_tokens
+        fate.tell(self._tempo.taken(sequence.id))
         if not self._is_open:
             self._lengths.append(sequence.output_tokens)
             self._usual_tokens = statistics.median(self._lengths)
         self._report(now, self._reward(attempt, "completed", now))
+
+    def _keep(self, attempt: Attempt, now: float) -> None:
+        """A prompt is computed: keep its KV for whoever will decode."""
+        job = attempt.job
+        attempt.fate.cached_tokens = attempt.sequence.cached_tokens
+        self._tempo.forget(attempt.sequence.id)
+        self._kept[job.id] = job.attempt
+        self._leases.append((now + self._kv_lease_s, job.id, job.attempt))
+        self._report(now, self._reward(attempt, "prefilled", now))
 
     def _end_the_late(self, now: float) -> None:
         """Stop what is past its deadline."""
@@ -392,6 +483,9 @@ class Endpoint:
         del self._running[attempt.job.id]
         attempt.fate.wasted_tokens += self._computed(attempt)
         self.engine.abort(attempt.sequence.id)
+        if self.handover is not None and attempt.job.leg == "decode":
+            self.handover.give_up(attempt.job, self.name, now)
+        self._tempo.forget(attempt.sequence.id)
         if attempt.first_at is None:
             self._prefill_tokens -= attempt.uncached_tokens
 
@@ -429,6 +523,9 @@ class Endpoint:
             kv_tokens=engine.kv_tokens,
             block_tokens=settings.block_size,
             max_model_len=self.machine.tokens_max,
+            roles=(self.machine.role,),
+            link_gbps=self.machine.link_gbps,
+            kv_token_bytes=self.machine.nominal.kv_bytes_per_token,
             running=engine.n_running,
             queued=engine.n_waiting,
             held=len(self._held),
@@ -454,6 +551,7 @@ class Endpoint:
             endpoint=self.name,
             epoch=self.epoch,
             attempt=job.attempt,
+            leg=job.leg,
             outcome=outcome,
             model=job.model,
             hardware=self.machine.hardware,
@@ -473,7 +571,14 @@ class Endpoint:
             on_time=attempt.fate.is_on_time,
             tenant=job.tenant,
             features=job.features,
+            kv_params=self._params(job) if outcome == "prefilled" else b"",
         )
+
+    def _params(self, job: Job) -> bytes:
+        """Where a prompt's KV is, for whoever will decode."""
+        return Params(
+            remote_engine_id=self.name, remote_request_id=job.id, remote_attempt=job.attempt
+        ).encode()
 
 
 def _candidate(attempt: Attempt) -> Candidate:
@@ -481,7 +586,8 @@ def _candidate(attempt: Attempt) -> Candidate:
     return Candidate(
         prompt_tokens=job.prompt_tokens,
         uncached_tokens=attempt.uncached_tokens,
-        output_tokens=attempt.expected_tokens,
+        arriving_tokens=job.prompt_tokens - job.cached_tokens if job.leg == "decode" else 0.0,
+        output_tokens=attempt.expected_tokens if job.leg != "prefill" else 1.0,
         tpot_s=job.tpot_s or math.inf,
         due_at=math.inf if job.ttft_s is None else job.enqueued_at + job.ttft_s,
         held_at=attempt.pulled_at,

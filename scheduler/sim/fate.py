@@ -2,7 +2,11 @@
 
 from typing import Literal
 
+import numpy as np
+
+from scheduler.sim import tempo
 from scheduler.sim.workload import Arrival
+from scheduler.state import Floats
 
 End = Literal["completed", "expired", "rejected", "failed", "unfinished"]
 
@@ -19,6 +23,9 @@ class Fate:
         "enqueued_at",
         "finished_at",
         "first_token_at",
+        "gap_max_s",
+        "gap_worst_s",
+        "has_late_token",
         "output_tokens",
         "row",
         "wasted_tokens",
@@ -41,6 +48,28 @@ class Fate:
         self.cached_tokens = 0
         self.wasted_tokens = 0
         "Computed for nobody: before a preemption, an abort or a death."
+        self.gap_max_s: float | None = None
+        "The longest time between two tokens; None below two tokens, as the next."
+        self.gap_worst_s: float | None = None
+        "Mean of the longest tenth of its gaps."
+        self.has_late_token = False
+        "A token came after its own due moment, see `tell`."
+
+    def tell(self, moments: Floats) -> None:
+        """When the tokens of the attempt that counts came; float64[n_tokens].
+
+        The n-th token after the first is due n times the promised TPOT after the moment that was promised for the
+        first, or after the first where none was: what a reader who begins then, at that pace, never waits for.
+        """
+        if len(moments) < 2:
+            return
+        gaps_s = np.diff(moments)
+        self.gap_max_s = float(gaps_s.max())
+        self.gap_worst_s = tempo.worst_s(gaps_s)
+        ttft_s, tpot_s = self.arrival.ttft_s, self.arrival.tpot_s
+        if tpot_s is not None:
+            begin = float(moments[0]) if ttft_s is None else self.enqueued_at + ttft_s
+            self.has_late_token = bool((moments > begin + tpot_s * np.arange(len(moments))).any())
 
     @property
     def ttft_s(self) -> float | None:
@@ -69,6 +98,11 @@ class Fate:
         if self.end != "completed":
             return False
         return promised is None or self.tpot_s is None or self.tpot_s <= promised
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether every token came by its own due moment."""
+        return self.end == "completed" and self.keeps_ttft and not self.has_late_token
 
     @property
     def keeps_e2e(self) -> bool:

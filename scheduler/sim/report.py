@@ -33,6 +33,16 @@ class Curves(msgspec.Struct, frozen=True, kw_only=True):
     "The first endpoint's load."
 
 
+class Tenant(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tenant got."""
+
+    n: int
+    on_time: float
+    ttft_mean_s: float | None
+    ttft_p99_s: float | None
+    tpot_mean_s: float | None
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One policy at one load with one seed. A figure that has no sample is null."""
 
@@ -60,6 +70,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     ttft_p99_s: float | None
     tpot_mean_s: float | None
     tpot_p99_s: float | None
+    gap_worst_s: float | None
+    "Between tokens: the mean, over requests, of the longest tenth of each one's gaps."
+    gap_max_p50_s: float | None
+    "Of the longest gap of each request."
+    gap_max_p99_s: float | None
+    token_attainment: float
+    "Share in which every token came by its own due moment: stricter than a mean TPOT."
     goodput_rps: float
     "On time a second of arrivals."
     decode_tokens_per_s: float
@@ -79,6 +96,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     on_time_by_decile: tuple[float, ...]
     "From the shortest prompts to the longest."
+    by_tenant: dict[str, Tenant] = {}
+    "Empty where no tenant is named."
     ttft_mean_bound_s: float | None = None
     "No policy can have a smaller mean."
     on_time_bound: float | None = None
@@ -105,6 +124,7 @@ def of(
     weights = np.array([fate.weight for fate in fates])
     ttft = np.array([fate.ttft_s for fate in fates if fate.ttft_s is not None])
     tpot = np.array([fate.tpot_s for fate in fates if fate.tpot_s is not None])
+    gap_max = np.array([fate.gap_max_s for fate in fates if fate.gap_max_s is not None])
     ends = [fate.end for fate in fates]
     completed = [fate for fate in fates if fate.end == "completed"]
     prompts = sum(fate.arrival.prompt_tokens for fate in completed)
@@ -134,6 +154,10 @@ def of(
         ttft_p99_s=_quantile(ttft, 0.99),
         tpot_mean_s=float(tpot.mean()) if len(tpot) else None,
         tpot_p99_s=_quantile(tpot, 0.99),
+        gap_worst_s=_mean_known([fate.gap_worst_s for fate in fates]),
+        gap_max_p50_s=_quantile(gap_max, 0.5),
+        gap_max_p99_s=_quantile(gap_max, 0.99),
+        token_attainment=_mean(np.array([fate.keeps_tokens for fate in fates], dtype=np.float64)),
         goodput_rps=float(on_time.sum()) / span_s if span_s else 0.0,
         decode_tokens_per_s=sum(fate.output_tokens for fate in completed)
         / max(1e-9, last_s - first_s),
@@ -147,6 +171,7 @@ def of(
         decide_us_p99=_quantile(np.array(world.decide_ns) / 1e3, 0.99),
         wall_s=wall_s,
         on_time_by_decile=tuple(_by_decile(fates)),
+        by_tenant=_by_tenant(fates),
     )
 
 
@@ -188,6 +213,23 @@ def _groups(fates: Sequence[Fate]) -> list[float]:
     return [float(np.mean(kept)) for _, kept in sorted(by_tenant.items())]
 
 
+def _by_tenant(fates: Sequence[Fate]) -> dict[str, Tenant]:
+    groups: dict[str, list[Fate]] = {}
+    for fate in fates:
+        groups.setdefault(fate.arrival.tenant, []).append(fate)
+    return {
+        name: Tenant(
+            n=len(group),
+            on_time=float(np.mean([fate.is_on_time for fate in group])),
+            ttft_mean_s=_mean_known([fate.ttft_s for fate in group]),
+            ttft_p99_s=_quantile(np.array([f.ttft_s for f in group if f.ttft_s is not None]), 0.99),
+            tpot_mean_s=_mean_known([fate.tpot_s for fate in group]),
+        )
+        for name, group in sorted(groups.items())
+        if name
+    }
+
+
 def _by_decile(fates: Sequence[Fate]) -> list[float]:
     by_length = sorted(fates, key=lambda fate: (fate.arrival.prompt_tokens, fate.row))
     parts = np.array_split(np.array([fate.is_on_time for fate in by_length]), GROUPS)
@@ -204,6 +246,11 @@ def _waited_s(fate: Fate, now: float) -> float:
 
 def _mean(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
     return float(values.mean()) if len(values) else 0.0
+
+
+def _mean_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _quantile(values: np.ndarray[tuple[int], np.dtype[np.float64]], q: float) -> float | None:

@@ -31,6 +31,7 @@ NAMES = {
     "deadline_s": "deadline",
     "priority": "prio",
     "tenant": "tenant",
+    "expected_tokens": "expected",
 }
 "How a field is called in a trace file: short, since a file has many rows."
 
@@ -92,6 +93,9 @@ class Arrival(
     "Higher goes first among equals."
 
     tenant: str = ""
+
+    expected_tokens: int | None = None
+    "What its client says of the answer's length; see `foresight`."
 
 
 Workload = tuple[Arrival, ...]

@@ -22,7 +22,9 @@ from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Rec
 from scheduler.sim import chain
 from scheduler.sim.endpoint import Endpoint
 from scheduler.sim.fate import Fate
-from scheduler.sim.fleet import Delays, Fault, Machine
+from scheduler.sim.fleet import Delays, Fault, Links, Machine
+from scheduler.sim.handover import Handover
+from scheduler.sim.network import Network
 from scheduler.sim.sequence import Sequence as Prompt
 from scheduler.sim.workload import Arrival
 from scheduler.wire import Beat, Job, Request, Reward
@@ -79,6 +81,7 @@ def rows(
                 tenant=arrival.tenant,
                 session="" if arrival.session is None else str(arrival.session),
                 prompt_tokens=arrival.prompt_tokens,
+                expected_tokens=arrival.expected_tokens,
                 blocks=chain.hashes(arrival),
             ),
             weights[at] if weights else 1.0,
@@ -97,6 +100,7 @@ class World:
         *,
         delays: Delays,
         is_open: bool,
+        links: Links = Links(),
         scrapes: bool = False,
         faults: Sequence[Fault] = (),
         closed: bool = False,
@@ -109,6 +113,7 @@ class World:
             machines: the fleet as this seed made it.
             delays: between a fact and the decision on it.
             is_open: endpoints take everything into the engine at once; otherwise their workers admit.
+            links: between endpoints, where KV is handed over.
             scrapes: beats come as often as engines are scraped, for a dispatcher that reads engines' figures.
             faults: what befalls whom.
             closed: a turn of a conversation comes no sooner than the turn before has ended.
@@ -128,9 +133,11 @@ class World:
                 report=self._report,
                 fence=self._counts,
                 model=MODEL,
+                kv_lease_s=links.kv_lease_s,
             )
             for machine in machines
         }
+        self._handover = self._open_links(machines, links)
         self._first = self.endpoints[machines[0].name]
         self._rows = rows
         self._delays = delays
@@ -188,6 +195,21 @@ class World:
                 endpoint.die()
             else:  # known before the first arrival
                 self._dispatch.receive(endpoint.beat(0.0), 0.0)
+
+    def _open_links(self, machines: Sequence[Machine], links: Links) -> Handover | None:
+        """The links between endpoints; None where nobody hands KV over."""
+        if not any(machine.role == "prefill" for machine in machines):
+            return None
+        network = Network({m.name: m.link_gbps for m in machines}, links.latency_s)
+        handover = Handover(
+            self.endpoints,
+            network,
+            lambda at, act: self._at(max(at, self.now), act, at),
+            lambda name: self._attend(self.endpoints[name]),
+        )
+        for endpoint in self.endpoints.values():
+            endpoint.handover = handover
+        return handover
 
     def _plan_arrivals(self) -> None:
         for at, row in enumerate(self._rows):
@@ -274,10 +296,12 @@ class World:
         prompt = Prompt(
             job.id,
             prompt_tokens=arrival.prompt_tokens,
-            output_tokens=arrival.output_tokens,
+            output_tokens=1 if job.leg == "prefill" else arrival.output_tokens,
             keys=chain.keys(arrival, machine.settings.block_size),
             max_tokens=room,
             priority=-job.priority,
+            hands_over=job.leg == "prefill",
+            is_remote=job.leg == "decode",
         )
         endpoint.receive(job, prompt, fate, self.now)
         self._attend(endpoint)
@@ -335,6 +359,8 @@ class World:
                 endpoint.thaw(self.now)
             case "die":
                 endpoint.die()
+                if self._handover is not None:
+                    self._handover.died(endpoint.name, self.now)
             case "join":
                 endpoint.join(self.now)
                 self._report(self.now, endpoint.beat(self.now))
@@ -346,7 +372,7 @@ class World:
             if not self._counts(fact.id, fact.attempt):
                 return
             del self._holders[fact.id]
-            if fact.outcome != "returned":
+            if fact.outcome not in ("returned", "prefilled"):
                 self._ended(self.fates[int(fact.id)])
         self._at(max(at, self.now) + self._delays.hop_s, self._hear, fact)
 

@@ -170,6 +170,7 @@ class TestRequests:
             pytest.param({"body": "x" * 100_001}, "invalid", "at most 100000", id="long body"),
             pytest.param({"ttft_ms": "soon"}, "invalid", "'ttft_ms' is 'soon'", id="no number"),
             pytest.param({"tpot_ms": "nan"}, "invalid", "a finite number", id="nan"),
+            pytest.param({"expected_tokens": "0"}, "invalid", "1 to 100000000", id="no answer"),
             pytest.param({"priority": "9" * 5000}, "invalid", "whole number", id="huge number"),
             pytest.param({"deadline_ms": "-1"}, "invalid", "more than 0", id="negative deadline"),
             pytest.param({"deadline_at": "1000"}, "expired", "deadline passed", id="past deadline"),

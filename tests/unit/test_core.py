@@ -88,6 +88,19 @@ class TestArrival:
         assert "e0" in assign.decision.reason
         assert 0 < assign.decision.slack_s < 1.0
 
+    def test_an_expected_length_is_planned_with(self):
+        """Of a deadline a long answer leaves less to spare; the worker is told what was expected."""
+        pool = Pool()
+        pool.beat("e0")
+        pool.ask("short", deadline_s=30.0, expected_tokens=10)
+        [short] = pool.decide()
+        pool.reward(short)
+        pool.ask("long", deadline_s=30.0, expected_tokens=400)
+        [long] = pool.decide()
+
+        assert (short.job.expected_tokens, long.job.expected_tokens) == (10, 400)
+        assert short.decision.slack_s > long.decision.slack_s + 5.0
+
     def test_an_unknown_objective_is_invalid_and_names_what_exists(self):
         """Theirs to mend: the reason says what was found and what is wanted."""
         pool = Pool(objectives={"chat": Objective(), "batch": Objective()})

@@ -208,7 +208,7 @@ class Desk:
         cached = self.prefixes.match(asked)[slot] if self._has_prefixes else 0
         tokens = float(max(1, asked.prompt_tokens - cached))
         pairs = tokens * (asked.prompt_tokens - 0.5 * tokens)
-        kv = float(asked.prompt_tokens) + self._usual_tokens
+        kv = float(asked.prompt_tokens) + (asked.request.expected_tokens or self._usual_tokens)
         features = self._features(slot, tokens, pairs, now) if self._learns else ()
         self.ledger.commit(slot, asked.id, Line(tokens=tokens, pairs=pairs, kv=kv), now)
         if self._has_prefixes:
@@ -260,6 +260,7 @@ class Desk:
             session=request.session,
             prompt_tokens=asked.prompt_tokens,
             cached_tokens=cached,
+            expected_tokens=request.expected_tokens,
             decided_at=now,
             prefill_s=predicted_s,
             features=features,
