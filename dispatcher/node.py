@@ -207,6 +207,7 @@ def core_settings(settings: Settings) -> CoreSettings:
     return CoreSettings(
         policy=_policy(settings.policy),
         objectives=settings.objectives,
+        fairness=settings.fairness,
         lease_s=settings.lease.worker_s,
         waiting_max=settings.limits.waiting_max,
     )

@@ -6,20 +6,22 @@ gone. Each move below is one turn of the lifecycle and changes all accounts toge
 
 import heapq
 
+from scheduler.fairness import Accounts
 from scheduler.fleet import Fleet
 from scheduler.ledger import Ledger, Line
 from scheduler.lifecycle import Turn
 from scheduler.order import Lines
+from scheduler.settings import FairnessSettings
 from scheduler.state import Endpoint, Ticket
 
 
 class Book:
     """Tickets, lines, fleet and ledger: the core's whole memory of the present."""
 
-    def __init__(self, finished_max: int) -> None:
+    def __init__(self, finished_max: int, fairness: FairnessSettings) -> None:
         """Remember the last `finished_max` ids that ended, to know a late duplicate."""
         self.tickets: dict[str, Ticket] = {}
-        self.lines = Lines()
+        self.lines = Lines(Accounts(fairness) if fairness.quantum_tokens else None)
         self.fleet = Fleet()
         self.ledger = Ledger()
         self.finished: dict[str, str] = {}
@@ -61,6 +63,7 @@ class Book:
     def give_back(self, ticket: Ticket, turn: Turn, now: float) -> None:
         """It waits again, with its original arrival."""
         self._let_go(ticket, now)
+        self.lines.charge(ticket, 0, 0)
         ticket.turn(turn)
         self._wait(ticket)
 
@@ -101,8 +104,10 @@ class Book:
 
     def _hold(self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float) -> None:
         ticket.endpoint = endpoint.name
+        ticket.handed_at, ticket.missed_at = now, None
         endpoint.held[ticket.id] = ticket
         self.ledger.commit(endpoint.slot, ticket.id, line, now)
+        self.lines.charge(ticket, line.tokens, ticket.output_tokens)
 
     def _let_go(self, ticket: Ticket, now: float) -> None:
         self.ledger.release(self._slot(ticket), ticket.id, now)

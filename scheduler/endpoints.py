@@ -69,6 +69,9 @@ class Endpoints:
         if ticket is None or ticket.attempt != reward.attempt:
             return
         if reward.outcome != "returned":
+            if reward.outcome == "completed":
+                computed = reward.prompt_tokens - (reward.cached_tokens or 0)
+                book.lines.charge(ticket, max(0, computed), reward.output_tokens)
             book.finish(ticket, now)
             if endpoint is not None and reward.outcome == "completed":
                 endpoint.returns = 0

@@ -13,7 +13,7 @@ from scheduler.plan import PlanSettings
 from scheduler.policies import AnyPolicy, Policy, Urgency
 from scheduler.predict import Predictor
 from scheduler.prefix import Index
-from scheduler.settings import Objective
+from scheduler.settings import FairnessSettings, Objective
 from scheduler.state import Ticket
 
 
@@ -25,6 +25,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     objectives: dict[str, Objective] = {}
     "Named promises."
+
+    fairness: FairnessSettings = FairnessSettings()
+    "How tenants share."
 
     plan: PlanSettings = PlanSettings()
     "How far the plan looks and how early it binds."
@@ -54,7 +57,7 @@ class Memory:
     def __init__(self, settings: CoreSettings) -> None:
         """Know nothing yet but the settings."""
         self.settings = settings
-        self.book = Book(settings.finished_max)
+        self.book = Book(settings.finished_max, settings.fairness)
         self.outbox = Outbox(settings.policy.label)
         self.predictor = Predictor()
         self.prefixes = Index()

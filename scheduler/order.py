@@ -5,8 +5,11 @@ looking at the most urgent 256 of 100,000 costs what 256 cost.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
+from scheduler.fairness import Accounts
 from scheduler.state import Ticket
 
 OLDEST_AMONG = 1000
@@ -66,12 +69,111 @@ class Queue:
         """The last `count`, last first."""
         return [self._tickets[place[2]] for place in self._places[: -count - 1 : -1]]
 
+    def arrange(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        """These in the order of this line."""
+        return sorted(tickets, key=self._place)
+
+
+class Turns:
+    """A line for each tenant; first is the head of the tenant that has had least, by bands, then by the policy.
+
+    Two sorted lists make it cheap: each tenant's own line, and the tenants by (band, their head's place), of which
+    only the first `count` can be among the first `count` requests.
+    """
+
+    def __init__(self, accounts: Accounts) -> None:
+        self.accounts = accounts
+        self._lines: dict[str, Queue] = {}
+        self._seats: dict[str, tuple[int, Place]] = {}
+        self._order: list[tuple[int, Place, str]] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Ticket]:
+        return itertools.chain.from_iterable(self._lines.values())
+
+    def add(self, ticket: Ticket) -> None:
+        """Put it into its tenant's line."""
+        tenant = ticket.request.tenant
+        if tenant not in self._lines:
+            self._lines[tenant] = Queue(by_rank)
+            self.accounts.join(tenant)
+        self._lines[tenant].add(ticket)
+        self._count += 1
+        self._seat(tenant)
+
+    def remove(self, ticket: Ticket) -> None:
+        """Take it out."""
+        tenant = ticket.request.tenant
+        self._lines[tenant].remove(ticket)
+        self._count -= 1
+        self._seat(tenant)
+
+    def charge(self, tenant: str, service: float) -> None:
+        """This tenant is given so many tokens of service."""
+        self.accounts.charge(tenant, service)
+        self._seat(tenant)
+
+    def head(self, count: int) -> list[Ticket]:
+        """The next `count`."""
+        first = [tenant for _, _, tenant in self._order[:count]]
+        lines = {tenant: iter(self._lines[tenant]) for tenant in first}
+        return list(itertools.islice(self._merged(lines), count))
+
+    def arrange(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        """These in the order in which they would have their turns."""
+        by_tenant: dict[str, list[Ticket]] = {}
+        for ticket in sorted(tickets, key=by_rank):
+            by_tenant.setdefault(ticket.request.tenant, []).append(ticket)
+        return list(self._merged({tenant: iter(line) for tenant, line in by_tenant.items()}))
+
+    def _merged(self, lines: dict[str, Iterator[Ticket]]) -> Iterator[Ticket]:
+        """One line of these, as if each who is named had been given what it will probably cost."""
+        accounts = self.accounts
+        had = {tenant: accounts.had(tenant) for tenant in lines}
+        heads = {tenant: next(line) for tenant, line in lines.items()}
+        heap = [(accounts.band(had[t]), by_rank(head), t) for t, head in heads.items()]
+        heapq.heapify(heap)
+        while heap:
+            tenant = heap[0][2]
+            ticket = heads[tenant]
+            yield ticket
+            cost = accounts.service(ticket.prompt_tokens, ticket.output_tokens)
+            had[tenant] = accounts.after(tenant, had[tenant], cost)
+            following = next(lines[tenant], None)
+            if following is None:
+                heapq.heappop(heap)
+            else:
+                heads[tenant] = following
+                heapq.heapreplace(heap, (accounts.band(had[tenant]), by_rank(following), tenant))
+
+    def _seat(self, tenant: str) -> None:
+        """Put the tenant where its account and its head belong; who waits no more has no seat."""
+        old = self._seats.pop(tenant, None)
+        if old is not None:
+            del self._order[bisect.bisect_left(self._order, (*old, tenant))]
+        line = self._lines.get(tenant)
+        if line is None:
+            return
+        if not line:
+            del self._lines[tenant]
+        else:
+            seat = self.accounts.band(self.accounts.had(tenant)), by_rank(line.head(1)[0])
+            self._seats[tenant] = seat
+            bisect.insort(self._order, (*seat, tenant))
+        if self._order:
+            self.accounts.lift(self._order[0][0])
+
 
 class Lines:
     """Everybody who waits: those who can make it in the policy's order, those set aside in three."""
 
-    def __init__(self) -> None:
-        self.waiting = Queue(by_rank)
+    def __init__(self, accounts: Accounts | None = None) -> None:
+        """Keep the order of the policy, or with accounts the turns of tenants."""
+        self.turns = None if accounts is None else Turns(accounts)
+        self.waiting: Queue | Turns = Queue(by_rank) if self.turns is None else self.turns
         self.aside = Queue(by_rank)
         "The same order, to see who can make it after all."
         self.aside_by_size = Queue(by_size)
@@ -109,6 +211,13 @@ class Lines:
         if not same:
             del self.by_model[ticket.request.model]
         self.tokens -= ticket.prompt_tokens
+
+    def charge(self, ticket: Ticket, prompt_tokens: float, output_tokens: float) -> None:
+        """Its tenant is given this much, in place of what was charged for the same request before."""
+        if self.turns is not None:
+            service = self.turns.accounts.service(prompt_tokens, output_tokens)
+            self.turns.charge(ticket.request.tenant, service - ticket.charged)
+            ticket.charged = service
 
     def set_aside(self, ticket: Ticket) -> None:
         """Out of the way of those who can make it."""

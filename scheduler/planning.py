@@ -100,20 +100,17 @@ class Planning:
             now=now,
             settings=self._settings,
             terms=self._terms,
-            spread=lambda ahead_s: self._memory.predictor.spread(ahead_s, self._terms.odds_min),
+            spread=self._memory.predictor.spread(room.start_s, self._terms.odds_min),
             pricer=self._price,
-            noise=self._memory.predictor.pace.noise,
+            noise=self._memory.predictor.pace.noise(),
             rng=self._rng,
         )
 
-    def _price(self, ticket: Ticket) -> tuple[Floats | None, Floats]:
-        """A request's cached tokens on every slot, None where nobody has any, and where it may go."""
-        found = self._memory.prefixes.match(ticket.request.blocks)
-        cached = None
-        if found:
-            cached = np.zeros(len(self._fleet.by_slot))
-            for slot, blocks in found.items():
-                cached[slot] = blocks * BLOCK_TOKENS
+    def _price(self, ticket: Ticket) -> tuple[Floats, Floats]:
+        """A request's cached tokens on every slot, and where it may go."""
+        cached = np.zeros(len(self._fleet.by_slot))
+        for slot, blocks in self._memory.prefixes.match(ticket.request.blocks).items():
+            cached[slot] = blocks * BLOCK_TOKENS
         return cached, self._fleet.barrier(ticket.request.model)
 
     def _serve_aged(self, planner: Planner) -> None:
@@ -196,7 +193,7 @@ class Planning:
         if is_short:
             return now + TICK_S
         wanted_s = self._settings.commit_window_s if self._book.lines.waiting else 0.0
-        open_s = room.busy_s[np.isfinite(room.open_s)]
+        open_s = room.busy_s[np.isfinite(room.shut_s)]
         ahead_s = open_s[open_s > wanted_s]
         if not len(ahead_s):
             return None

@@ -140,6 +140,25 @@ class Objective(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     "A request that still has no endpoint after this long is rejected; absent: it waits."
 
 
+class FairnessSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tenants share a pool that cannot serve them all at once."""
+
+    quantum_tokens: Annotated[int, Meta(ge=0)] = 0
+    """
+    How many tokens of service a tenant may be ahead of another before it stands behind it, however urgent; 0: tenants
+    are not told apart.
+
+    Fewer share more strictly, more leave more to urgency. Some seconds of the pool's prefill are a good start: 65536
+    for four A100.
+    """
+
+    output_weight: Annotated[float, Meta(ge=0)] = 2.0
+    "What an output token counts beside a prompt token that had to be computed; prices are commonly 2 to 5 times."
+
+    weights: dict[str, Annotated[float, Meta(gt=0)]] = {}
+    "Shares by tenant, as [fairness.weights]; who is not named has 1."
+
+
 class EngineAddress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One vLLM and what its worker should say of it; what is left out is asked of the engine."""
 
@@ -313,6 +332,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     objectives: dict[str, Objective] = {}
     "Named promises: [objectives.chat] serves requests that say `objective chat`."
+
+    fairness: FairnessSettings = FairnessSettings()
 
 
 def _with_login(url: str, username: str, password: str) -> str:

@@ -75,6 +75,9 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     pace: tuple[float, ...] = ()
     "What decoding cost where it went, in the terms of `pace`, when it was assigned."
 
+    charged: float = 0.0
+    "Tokens of service for which its tenant was charged, where tenants share."
+
     is_cancelled: bool = False
     "Somebody cancelled it while a worker held it: it must not be tried again."
 

@@ -1,0 +1,78 @@
+"""What each tenant has been given, in tokens of service, and who therefore goes before whom.
+
+    account[tenant] += (prompt tokens computed + output_weight * output tokens) / weight[tenant]
+    band[tenant]     = account // quantum
+
+Whoever waits in the lowest band goes first, and within a band the most urgent. So urgency decides among tenants who
+have had about the same, and none can buy a place with promises or priorities once it is a quantum ahead. What one
+leaves unused the others get, and it is no debt of theirs later: a tenant that comes back starts no lower than the
+lowest who waits.
+
+After the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). We differ in
+three things: accounts are compared in bands, as wide as a quantum of deficit round robin (Shreedhar and Varghese,
+1995), so that deadlines have a say; the whole answer is charged when a request is handed over, by prediction, and
+corrected by what the engine reports; and a lead ends at `LEAD_MAX` bands, so that nobody pays for ever for an hour
+in which the others could not use the fleet.
+"""
+
+from scheduler.settings import FairnessSettings
+
+LEAD_MAX = 100
+"Bands that a tenant can be ahead of the lowest who waits: what it took beyond is forgiven."
+
+IDLE_MAX = 10_000
+"Accounts kept, with those of tenants who have nothing here; a forgotten one begins at the floor, as a newcomer's."
+
+
+class Accounts:
+    """Service by tenant, in tokens over its weight. Owned by the lines; nothing here knows a request."""
+
+    def __init__(self, settings: FairnessSettings) -> None:
+        """Start with nobody having had anything."""
+        assert settings.quantum_tokens > 0, "fairness is off, nobody keeps accounts"
+        self._settings = settings
+        self._had: dict[str, float] = {}
+        self._floor = 0.0
+        "Where newcomers begin: the lower edge of the lowest band in which anybody waited; never falls."
+
+    def __len__(self) -> int:
+        return len(self._had)
+
+    def service(self, prompt_tokens: float, output_tokens: float) -> float:
+        """Tokens of service: prompt tokens computed, and output tokens at their weight."""
+        return prompt_tokens + self._settings.output_weight * output_tokens
+
+    def had(self, tenant: str) -> float:
+        """What it has had, in tokens over its weight."""
+        return self._had.get(tenant, self._floor)
+
+    def after(self, tenant: str, had: float, service: float) -> float:
+        """What it would have had with so much more."""
+        return had + service / self._settings.weights.get(tenant, 1.0)
+
+    def band(self, had: float) -> int:
+        """The band of an account; lower goes first."""
+        return int(had // self._settings.quantum_tokens)
+
+    def join(self, tenant: str) -> None:
+        """It begins to wait: what it did not use while it had nothing here is gone."""
+        self._had[tenant] = max(self.had(tenant), self._floor)
+        if len(self._had) > IDLE_MAX:
+            self._forget()
+
+    def lift(self, lowest_band: int) -> None:
+        """Nobody who waits is in a lower band than this."""
+        self._floor = max(self._floor, float(lowest_band * self._settings.quantum_tokens))
+
+    def charge(self, tenant: str, service: float) -> None:
+        """It is given so much; less than nothing takes back what was charged too much."""
+        highest = self._floor + LEAD_MAX * self._settings.quantum_tokens
+        had = self.after(tenant, self.had(tenant), service)
+        self._had[tenant] = max(0.0, min(had, highest))
+
+    def _forget(self) -> None:
+        """Drop the accounts that say no more than the floor does; one with a lead goes only where none else can."""
+        kept = {tenant: had for tenant, had in self._had.items() if had > self._floor}
+        for tenant in list(kept)[: max(0, len(kept) - IDLE_MAX)]:
+            del kept[tenant]
+        self._had = kept

@@ -1,0 +1,243 @@
+"""Tenants share by weight, nobody starves, nothing idles for it, and switched off it changes nothing."""
+
+import itertools
+import math
+
+import msgspec
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.core import CoreSettings, Scheduler
+from scheduler.events import Arrived, Assign
+from scheduler.fairness import Accounts
+from scheduler.order import Lines, by_rank
+from scheduler.settings import FairnessSettings
+from scheduler.slo import Promise
+from scheduler.state import Ticket
+from scheduler.wire import Beat, Request, Reward
+
+FREE = Promise(ttft_s=None, tpot_s=None, deadline_at=None, priority=0, weight=1.0, refuse_at=None)
+
+QUANTUM = 1000
+LONGEST = 400
+"Tokens of service of the largest request below."
+
+names = st.sampled_from("abc")
+weights = st.dictionaries(names, st.sampled_from([0.5, 1.0, 2.0, 4.0]))
+
+
+def ticket(number: int, tenant: str, rank: float, tokens: int = LONGEST) -> Ticket:
+    return Ticket(
+        state="waiting",
+        request=Request(id=f"r{number}", model="m", tenant=tenant),
+        entry="1-0",
+        enqueued_at=0.0,
+        promise=FREE,
+        prompt_tokens=tokens,
+        output_tokens=0,
+        due_at=math.inf,
+        rank=rank,
+        max_attempts=3,
+    )
+
+
+def lines_of(weights: dict[str, float], quantum: int = QUANTUM) -> Lines:
+    return Lines(Accounts(FairnessSettings(quantum_tokens=quantum, weights=weights)))
+
+
+def give(lines: Lines, ticket: Ticket) -> None:
+    """It is handed over."""
+    lines.remove(ticket)
+    lines.charge(ticket, ticket.prompt_tokens, 0)
+
+
+@given(weights=weights, data=st.data(), steps=st.integers(50, 150))
+def test_shares_are_by_weight_while_all_wait(weights, data, steps):
+    """Whatever ranks and sizes: no two who always wait differ by more than a quantum and a request each."""
+    lines, numbers = lines_of(weights), itertools.count()
+    had = dict.fromkeys("abc", 0.0)
+    urgent = data.draw(names)
+    sizes = data.draw(st.fixed_dictionaries({t: st.integers(1, LONGEST) for t in "abc"}))
+
+    def enqueue(tenant):
+        rank = -1e9 if tenant == urgent else data.draw(st.sampled_from([0.0, 1.0]))
+        lines.add(ticket(next(numbers), tenant, rank, sizes[tenant]))
+
+    for tenant in "abcabc":  # two each, so that nobody's line ever ends
+        enqueue(tenant)
+    for _ in range(steps):
+        chosen = lines.waiting.head(1)[0]
+        give(lines, chosen)
+        tenant = chosen.request.tenant
+        had[tenant] += chosen.prompt_tokens / weights.get(tenant, 1.0)
+        enqueue(tenant)
+
+    for one, other in itertools.permutations("abc", 2):
+        longest = max(sizes[t] / weights.get(t, 1.0) for t in (one, other))
+        assert had[one] - had[other] <= QUANTUM + longest
+
+
+@given(weights=weights, urgent=st.integers(1, 5), data=st.data())
+def test_who_waits_is_passed_by_a_bounded_amount(weights, urgent, data):
+    """Others, more urgent for ever, get at most two quanta and a request each before a tenant has its turn."""
+    lines, numbers = lines_of(weights), itertools.count()
+    before = data.draw(st.lists(names, max_size=20))
+    for tenant in before:  # some history
+        lines.add(ticket(next(numbers), tenant, 0.0))
+        give(lines, lines.waiting.head(1)[0])
+    lines.add(ticket(next(numbers), "a", 1e9))
+    others = [f"t{i}" for i in range(urgent)]
+    passed = dict.fromkeys(others, 0.0)
+    for tenant in others:
+        lines.add(ticket(next(numbers), tenant, 0.0))
+
+    for _ in range(10_000):
+        chosen = lines.waiting.head(1)[0]
+        if chosen.request.tenant == "a":
+            break
+        give(lines, chosen)
+        passed[chosen.request.tenant] += chosen.prompt_tokens
+        lines.add(ticket(next(numbers), chosen.request.tenant, 0.0))
+
+    lead = lines.turns.accounts.had("a")
+    assert chosen.request.tenant == "a"
+    assert max(passed.values()) <= lead + 2 * QUANTUM + LONGEST
+
+
+@given(
+    weights=weights,
+    rows=st.lists(st.tuples(names, st.floats(0, 9), st.integers(0, LONGEST)), max_size=30),
+    count=st.integers(0, 40),
+)
+def test_nobody_who_waits_is_left_out(weights, rows, count):
+    """Work conservation: the line is all who wait, each once, and each tenant's own order is the policy's."""
+    lines = lines_of(weights)
+    for number, (tenant, rank, tokens) in enumerate(rows):
+        lines.add(ticket(number, tenant, rank, tokens))
+
+    order = lines.waiting.head(len(rows))
+
+    assert sorted(t.id for t in order) == sorted(f"r{i}" for i in range(len(rows)))
+    assert lines.waiting.head(count) == order[:count]
+    assert lines.waiting.arrange(order) == order
+    for tenant in "abc":
+        own = [t for t in order if t.request.tenant == tenant]
+        assert own == sorted(own, key=by_rank)
+
+
+@given(st.lists(st.tuples(st.floats(0, 9), st.integers(0, LONGEST)), max_size=30))
+def test_a_tenant_alone_has_the_policys_order(rows):
+    """With nobody to share with, the line is what it is without fairness."""
+    plain, shared = Lines(), lines_of({})
+    for number, (rank, tokens) in enumerate(rows):
+        plain.add(ticket(number, "a", rank, tokens))
+        shared.add(ticket(number, "a", rank, tokens))
+
+    assert [t.id for t in shared.waiting.head(99)] == [t.id for t in plain.waiting.head(99)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "give", "take_back", "set_aside", "drop"]), names),
+        max_size=60,
+    )
+)
+def test_seats_follow_whatever_happens(turns):
+    """The kept order of tenants is the one that would be made anew, after any sequence of turns."""
+    lines, numbers, given_out = lines_of({"a": 2.0}, quantum=500), itertools.count(), []
+    for what, tenant in turns:
+        waiting = lines.waiting.head(1)
+        if what == "add":
+            lines.add(ticket(next(numbers), tenant, float(next(numbers) % 7)))
+        elif what == "take_back" and given_out:
+            back = given_out.pop()
+            lines.charge(back, 0, 0)
+            lines.add(back)
+        elif waiting and what == "give":
+            give(lines, waiting[0])
+            given_out.append(waiting[0])
+        elif waiting and what == "set_aside":
+            lines.set_aside(waiting[0])
+        elif waiting and what == "drop":
+            lines.remove(waiting[0])
+
+    line, turns_ = list(lines.waiting), lines.turns
+    assert [t.id for t in lines.waiting.head(99)] == [t.id for t in turns_.arrange(line)]
+    assert len(turns_) == len(line)
+    assert all(turns_.accounts.had(t) >= 0 for t in "abc")
+
+
+def test_what_was_left_unused_is_no_claim_later():
+    """A tenant that comes back after a quiet hour shares from now on, and takes nothing for the hour."""
+    lines, numbers = lines_of({}), itertools.count()
+    for _ in range(100):
+        lines.add(ticket(next(numbers), "busy", 0.0))
+        give(lines, lines.waiting.head(1)[0])
+    for _ in range(40):
+        lines.add(ticket(next(numbers), "busy", 0.0))
+        lines.add(ticket(next(numbers), "new", 0.0))
+    got = []
+    for _ in range(40):
+        got.append(lines.waiting.head(1)[0])
+        give(lines, got[-1])
+
+    assert abs(sum(t.request.tenant == "new" for t in got) - 20) <= 2 * QUANTUM / LONGEST
+
+
+def test_the_answer_that_was_not_given_is_not_charged():
+    """What the engine reports replaces what was predicted."""
+    lines = lines_of({})
+    one = ticket(0, "a", 0.0)
+    lines.add(one)
+    lines.remove(one)
+    lines.charge(one, 400, 1000)
+    lines.charge(one, 100, 3)
+
+    assert lines.turns.accounts.had("a") == 106
+
+
+def commands(settings: CoreSettings, tenants: tuple[str, ...]) -> bytes:
+    """What a core says to two hundred requests on two endpoints, as bytes."""
+    core = Scheduler(settings, np.random.default_rng(0))
+    for name in ("e0", "e1"):
+        beat = Beat(endpoint=name, epoch=1, models=("m",), hardware="a100", max_num_seqs=30)
+        core.receive(beat, 0.0)
+    log = []
+    for number in range(200):
+        request = Request(
+            id=f"r{number}",
+            model="m",
+            prompt_tokens=100 + 37 * number % 4000,
+            ttft_s=1.0 if number % 3 else None,
+            tenant=tenants[number * len(tenants) // 200],
+        )
+        core.receive(Arrived(request=request, entry=f"{number}-0", enqueued_at=0.0), 0.0)
+    for step in range(30):
+        sent = core.decide(0.1 * step)
+        log.append(sent)
+        for command in sent:
+            if isinstance(command, Assign):
+                core.receive(_served(command), 0.1 * step)
+    return msgspec.json.encode(log)
+
+
+def _served(command: Assign) -> Reward:
+    job = command.job
+    return Reward(
+        id=job.id,
+        endpoint=command.endpoint,
+        epoch=job.epoch,
+        attempt=job.attempt,
+        outcome="completed",
+        prompt_tokens=job.prompt_tokens,
+        output_tokens=9,
+    )
+
+
+def test_i10_off_or_alone_it_changes_nothing():
+    """I10: without a quantum tenants are only names, and with one tenant the quantum says nothing."""
+    off, on = CoreSettings(), CoreSettings(fairness=FairnessSettings(quantum_tokens=5000))
+
+    assert commands(on, ("a",)) == commands(off, ("a",))
+    assert commands(on, ("b", "b", "b", "a")) != commands(off, ("b", "b", "b", "a"))
