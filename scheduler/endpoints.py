@@ -1,7 +1,5 @@
 """What workers say of endpoints and of what they hold, and what is taken back from those that fall silent."""
 
-import numpy as np
-
 from scheduler import ledger
 from scheduler.events import Recovered
 from scheduler.memory import Memory
@@ -69,9 +67,6 @@ class Endpoints:
         if ticket is None or ticket.attempt != reward.attempt:
             return
         if reward.outcome != "returned":
-            if reward.outcome == "completed":
-                computed = reward.prompt_tokens - (reward.cached_tokens or 0)
-                book.lines.charge(ticket, max(0, computed), reward.output_tokens)
             book.finish(ticket, now)
             if endpoint is not None and reward.outcome == "completed":
                 endpoint.returns = 0
@@ -110,7 +105,8 @@ class Endpoints:
             )
         if reward.tpot_s is not None and ticket.pace:
             # The load at its beginning and at its end, halfway: nearer to what it met than either.
-            row = 0.5 * (np.array(ticket.pace) + np.array(self._memory.pace_row(slot)))
+            ends = zip(ticket.pace, self._memory.pace_row(slot), strict=True)
+            row = [0.5 * (first + last) for first, last in ends]
             self._memory.predictor.pace.learn(slot, row, reward.tpot_s)
 
     def _progress(self, beat: Beat) -> None:

@@ -6,6 +6,8 @@ nothing.
 
 import math
 
+import msgspec
+
 from scheduler.window import Window
 from scheduler.wire import Reward
 
@@ -19,49 +21,78 @@ MODELS_MAX = 64
 "Models whose medians are kept."
 
 
+class Usual(msgspec.Struct):
+    """The most recent completions of one model."""
+
+    answer: Window
+    "Tokens of its answers."
+    prompt: Window
+    "Tokens of its prompts."
+    token_s: Window
+    "Seconds per token of its answers."
+
+
+KINDS = Usual.__struct_fields__
+
+
 class Lengths:
-    """Windows by name and model."""
+    """What is usual of each model, by its name."""
 
     def __init__(self) -> None:
         """Nothing seen."""
-        self._windows: dict[str, Window] = {}
+        self._models: dict[str, Usual] = {}
 
     def learn(self, reward: Reward) -> None:
         """One completed request; others say nothing of lengths."""
         if reward.outcome != "completed":
             return
-        self._add(f"answer:{reward.model}", reward.output_tokens)
-        self._add(f"prompt:{reward.model}", reward.prompt_tokens)
-        self._add(f"token_s:{reward.model}", reward.tpot_s or 0.0)
+        usual = self._models.get(reward.model) or self._open(reward.model)
+        _add(usual.answer, reward.output_tokens)
+        _add(usual.prompt, reward.prompt_tokens)
+        _add(usual.token_s, reward.tpot_s or 0.0)
 
     def answer(self, model: str) -> tuple[int, float]:
         """How many tokens this model's answers usually have, and how many seconds each takes."""
-        tokens = self._median(f"answer:{model}", ANSWER_TOKENS)
-        return int(tokens), self._median(f"token_s:{model}", ANSWER_TOKEN_S)
+        usual = self._models.get(model)
+        if usual is None:
+            return ANSWER_TOKENS, ANSWER_TOKEN_S
+        tokens = _median(usual.answer, ANSWER_TOKENS)
+        return int(tokens), _median(usual.token_s, ANSWER_TOKEN_S)
 
     def prompt(self, model: str) -> int:
         """How long this model's prompts usually are, for those that nobody measured."""
-        return int(self._median(f"prompt:{model}", PROMPT_TOKENS))
+        usual = self._models.get(model)
+        return PROMPT_TOKENS if usual is None else int(_median(usual.prompt, PROMPT_TOKENS))
 
     def export(self) -> dict[str, tuple[float, ...]]:
-        """Every window by name, oldest value first."""
-        return {name: tuple(window) for name, window in self._windows.items()}
+        """Every window that has something in it by name, oldest value first."""
+        return {
+            f"{kind}:{model}": tuple(window)
+            for model, usual in self._models.items()
+            for kind in KINDS
+            for window in (getattr(usual, kind),)
+            if len(window)
+        }
 
     def restore(self, windows: dict[str, tuple[float, ...]]) -> None:
         """Take over windows by name; those of others are left alone."""
         for name, values in windows.items():
-            if name.startswith(("answer:", "prompt:", "token_s:")):
-                self._windows[name] = Window(SIZE, values)
+            kind, _, model = name.partition(":")
+            if kind in KINDS:
+                usual = self._models.get(model) or self._open(model)
+                setattr(usual, kind, Window(SIZE, values))
 
-    def _add(self, name: str, value: float) -> None:
-        if not (math.isfinite(value) and value > 0):
-            return
-        if name not in self._windows:
-            if len(self._windows) >= 3 * MODELS_MAX:
-                del self._windows[next(iter(self._windows))]
-            self._windows[name] = Window(SIZE)
-        self._windows[name].add(value)
+    def _open(self, model: str) -> Usual:
+        if len(self._models) >= MODELS_MAX:
+            del self._models[next(iter(self._models))]
+        usual = self._models[model] = Usual(Window(SIZE), Window(SIZE), Window(SIZE))
+        return usual
 
-    def _median(self, name: str, unseen: float) -> float:
-        seen = self._windows.get(name)
-        return unseen if seen is None or not len(seen) else seen.quantile(0.5)
+
+def _add(seen: Window, value: float) -> None:
+    if math.isfinite(value) and value > 0:
+        seen.add(value)
+
+
+def _median(seen: Window, unseen: float) -> float:
+    return seen.quantile(0.5) if len(seen) else unseen

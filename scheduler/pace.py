@@ -7,6 +7,8 @@ token: an engine that prefills for a third of its time decodes in the other two.
 """
 
 import math
+from collections.abc import Sequence
+from operator import mul
 
 import msgspec
 import numpy as np
@@ -67,7 +69,7 @@ class Noise(msgspec.Struct, frozen=True, kw_only=True):
         array([1. , 0.5, 0. ])
         """
         z = (np.log(promised_s / pace_s) - self.bias) / self.sigma
-        odds: Floats = 1.0 / (1.0 + np.exp(-LOGISTIC * np.clip(z, -20.0, 20.0)))
+        odds: Floats = 1.0 / (1.0 + np.exp(-LOGISTIC * np.minimum(np.maximum(z, -20.0), 20.0)))
         return odds
 
     def harm(self, promised_s: Floats, pace_s: Floats, slower: Floats) -> Floats:
@@ -130,19 +132,21 @@ class Pace:
         share = min(SHARE_MAX, prefill_s / PREFILL_S)
         return (*parts, sum(parts) * share / (1.0 - share))
 
-    def learn(self, slot: int, row: Floats, seconds: float) -> None:
+    def learn(self, slot: int, row: Sequence[float], seconds: float) -> None:
         """One answer had this many seconds per token, in a load of which `row` says the terms."""
         if not 1e-4 <= seconds <= 10.0:
             return
-        speed = math.exp(self._log[slot])
-        log_error = math.log(seconds / max(1e-6, speed * float(row @ self._regression.weights)))
+        log = float(self._log[slot])
+        speed = math.exp(log)
+        expected_s = speed * sum(map(mul, row, self._regression.weights))
+        log_error = math.log(seconds / max(1e-6, expected_s))
         self._errors.add(log_error)
         self._regression.learn_row(
             row, seconds / speed, min(1.0, 1 / max(1e-9, abs(log_error))) * (speed / seconds) ** 2
         )
         self._counts[slot] += 1
         gain = max(GAIN, 1 / (self._counts[slot] + 3))
-        moved = self._log[slot] + gain * max(-STEP, min(STEP, log_error))
+        moved = log + gain * max(-STEP, min(STEP, log_error))
         self._log[slot] = max(-LOG_MAX, min(LOG_MAX, moved))
 
     def noise(self) -> Noise:

@@ -9,6 +9,8 @@ add up what stands in line. How far off all this is, is learned too (`spread`).
 """
 
 import math
+from collections.abc import Sequence
+from operator import mul
 
 import msgspec
 import numpy as np
@@ -27,6 +29,8 @@ N = len(cost.FEATURES)
 
 START = "start"
 "Beside the features a job carries the predicted wait, which says how uncertain the prediction was."
+
+_ROW = (*cost.FEATURES, START)
 
 SECONDS_MAX = 3600.0
 "No first token takes an hour: what says so is no measurement."
@@ -128,8 +132,7 @@ class Predictor:
         values = cost.features(
             hardware=self._at(slot).hardware, tokens=tokens, pairs=pairs, decode_kv=decode_kv
         )
-        names = (*cost.FEATURES, START)
-        return tuple(f"{n}={v:.6g}" for n, v in zip(names, (*values, start_s), strict=True))
+        return tuple([f"{n}={v:.6g}" for n, v in zip(_ROW, (*values, start_s), strict=True)])
 
     def spread(self, backlog_s: Floats, part: float) -> Floats:
         """By what factor this part of the completions beat its prediction; 1 where `part` is 0."""
@@ -138,26 +141,25 @@ class Predictor:
     def learn(self, reward: Reward, slot: int) -> None:
         """Learn from one attempt; whatever is no measurement teaches nothing."""
         self.lengths.learn(reward)
-        values = _parsed(reward.features)
+        row = _parsed(reward.features)
         seconds = measured_s(reward)
-        if values is None or seconds is None:
+        if row is None or seconds is None:
             return
-        x, start_s = values
+        *x, start_s = row
         speed = self._at(slot)
-        predicted_s = float(self.predict_one(x, slot))
+        own_speed = math.exp(speed.log)
+        predicted_s = self._bounded(own_speed, x)
         log_error = math.log(seconds / predicted_s)
         self._judge(speed, reward, start_s, seconds, predicted_s)
-        own_speed = math.exp(speed.log)
         scale_s = max(RELATIVE_FLOOR_S, 0.5 * (predicted_s + seconds) / own_speed)
         weight = min(1.0, 1.0 / max(1e-9, abs(log_error))) / scale_s**2
         self._regression.learn_row(x, seconds / own_speed, weight)
         speed.learn(log_error)
         self._log_speed[slot] = speed.log
 
-    def predict_one(self, x: Floats, slot: int) -> float:
+    def predict_one(self, x: Sequence[float], slot: int) -> float:
         """Seconds to first token for one row of features on one slot."""
-        seconds = math.exp(self._at(slot).log) * float(x @ self._regression.weights)
-        return min(SECONDS_MAX, max(1e-3, seconds))
+        return self._bounded(self.speed(slot), x)
 
     def speed(self, slot: int) -> float:
         """How many times the declared time it takes."""
@@ -214,6 +216,11 @@ class Predictor:
         speed.judge(log_ratio, is_covered=log_ratio <= bound)
         self._spread.add(start_s, log_ratio)
 
+    def _bounded(self, speed: float, x: Sequence[float]) -> float:
+        # Python's floats: for five of them numpy's calls would cost three times as much.
+        seconds: float = speed * sum(map(mul, x, self._regression.weights))
+        return min(SECONDS_MAX, max(1e-3, seconds))
+
     def _at(self, slot: int) -> Speed:
         speed = self._speeds[slot]
         assert speed is not None, f"slot {slot} has no endpoint"
@@ -234,19 +241,15 @@ def measured_s(reward: Reward) -> float | None:
     return seconds
 
 
-def _parsed(features: tuple[str, ...]) -> tuple[Floats, float] | None:
-    """The features as a row, and the wait; None unless every one is there and a sane number."""
-    values: dict[str, float] = {}
-    for feature in features[: 2 * N]:
-        name, _, text = feature.partition("=")
-        try:
-            values[name] = float(text)
-        except ValueError:
-            return None
-    row = [values.get(name, math.nan) for name in (*cost.FEATURES, START)]
-    if not all(0 <= value <= SECONDS_MAX for value in row):  # nan fails it too
+def _parsed(features: tuple[str, ...]) -> list[float] | None:
+    """The features as a row, and last the wait; None unless every one is there and a sane number."""
+    try:
+        named = [feature.partition("=") for feature in features[: 2 * N]]
+        values = {name: float(text) for name, _, text in named}
+        row = [values[name] for name in _ROW]
+    except (ValueError, KeyError):
         return None
-    return np.array(row[:-1]), row[-1]
+    return row if all(0 <= value <= SECONDS_MAX for value in row) else None  # nan fails it too
 
 
 def _is_sound(learned: Learned) -> bool:
