@@ -47,9 +47,11 @@ class Planning:
     def step(self) -> None:
         """Hand over what starts within the commit window."""
         self._room_at = self._rested_at = None
+        if not self._book.lines:
+            return
         wanted_s = self._fleet.wanted(self._book.lines.by_model)
         self._let_rest(wanted_s)
-        if not np.isfinite(wanted_s).any():
+        if not (wanted_s < np.inf).any():
             return
         planner = self._planner(wanted_s)
         self._serve_aged(planner)
@@ -79,7 +81,7 @@ class Planning:
     def _planner(self, wanted_s: Floats) -> Planner:
         ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now
         rates = self._memory.predictor.rates(ledger.decode_kv)
-        self._memory.token_s = float(rates.token_s[np.isfinite(wanted_s)].mean())
+        self._memory.token_s = float(rates.token_s[wanted_s < np.inf].mean())
         room = Room(
             rates=rates,
             backlog=ledger.backlog(rates, now),
@@ -100,17 +102,20 @@ class Planning:
             now=now,
             settings=self._settings,
             terms=self._terms,
-            spread=self._memory.predictor.spread(room.start_s, self._terms.odds_min),
+            spread=lambda ahead_s: self._memory.predictor.spread(ahead_s, self._terms.odds_min),
             pricer=self._price,
-            noise=self._memory.predictor.pace.noise(),
+            noise=self._memory.predictor.pace.noise,
             rng=self._rng,
         )
 
-    def _price(self, ticket: Ticket) -> tuple[Floats, Floats]:
-        """A request's cached tokens on every slot, and where it may go."""
-        cached = np.zeros(len(self._fleet.by_slot))
-        for slot, blocks in self._memory.prefixes.match(ticket.request.blocks).items():
-            cached[slot] = blocks * BLOCK_TOKENS
+    def _price(self, ticket: Ticket) -> tuple[Floats | None, Floats]:
+        """A request's cached tokens on every slot, None where nobody has any, and where it may go."""
+        found = self._memory.prefixes.match(ticket.request.blocks)
+        cached = None
+        if found:
+            cached = np.zeros(len(self._fleet.by_slot))
+            for slot, blocks in found.items():
+                cached[slot] = blocks * BLOCK_TOKENS
         return cached, self._fleet.barrier(ticket.request.model)
 
     def _serve_aged(self, planner: Planner) -> None:
@@ -177,7 +182,7 @@ class Planning:
                 now=memory.now,
                 policy=memory.settings.policy.label,
                 waiting=waiting,
-                names=self._fleet.names,
+                by_slot=self._fleet.by_slot,
                 features=features,
             )
         )
@@ -193,7 +198,7 @@ class Planning:
         if is_short:
             return now + TICK_S
         wanted_s = self._settings.commit_window_s if self._book.lines.waiting else 0.0
-        open_s = room.busy_s[np.isfinite(room.shut_s)]
+        open_s = room.busy_s[np.isfinite(room.open_s)]
         ahead_s = open_s[open_s > wanted_s]
         if not len(ahead_s):
             return None
