@@ -8,6 +8,10 @@ Two deviations from vLLM, both invisible unless prompts under
 `long_prefill_token_threshold` exhaust a budget: decodes take their token before running
 prefills whatever their place in the list, and what a preempted sequence had already been
 given in the same step is not handed to another until the next.
+
+Half a request, as vLLM's KV connectors do it: a sequence that `hands_over` leaves its blocks held when it has ended;
+one that `is_remote` takes all blocks of its prompt when it is admitted, waits until its KV has come, and then
+computes the last token. Preempted, it is computed here from the start.
 """
 
 from collections.abc import Callable
@@ -31,6 +35,9 @@ class Engine:
     3. Its last chunk yields the first token; it joins the decodes.
     4. `step` yields one token each until it ends, or preempts it back to 2.
     5. `abort` ends it at any time and frees what it held.
+
+    With KV handed over: `take_loading` tells whose KV is to be fetched, `loaded` that it has come; `forget` frees
+    what an ended sequence left for another engine.
 
     Call `step` again at the `ended_at` of the last one; None means there is nothing to do
     until the next `add` or `resume`.
@@ -59,6 +66,8 @@ class Engine:
         self._all: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._prefill: dict[str, Sequence] = {}
+        self._loading: list[Sequence] = []
+        self._kept: dict[str, list[int]] = {}
         self._decodes = Decodes(settings.block_size)
         # 1 between giving the decodes the blocks of a step and advancing the clock over it.
         self._fed_ahead = 0
@@ -87,6 +96,11 @@ class Engine:
         return self.kv.capacity * self.settings.block_size
 
     @property
+    def kept(self) -> int:
+        """Blocks that ended sequences hold for other engines, shared ones counted for each."""
+        return sum(map(len, self._kept.values()))
+
+    @property
     def decode_context(self) -> int:
         """KV tokens that the decodes read in their next step."""
         return self._decodes.context
@@ -102,7 +116,7 @@ class Engine:
         """Prompt tokens to compute before a newcomer's, and their (query, key) pairs of attention."""
         tokens = pairs = 0
         for sequence in [*self._prefill.values(), *self._line]:
-            is_waiting = sequence.status is Status.WAITING
+            is_waiting = sequence.status is Status.WAITING and not sequence.is_loaded
             done = (
                 self._hits(sequence) * self.settings.block_size if is_waiting else sequence.computed
             )
@@ -170,8 +184,10 @@ class Engine:
             return None
         if sequence.status is Status.WAITING:
             self._line.forget()
-        else:
+        if sequence.status in (Status.PREFILL, Status.DECODE):
             self._leave(sequence)
+        elif sequence.held:
+            self._let_go(sequence)
         sequence.finish_reason = "abort"
         self._retire(sequence)
         return sequence
@@ -190,6 +206,35 @@ class Engine:
         self._is_admitting = True
         self._is_frozen = False
         self._is_blocked = False
+
+    def take_loading(self) -> list[Sequence]:
+        """Who has been given blocks for KV that another engine has, since it was last asked."""
+        loading, self._loading = self._loading, []
+        return loading
+
+    def loaded(self, sequence_id: str) -> bool:
+        """A prompt's KV has come over the link; False: nobody waits for it any more."""
+        sequence = self._all.get(sequence_id)
+        if sequence is None or sequence.status is not Status.LOADING:
+            return False
+        sequence.computed = sequence.prompt_tokens - 1
+        self._seal(sequence, sequence.computed)
+        sequence.is_loaded = True
+        sequence.status = Status.WAITING
+        self._line.push_front(sequence)
+        self._is_blocked = False
+        return True
+
+    def has_kept(self, sequence_id: str) -> bool:
+        """Whether its KV is still there for another engine."""
+        return sequence_id in self._kept
+
+    def forget(self, sequence_id: str) -> None:
+        """Free what an ended sequence left, if that has not happened yet."""
+        held = self._kept.pop(sequence_id, None)
+        if held is not None:
+            self.kv.release(held)
+            self._is_blocked = False
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing done, while any block is held."""
@@ -282,8 +327,21 @@ class Engine:
             if len(self._running) >= self.settings.max_num_seqs:
                 self._is_blocked = True
                 return
+            if sequence.is_loaded:
+                self._line.pop()
+                self._join(sequence)
+                chunks.append((sequence, 1))
+                budget -= 1
+                continue
             n_hits = self._hits(sequence)
             cached = n_hits * self.settings.block_size
+            if sequence.is_remote:
+                if not self._fits(sequence, n_hits, sequence.prompt_tokens):
+                    self._is_blocked = True
+                    return
+                self._line.pop()
+                self._load(sequence, n_hits, step)
+                continue
             wanted = sequence.total_tokens - cached
             if not self.settings.chunked_prefill and wanted > budget:
                 return
@@ -312,13 +370,31 @@ class Engine:
             return True  # even were all hits idle: spares counting them
         return wanted + self.kv.idle(sequence.keys[:n_hits]) <= self.kv.free
 
+    def _load(self, sequence: Sequence, n_hits: int, step: Step) -> None:
+        """Take blocks for all of a prompt whose KV is to come."""
+        self._begin(sequence, n_hits, step)
+        n_blocks = self._blocks(sequence.prompt_tokens) - n_hits
+        self.kv.take(n_blocks)
+        sequence.held.extend([ANONYMOUS] * n_blocks)
+        sequence.status = Status.LOADING
+        self._loading.append(sequence)
+
     def _start(self, sequence: Sequence, n_hits: int, step: Step) -> None:
+        self._begin(sequence, n_hits, step)
+        self._join(sequence)
+
+    def _join(self, sequence: Sequence) -> None:
+        sequence.status = Status.PREFILL
+        self._running[sequence.id] = sequence
+        self._prefill[sequence.id] = sequence
+
+    def _begin(self, sequence: Sequence, n_hits: int, step: Step) -> None:
+        """Hold what is cached; the first time, say so."""
         hits = list(sequence.keys[:n_hits])
         self.kv.hold(hits)
         sequence.held = hits
         sequence.sealed = n_hits
         sequence.computed = n_hits * self.settings.block_size
-        sequence.status = Status.PREFILL
         if sequence.scheduled_at is None:
             sequence.scheduled_at = step.started_at
             sequence.cached_tokens = sequence.computed
@@ -326,8 +402,6 @@ class Engine:
             if self.settings.prefix_caching:
                 self.counters.prefix_queries += sequence.prompt_tokens
                 self.counters.prefix_hits += sequence.computed
-        self._running[sequence.id] = sequence
-        self._prefill[sequence.id] = sequence
         step.scheduled.append(sequence)
 
     def _extend(self, sequence: Sequence, chunk: int, n_blocks: int) -> None:
@@ -377,7 +451,7 @@ class Engine:
                 sequence.first_token_at = ended_at
             step.prefilled.append(sequence)
             if sequence.output_tokens >= sequence.stop_after:
-                self._leave(sequence)
+                self._leave(sequence, keeps=sequence.hands_over)
                 self._finish(sequence, ended_at, step)
             else:
                 del self._prefill[sequence.id]
@@ -435,8 +509,8 @@ class Engine:
 
     # Joining and leaving.
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Out of the running ones: settle what it computed and free its blocks."""
+    def _leave(self, sequence: Sequence, *, keeps: bool = False) -> None:
+        """Out of the running ones: settle what it computed and free its blocks, or keep them for another engine."""
         del self._running[sequence.id]
         n_owned = len(sequence.held)
         if sequence.status is Status.DECODE:
@@ -446,7 +520,13 @@ class Engine:
             del self._prefill[sequence.id]
         sequence.held.extend([ANONYMOUS] * (n_owned - len(sequence.held)))
         self._seal(sequence, sequence.computed)
-        self.kv.release(sequence.held)
+        self._let_go(sequence, keeps=keeps)
+
+    def _let_go(self, sequence: Sequence, *, keeps: bool = False) -> None:
+        if keeps:
+            self._kept[sequence.id] = sequence.held
+        else:
+            self.kv.release(sequence.held)
         sequence.held = []
         sequence.sealed = 0
         self._is_blocked = False
@@ -465,6 +545,7 @@ class Engine:
         self._leave(sequence)
         sequence.status = Status.WAITING
         sequence.computed = 0
+        sequence.is_remote = sequence.is_loaded = False
         sequence.preemptions += 1
         self.counters.preemptions += 1
         self._line.push_front(sequence)

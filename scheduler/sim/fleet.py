@@ -6,6 +6,13 @@ count = 8
 [endpoints.engine]         # vLLM's own arguments, see `arguments`
 max_num_seqs = 128
 
+[[endpoints]]              # a pool that parts prefill from decode has both roles, and links between them
+profile = "a30"
+role = "decode"
+
+[network]
+link_gbps = 80.0           # 10 GB/s; an endpoint's own `link_gbps` goes before
+
 [chance]                   # how a real fleet differs from its data sheet
 jitter = 0.3
 
@@ -33,6 +40,9 @@ from scheduler.sim.profile import Profile
 ENDPOINTS_MAX = 1000
 "More than any pool is meant for."
 
+LINK_MAX_GBPS = 100_000.0
+"Ten times what any NVLink carries."
+
 
 class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of endpoint, `count` times."""
@@ -46,6 +56,13 @@ class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     count: int = 1
 
     role: Literal["both", "prefill", "decode"] = "both"
+    """
+    `prefill` computes prompts and hands their KV to an endpoint that decodes; `decode` takes them over, or serves
+    whole requests; `both` serves whole requests only, unless it has a link.
+    """
+
+    link_gbps: float | None = None
+    "Gigabits a second of its link; the network's where absent."
 
     hardware: str | None = None
     "The class that its worker declares; the profile's GPU where absent, empty for unknown."
@@ -92,6 +109,19 @@ class Delays(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     "Silence after which an endpoint counts as lost."
 
 
+class Links(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV goes from endpoint to endpoint."""
+
+    link_gbps: float = 320.0
+    "Gigabits a second of each endpoint's link, in and out: 320 are 40 GB/s."
+
+    latency_s: float = 0.003
+    "Of a transfer's handshake, before the first byte."
+
+    kv_lease_s: float = 30.0
+    "vLLM's `kv_lease_duration`: KV that no decode engine has asked for by then is forgotten."
+
+
 NO_DELAYS = Delays(hop_s=0.0, turn_s=0.0, news_s=0.0, beat_s=1.0, scrape_s=0.02)
 "Everybody knows everything at once (but a scrape, which takes some time)."
 
@@ -119,11 +149,17 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     endpoints: tuple[EndpointSpec, ...]
     chance: Chance = Chance()
     delays: Delays = Delays()
+    network: Links = Links()
     faults: tuple[Fault, ...] = ()
 
     @property
     def count(self) -> int:
         return sum(spec.count for spec in self.endpoints)
+
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether some endpoints only prefill."""
+        return any(spec.role == "prefill" for spec in self.endpoints)
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +180,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     seed: int
     "Of its step noise."
+
+    role: Literal["both", "prefill", "decode"] = "both"
+
+    link_gbps: float = 0.0
+    "0: it is in no pool that hands KV over."
 
     def engine(self) -> Engine:
         return Engine(self.actual, self.settings, np.random.default_rng(self.seed))
@@ -180,26 +221,22 @@ def built_in(name: str) -> Fleet:
     """A fleet by name.
 
     Raises:
-        SettingsError: there is none of that name, or it needs what does not exist yet.
+        SettingsError: there is none of that name.
     """
-    if name in DISAGGREGATED:
-        raise SettingsError(
-            f"fleet {name!r} parts prefill from decode, which the lab cannot simulate yet; "
-            f"wanted one of: {', '.join(BUILT_IN)}"
-        )
     if name not in BUILT_IN:
         raise SettingsError(
             f"fleet is {name!r}, wanted a TOML file or one of: {', '.join(BUILT_IN)}"
         )
-    return checked(Fleet(name=name, endpoints=BUILT_IN[name]))
+    network = Links(link_gbps=80.0) if name.endswith("-80g") else Links()
+    return checked(Fleet(name=name, endpoints=BUILT_IN[name], network=network))
 
 
 def checked(fleet: Fleet) -> Fleet:
     """The same fleet, if it can be.
 
     Raises:
-        SettingsError: no endpoint, too many, a role that cannot be simulated, an unknown profile, a KV cache
-            without room, or a fault on an endpoint that is not there.
+        SettingsError: no endpoint, too many, an unknown profile, a KV cache without room, prefill without an
+            endpoint of the same model that decodes and a link to it, or a fault on an endpoint that is not there.
     """
     if not 1 <= fleet.count <= ENDPOINTS_MAX or any(spec.count < 1 for spec in fleet.endpoints):
         raise SettingsError(
@@ -207,6 +244,8 @@ def checked(fleet: Fleet) -> Fleet:
         )
     for spec in fleet.endpoints:
         _check_spec(fleet.name, spec)
+    if fleet.is_disaggregated:
+        _check_roles(fleet)
     names = [name for name, _ in _named(fleet)]
     twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
     if twice is not None:
@@ -240,16 +279,14 @@ def machines(fleet: Fleet, seed: int) -> tuple[Machine, ...]:
                 actual=nominal.jittered(rng, chance.jitter),
                 settings=settings,
                 seed=int(rng.integers(1 << 32)),
+                role=spec.role,
+                link_gbps=_link_gbps(fleet, spec),
             )
         )
     return tuple(made)
 
 
 def _check_spec(fleet: str, spec: EndpointSpec) -> None:
-    if spec.role != "both":
-        raise SettingsError(
-            f"fleet {fleet}: role {spec.role!r} cannot be simulated yet, wanted 'both'"
-        )
     found = profile.load(spec.profile)
     kv_tokens = found.kv_tokens if spec.engine.kv_tokens is None else spec.engine.kv_tokens
     if kv_tokens < spec.engine.max_num_batched_tokens // 8 or kv_tokens < spec.engine.block_size:
@@ -258,14 +295,53 @@ def _check_spec(fleet: str, spec: EndpointSpec) -> None:
         )
 
 
+def _check_roles(fleet: Fleet) -> None:
+    """Whether all that is prefilled can be decoded somewhere."""
+    decoding = {_model(spec) for spec in fleet.endpoints if spec.role != "prefill"}
+    for spec in fleet.endpoints:
+        if spec.role == "prefill" and _model(spec) not in decoding:
+            raise SettingsError(
+                f"fleet {fleet.name}: {spec.profile} prefills {_model(spec)}, and no endpoint decodes it; "
+                f"wanted one of role 'decode' or 'both'"
+            )
+    if fleet.network.latency_s < 0 or fleet.network.kv_lease_s <= 0:
+        raise SettingsError(
+            f"fleet {fleet.name}: network has latency_s {fleet.network.latency_s:g} and kv_lease_s "
+            f"{fleet.network.kv_lease_s:g}, wanted at least 0 and more than 0"
+        )
+    for spec in fleet.endpoints:
+        if not 0 < _link_gbps(fleet, spec) <= LINK_MAX_GBPS:
+            raise SettingsError(
+                f"fleet {fleet.name}: {spec.profile} has link_gbps {_link_gbps(fleet, spec):g}, "
+                f"wanted more than 0 and at most {LINK_MAX_GBPS:g}, to hand KV over"
+            )
+
+
+def _model(spec: EndpointSpec) -> str:
+    """The model in a profile's name."""
+    return profile.load(spec.profile).name.split("|")[1]
+
+
+def _link_gbps(fleet: Fleet, spec: EndpointSpec) -> float:
+    if not fleet.is_disaggregated:
+        return 0.0
+    return fleet.network.link_gbps if spec.link_gbps is None else spec.link_gbps
+
+
 def _named(fleet: Fleet) -> Iterator[tuple[str, EndpointSpec]]:
     """Every endpoint's name and kind; kinds of one name are numbered through."""
     counts: dict[str, int] = {}
     for spec in fleet.endpoints:
-        stem = spec.name or spec.profile.split("|")[0]
+        stem = spec.name or _stem(spec)
         for _ in range(spec.count):
             yield f"{stem}-{counts.get(stem, 0)}", spec
             counts[stem] = counts.get(stem, 0) + 1
+
+
+def _stem(spec: EndpointSpec) -> str:
+    """What its endpoints are called: the profile's GPU or alias, and the half of a request that it serves."""
+    alias = spec.profile.split("|")[0]
+    return alias if spec.role == "both" else f"{alias}-{spec.role}"
 
 
 def _hardware(found: Profile) -> str:
@@ -280,6 +356,7 @@ def _keys() -> str:
         "endpoints.engine": EngineSettings,
         "chance": Chance,
         "delays": Delays,
+        "network": Links,
         "faults": Fault,
     }
     return "; ".join(
@@ -296,6 +373,26 @@ H100_ENGINE = EngineSettings(max_num_batched_tokens=8192)
 V100_ENGINE = EngineSettings(
     prefix_caching=False, chunked_prefill=False, max_num_batched_tokens=32_768
 )
+
+
+def _parted(prefill: str, n_prefill: int, decode: str, n_decode: int) -> tuple[EndpointSpec, ...]:
+    """So many that prefill and so many that decode."""
+    settings = dict.fromkeys(("h100", "h100-70b"), H100_ENGINE)
+    return (
+        EndpointSpec(
+            profile=prefill,
+            count=n_prefill,
+            role="prefill",
+            engine=settings.get(prefill, EngineSettings()),
+        ),
+        EndpointSpec(
+            profile=decode,
+            count=n_decode,
+            role="decode",
+            engine=settings.get(decode, EngineSettings()),
+        ),
+    )
+
 
 BUILT_IN: dict[str, tuple[EndpointSpec, ...]] = {
     "a30x8": (EndpointSpec(profile="a30", count=8),),
@@ -314,8 +411,13 @@ BUILT_IN: dict[str, tuple[EndpointSpec, ...]] = {
         EndpointSpec(profile="h100", count=1, engine=H100_ENGINE),
         EndpointSpec(profile="l40s", count=3),
     ),
+    "pd-a100x4-a100x4": _parted("a100", 4, "a100", 4),
+    "pd-a100x4-a100x4-80g": _parted("a100", 4, "a100", 4),
+    "pd-h100-70bx4-h100-70bx4": _parted("h100-70b", 4, "h100-70b", 4),
+    "pd-h100x8-a100x4": _parted("h100", 8, "a100", 4),
+    "pd-h100x8-h100x4": _parted("h100", 8, "h100", 4),
 }
-"By the name that the command line knows."
-
-DISAGGREGATED = ("pd-a100x4-a100x4", "pd-h100-70bx4-h100-70bx4")
-"Named in the evaluation; refused until endpoints can have half a request."
+"""
+By the name that the command line knows. `pd-` names what prefills, then what decodes, over links of 320 Gbit/s, or
+80 where it ends in `-80g`.
+"""

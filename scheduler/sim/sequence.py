@@ -12,6 +12,7 @@ Reason = Literal["stop", "length", "abort"]
 
 class Status(Enum):
     WAITING = "waiting"
+    LOADING = "loading"
     PREFILL = "prefill"
     DECODE = "decode"
     FINISHED = "finished"
@@ -32,8 +33,11 @@ class Sequence:
         "finish_step",
         "finished_at",
         "first_token_at",
+        "hands_over",
         "held",
         "id",
+        "is_loaded",
+        "is_remote",
         "joined_step",
         "keys",
         "max_tokens",
@@ -58,6 +62,8 @@ class Sequence:
         max_tokens: int | None = None,
         priority: int = 0,
         arrived_at: float = 0.0,
+        hands_over: bool = False,
+        is_remote: bool = False,
     ) -> None:
         """A new request.
 
@@ -70,6 +76,8 @@ class Sequence:
             max_tokens: ends the output early, with reason `length`; None for no such limit.
             priority: lower first, under the `priority` policy.
             arrived_at: when it reached the engine.
+            hands_over: its blocks stay held after its end, for another engine to fetch.
+            is_remote: another engine has computed its prompt; the KV comes over the link.
 
         Raises:
             ValueError: an empty prompt or an empty output.
@@ -88,6 +96,11 @@ class Sequence:
         self.priority = priority
         self.arrived_at = arrived_at
         self.stop_after = stop_after
+        self.hands_over = hands_over
+        self.is_remote = is_remote
+        "Once its KV was lost to a preemption it is no more: the prompt is computed here."
+        self.is_loaded = False
+        "Its KV has come, and its last token waits to be computed."
         self.status = Status.WAITING
         self.finish_reason: Reason = "stop" if stop_after == output_tokens else "length"
         self.computed = 0
