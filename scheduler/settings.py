@@ -295,6 +295,12 @@ class DoorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     write_s: Seconds = 60.0
     "A client that takes nothing of its answer for so long is cut off."
 
+    keepalive_s: Annotated[float, Meta(ge=0)] = 15.0
+    """
+    A stream that has had nothing to say for so long gets a comment line, and its status with the first: proxies cut
+    off who is silent, most after 60 s. 0: never.
+    """
+
     drain_s: Annotated[float, Meta(ge=0)] = 30.0
     "After SIGTERM, how long open requests may finish before they are cancelled."
 

@@ -1,13 +1,15 @@
 """Many streams followed over few connections, each from a position known beforehand, so nothing is missed.
 
-A blocked XREAD cannot take one more stream in. So each stream gets a reader of its own while there are few; past
-that it joins the reader with the fewest, at the latest when that one's short wait is over.
+A blocked XREAD cannot take one more stream in. So each stream gets a reader of its own while there are few. Past
+that it joins the reader with the fewest; one that does not come back by itself at once, as it does where many talk,
+has its wait broken off, which costs a connection and no entry.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Callable, Mapping
 
 from dispatcher.streams.connection import Connection, Entry
 from scheduler.errors import StreamError
@@ -15,8 +17,11 @@ from scheduler.errors import StreamError
 READERS_MAX = 8
 "Connections that wait for token logs, whatever the number of logs."
 
-WAIT_S = 0.1
-"How long a shared reader waits before it looks whether a stream has joined."
+WAIT_S = 2.0
+"How long a read waits on the server; only a bound, entries and whoever joins end it at once."
+
+JOIN_S = 0.002
+"How long a reader may take to come back by itself when a stream has joined it."
 
 AHEAD_MAX = 256
 "Entries kept for somebody who reads slower than they come; the log itself keeps the rest."
@@ -28,10 +33,14 @@ RETRY_MAX_S = 2.0
 log = logging.getLogger("headgate.client")
 
 
+IsLast = Callable[[Mapping[bytes, bytes]], bool]
+"Whether an entry with these fields is its stream's last."
+
+
 class Following:
     """One stream being followed: entries that came, and a signal that some did."""
 
-    def __init__(self, stream: str, after: str) -> None:
+    def __init__(self, stream: str, after: str, is_last: IsLast) -> None:
         self.stream = stream
         self.after = after
         "The last entry that was read."
@@ -39,12 +48,14 @@ class Following:
         self.is_over = False
         self.room = asyncio.Event()
         self.room.set()
+        self._is_last = is_last
         self._entries: deque[Entry] = deque()
 
     def put(self, entries: list[Entry]) -> None:
         """What the reader brings."""
         self._entries.extend(entries)
-        self.after = entries[-1][0]
+        self.after, fields = entries[-1]
+        self.is_over = self.is_over or self._is_last(fields)
         if len(self._entries) >= AHEAD_MAX:
             self.room.clear()
         self.news.set()
@@ -63,23 +74,26 @@ class Follower:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._readers: dict[asyncio.Task[None], list[Following]] = {}
+        self._readers: dict[asyncio.Task[None], _Reader] = {}
 
-    def follow(self, stream: str, after: str) -> Following:
-        """Read the stream from behind `after` until `stop`."""
-        following = Following(stream, after)
+    def follow(self, stream: str, after: str, *, is_last: IsLast = lambda _: False) -> Following:
+        """Read the stream from behind `after` until its last entry, or until `stop`."""
+        following = Following(stream, after, is_last)
         if len(self._readers) < READERS_MAX:
-            share = [following]
-            reader = asyncio.create_task(self._read(share), name=f"headgate-reader-{stream}")
-            self._readers[reader] = share
+            reader = _Reader(self._connection)
+            task = asyncio.create_task(self._run(reader), name=f"headgate-reader-{stream}")
+            self._readers[task] = reader
         else:
-            min(self._readers.values(), key=len).append(following)
+            reader = min(self._readers.values(), key=lambda one: len(one.share))
+        reader.join(following)
         return following
 
     def stop(self, following: Following) -> None:
         """No more of this stream; its reader ends with its last stream."""
         following.is_over = True
         following.room.set()
+        for reader in self._readers.values():
+            reader.note_leaving(following)
 
     async def close(self) -> None:
         """End every reader."""
@@ -90,53 +104,80 @@ class Follower:
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
 
-    async def _read(self, share: list[Following]) -> None:
-        try:
-            await self._read_while_followed(share)
-        finally:
-            # No wait between the last look at the share and this, so nobody can have joined.
-            del self._readers[self._me()]
-
-    def _me(self) -> asyncio.Task[None]:
+    async def _run(self, reader: "_Reader") -> None:
         task = asyncio.current_task()
         assert task is not None
-        return task
+        try:
+            await reader.run()
+        finally:
+            # No wait between the last look at the share and this, so nobody can have joined.
+            del self._readers[task]
 
-    async def _read_while_followed(self, share: list[Following]) -> None:
+
+class _Reader:
+    """One connection that waits for a share of the streams, while there is any."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.share: list[Following] = []
+        self._waiting: asyncio.Timeout | None = None
+        "The wait under way."
+
+    def join(self, following: Following) -> None:
+        """Read this stream as well."""
+        self.share.append(following)
+        self._break_off(JOIN_S)
+
+    def note_leaving(self, following: Following) -> None:
+        """This stream is over, wherever it was read; whoever waits for nobody must not wait on."""
+        if following in self.share and not self._living():
+            self._break_off(0.0)
+
+    async def run(self) -> None:
+        """Read until the last stream is over."""
         delay_s = RETRY_FIRST_S
-        while _living(share):
-            open_ones = [f for f in share if f.room.is_set()]
-            if not open_ones:
-                await _any_room(share)
-                continue
+        while self._living():
             try:
-                # Two followers of one stream take turns: a command can name it once.
-                wanted = {f.stream: f for f in open_ones}
-                came = await self._connection.read(
-                    {name: f.after for name, f in wanted.items()},
-                    count=AHEAD_MAX,
-                    block_s=WAIT_S,
-                )
+                async with asyncio.timeout(None) as self._waiting:
+                    await self._turn()
+            except TimeoutError:
+                continue  # the share is another
             except StreamError as error:
                 log.warning("cannot read replies, trying again in %.2g s: %s", delay_s, error)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
-                continue
-            delay_s = RETRY_FIRST_S
-            for name, entries in came.items():
-                if entries:
-                    wanted[name].put(entries)
-            share.insert(0, share.pop())
+            else:
+                delay_s = RETRY_FIRST_S
+            finally:
+                self._waiting = None
 
+    def _break_off(self, after_s: float) -> None:
+        """End the wait under way, if it has not ended by then; the reader looks at its share anew."""
+        if self._waiting is not None and not self._waiting.expired():
+            self._waiting.reschedule(asyncio.get_running_loop().time() + after_s)
 
-def _living(share: list[Following]) -> list[Following]:
-    """The same list, without those that are over: `follow` appends to it."""
-    share[:] = [f for f in share if not f.is_over]
-    return share
+    def _living(self) -> list[Following]:
+        self.share = [one for one in self.share if not one.is_over]
+        return self.share
+
+    async def _turn(self) -> None:
+        open_ones = [one for one in self.share if one.room.is_set()]
+        if not open_ones:
+            await _any_room(self.share)
+            return
+        # Two followers of one stream take turns: a command can name it once.
+        wanted = {one.stream: one for one in open_ones}
+        came = await self._connection.read(
+            {name: one.after for name, one in wanted.items()}, count=AHEAD_MAX, block_s=WAIT_S
+        )
+        for name, entries in came.items():
+            if entries:
+                wanted[name].put(entries)
+        self.share.insert(0, self.share.pop())
 
 
 async def _any_room(share: list[Following]) -> None:
-    waits = [asyncio.ensure_future(f.room.wait()) for f in share]
+    waits = [asyncio.ensure_future(one.room.wait()) for one in share]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:

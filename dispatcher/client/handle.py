@@ -1,7 +1,7 @@
 """A request as its client holds it: wait for it, read its tokens, cancel it, ask where it stands."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -88,14 +88,17 @@ class Handle:
         """Where it stands now."""
         return await self._client.status(self.id)
 
-    async def pieces(self, *, after: str = BEGINNING) -> AsyncGenerator[Piece, None]:
+    async def pieces(
+        self, *, after: str = BEGINNING, quiet_s: float | None = None
+    ) -> AsyncGenerator[Piece, None]:
         """The token log behind an entry, to its end, as it is written.
 
         Each piece comes once, also when the request is tried again elsewhere meanwhile. Ends without a raise
-        whatever the outcome; a request that does not stream has no pieces.
+        whatever the outcome; a request that does not stream has no pieces. With `quiet_s` an empty piece comes
+        whenever nothing was written for so long, for who has to show a sign of life.
         """
         stream = self._client.keys.tokens(self.id)
-        following = self._client.follower.follow(stream, after)
+        following = self._client.follower.follow(stream, after, is_last=_is_last)
         self._ended.add_done_callback(lambda _: following.news.set())
         try:
             while True:
@@ -107,7 +110,11 @@ class Handle:
                         return
                 if self._ended.done():
                     break
-                await following.news.wait()
+                try:
+                    async with asyncio.timeout(quiet_s):
+                        await following.news.wait()
+                except TimeoutError:
+                    yield Piece(after, "")
         finally:
             self._client.follower.stop(following)
         # The record and the log's end are written in one move, so what is there now is all there will be.
@@ -132,3 +139,7 @@ class Handle:
 
 def _tokens(entry: Entry) -> Tokens:
     return codec.decode(Tokens, entry[1])
+
+
+def _is_last(fields: Mapping[bytes, bytes]) -> bool:
+    return bool(fields.get(b"end"))

@@ -1,7 +1,8 @@
 """How a request is answered: its terminal record's body as it stands, or its token log as it grows.
 
-A stream's status waits for its first word: who is refused before it gets an honest one. A slow reader holds nothing
-but its own connection: past the transport's buffer the log is read no further, and the log keeps the rest.
+A stream's status waits for its first word: who is refused before it gets an honest one. Only who waits so long that
+a proxy might cut him off gets a status and a comment line before it, as others' doors send them. A slow reader holds
+nothing but its own connection: past the transport's buffer the log is read no further, and the log keeps the rest.
 """
 
 import asyncio
@@ -23,6 +24,9 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would hold the tokens back
 }
 
+STILL_HERE = b": still here\n\n"
+"A comment, which every reader of event streams drops."
+
 Judge = Callable[[Result, str], Awaitable[Refusal]]
 "What a record that is no answer is to the client."
 
@@ -43,10 +47,18 @@ async def whole(ask: Ask, handle: Handle, refused: Judge) -> web.Response:
 class Stream:
     """An answer as chunks."""
 
-    def __init__(self, request: web.Request, ask: Ask, handle: Handle, *, write_s: float) -> None:
-        """A client that takes nothing for `write_s` is cut off."""
+    def __init__(
+        self,
+        request: web.Request,
+        ask: Ask,
+        handle: Handle,
+        *,
+        write_s: float,
+        keepalive_s: float,
+    ) -> None:
+        """A client that takes nothing for `write_s` is cut off; one that gets nothing hears so every `keepalive_s`."""
         self._request, self._ask, self._handle = request, ask, handle
-        self._write_s = write_s
+        self._write_s, self._quiet_s = write_s, keepalive_s or None
         self._chunks = Chunks(ask, request_id=ask.name or handle.id, created=int(time.time()))
         self._response = web.StreamResponse(headers=STREAM_HEADERS | named(ask, handle))
         self.broken_by = ""
@@ -56,23 +68,23 @@ class Stream:
         """Write it from its first word to its end.
 
         Raises:
-            Refusal: it ended without an answer before its first word.
+            Refusal: it ended without an answer before anything was sent.
             ConnectionResetError: the client is gone, or takes nothing.
         """
-        handle, chunks = self._handle, self._chunks
-        async with aclosing(handle.pieces()) as pieces:
-            first = await anext(pieces, None)
-            if first is None:
-                record = await handle.record()
-                if record.outcome != "completed":
-                    raise await _refusal(record, self._ask, refused)
-            begun()
-            await self._response.prepare(self._request)
-            if first is not None:
-                await self._write(chunks.piece(first))
+        has_begun = False
+        async with aclosing(self._handle.pieces(quiet_s=self._quiet_s)) as pieces:
             async for piece in pieces:
-                await self._write(chunks.piece(piece))
-        await self._write(await self._ending(await handle.record(), refused))
+                events = self._chunks.piece(piece)
+                if events and not has_begun:
+                    has_begun = True
+                    begun()
+                await self._write(events or STILL_HERE)
+        record = await self._handle.record()
+        if record.outcome != "completed" and not self._response.prepared:
+            raise await _refusal(record, self._ask, refused)
+        if record.outcome == "completed" and not has_begun:
+            begun()
+        await self._write(await self._ending(record, refused))
         await self._response.write_eof()
         return self._response
 
@@ -86,6 +98,8 @@ class Stream:
     async def _write(self, events: bytes) -> None:
         try:
             async with asyncio.timeout(self._write_s):
+                if not self._response.prepared:
+                    await self._response.prepare(self._request)
                 await self._response.write(events)
         except TimeoutError:
             if self._request.transport is not None:

@@ -175,7 +175,13 @@ class Door:
             response = await answer.whole(ask, handle, self._desk.refused)
             begun()
             return response
-        stream = Stream(request, ask, handle, write_s=self._settings.write_s)
+        stream = Stream(
+            request,
+            ask,
+            handle,
+            write_s=self._settings.write_s,
+            keepalive_s=self._settings.keepalive_s,
+        )
         written = await stream.run(self._desk.refused, begun)
         if stream.broken_by:
             self._meter.broken.labels(stream.broken_by).inc()

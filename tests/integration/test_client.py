@@ -212,6 +212,47 @@ class TestStream:
         assert set(await asyncio.gather(*map(whole, handles))) == {"a b c "}
         assert len(client.follower._readers) <= follower.READERS_MAX
 
+    async def test_one_more_stream_than_readers_does_not_wait_for_the_quiet(
+        self, played, client, monkeypatch
+    ):
+        """Every reader waits on the server, for an hour if need be; who joins one is read at once."""
+        monkeypatch.setattr(follower, "WAIT_S", 3600.0)
+        quiet = [await self.begun(played, client) for _ in range(follower.READERS_MAX)]
+        waiting = [asyncio.create_task(anext(texts)) for _, texts in quiet]
+
+        async with asyncio.timeout(20):
+            more = [await self.begun(played, client) for _ in range(4)]
+
+        assert len(client.follower._readers) == follower.READERS_MAX
+        for held, _ in (*quiet, *more):
+            await played.finish(held, pieces=1)
+        with pytest.raises(StopAsyncIteration):
+            await waiting[0]
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def begun(self, played, client):
+        """A stream that has said one word, so that its reader waits for the next."""
+        handle = await client.submit(says("x"), stream=True, tenant="hold")
+        await played.holds(len(played.held) + 1)
+        texts = aiter(handle)
+        first = asyncio.create_task(anext(texts))
+        await played.say(played.held[-1], 0, "word")
+        assert await first == "word"
+        return played.held[-1], texts
+
+    async def test_a_stream_that_is_over_holds_no_reader(self, played, client, monkeypatch):
+        """At its end, or when nobody reads it any more, its reader waits for nothing on the server."""
+        monkeypatch.setattr(follower, "WAIT_S", 3600.0)
+        for _ in range(2 * follower.READERS_MAX):
+            assert [text async for text in await client.submit(says("a"), stream=True)] == ["a "]
+        left = (await client.submit(says("x"), stream=True, tenant="hold")).pieces(quiet_s=0.01)
+        await anext(left)
+        await left.aclose()
+
+        async with asyncio.timeout(20):
+            while len(client.follower._readers) > 1:  # noqa: ASYNC110  a task's end has no event
+                await asyncio.sleep(0.01)
+
 
 class TestAttach:
     async def test_after_the_end(self, played, client, redis_url, pool):

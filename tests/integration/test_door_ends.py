@@ -9,10 +9,12 @@ import subprocess
 from functools import partial
 
 import aiohttp
+import openai
 import pytest
 from played import ENDPOINT, Played
 
 from dispatcher.client import Client
+from dispatcher.door.answer import STILL_HERE
 from dispatcher.door.keyring import Keyring
 from dispatcher.door.server import Door
 from dispatcher.local import Server
@@ -215,6 +217,86 @@ class TestEnds:
             assert b" 408 " in await reader.readline()
             writer.close()
             await writer.wait_closed()
+
+
+class TestSilence:
+    """Who waits in the queue for long is shown signs of life, which no client takes for words."""
+
+    @pytest.fixture
+    async def patient(self, redis_url, pool):
+        async with opened(redis_url, pool, keepalive_s=0.02) as one:
+            yield one
+
+    async def answer(self, front):
+        """The request that is held says its words and ends."""
+        [held] = front.played.held
+        for index, word in enumerate(("one ", "two ")):
+            await front.played.say(held, index, word)
+        await front.played.finish(held, pieces=2)
+
+    async def test_comments_before_the_words_and_between_them(self, patient):
+        """The status comes with the first comment; after the words only [DONE]."""
+        async with patient.post(said=HOLD, stream=True) as response:
+            assert (response.status, await response.content.readuntil(b"\n\n")) == (200, STILL_HERE)
+            await patient.played.holds(1)
+            await patient.played.say(patient.played.held[0], 0, "one ")
+            while b'"one "' not in await response.content.readuntil(b"\n\n"):
+                pass
+            assert await response.content.readuntil(b"\n\n") == STILL_HERE
+            await patient.played.finish(patient.played.held[0], pieces=1)
+            rest = (await response.content.read()).split(b"\n\n")
+
+        assert rest[-2:] == [b"data: [DONE]", b""]
+
+    async def test_a_refusal_after_them_is_a_chunk(self, patient):
+        """The status is spent; the reason is not lost."""
+        async with patient.post(said=HOLD, stream=True) as response:
+            await response.content.readuntil(b"\n\n")
+            await patient.played.holds(1)
+            await patient.played.finish(patient.played.held[0], "expired", pieces=1)
+            events = (await response.content.read()).split(b"\n\n")
+
+        error, done, _ = [event for event in events if event + b"\n\n" != STILL_HERE]
+        assert json.loads(error[6:])["error"]["type"] == "GatewayTimeoutError"
+        assert done == b"data: [DONE]"
+
+    @pytest.mark.parametrize("is_async", [True, False])
+    async def test_the_official_client_drops_them(self, patient, is_async):
+        """Nothing but the words comes out of it."""
+        kind = openai.AsyncOpenAI if is_async else openai.OpenAI
+        ai = kind(base_url=f"{patient.url}/v1", api_key="none", max_retries=0)
+        asked = {"model": "llama", "prompt": "x", "stream": True, "extra_headers": HOLD}
+        if is_async:
+            stream = await ai.completions.create(**asked)  # the first comment brings the status
+            await patient.played.holds(1)
+            await self.answer(patient)
+            said = [chunk.choices[0].text async for chunk in stream]
+            await ai.close()
+        else:
+            stream = await asyncio.to_thread(ai.completions.create, **asked)
+            await patient.played.holds(1)
+            await self.answer(patient)
+            said = await asyncio.to_thread(lambda: [chunk.choices[0].text for chunk in stream])
+            ai.close()
+
+        assert said == ["one ", "two ", ""]
+
+    @pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
+    async def test_curl_shows_them(self, patient):
+        """They come at once, through its own buffers."""
+        asked = json.dumps({"model": "llama", "prompt": "x", "stream": True})
+        curl = await asyncio.create_subprocess_exec(
+            *("curl", "--silent", "--no-buffer", "--noproxy", "*", "--data", asked),
+            *("--header", "x-headgate-tenant: hold", patient.url + COMPLETIONS),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert await curl.stdout.readuntil(b"\n\n") == STILL_HERE
+        await patient.played.holds(1)
+        await self.answer(patient)
+        rest = await curl.stdout.read()
+
+        assert await curl.wait() == 0
+        assert rest.endswith(b"data: [DONE]\n\n")
 
 
 class TestLeaving:
