@@ -15,7 +15,7 @@ def command(
     now: float,
     policy: str,
     waiting: int,
-    names: Sequence[str],
+    by_slot: Sequence[Endpoint | None],
     features: tuple[str, ...],
 ) -> Assign:
     """The command that hands this request over.
@@ -26,7 +26,7 @@ def command(
         now: unix seconds.
         policy: the policy's name.
         waiting: how many waited at that moment.
-        names: the endpoints' names by slot.
+        by_slot: the endpoints.
         features: what the predictor saw.
     """
     ticket = choice.ticket
@@ -46,7 +46,7 @@ def command(
         best_cached_tokens=choice.best_cached_tokens,
         waiting=waiting,
         propensity=choice.propensity,
-        candidates=tuple(f"{names[slot]}={total_s:.4g}" for slot, total_s in choice.candidates),
+        candidates=tuple([f"{_name(by_slot[slot])}={s:.4g}" for slot, s in choice.candidates]),
         features=features,
         reason=_reason(choice, endpoint, slack_s),
     )
@@ -83,6 +83,10 @@ def _job(
         features=features,
         traceparent=request.traceparent,
     )
+
+
+def _name(endpoint: Endpoint | None) -> str:
+    return "" if endpoint is None else endpoint.name
 
 
 def _reason(choice: Choice, endpoint: Endpoint, slack_s: float | None) -> str:

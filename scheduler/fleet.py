@@ -123,10 +123,10 @@ class Fleet:
 
     def wanted(self, models: Iterable[str]) -> Floats:
         """0 for each slot where a request for any of these models may go, `inf` for the others."""
-        found = np.full(len(self.by_slot), np.inf)
-        for model in models:
-            np.minimum(found, self.barrier(model), out=found)
-        return found
+        barriers = [self.barrier(model) for model in models]
+        if len(barriers) == 1:
+            return barriers[0].copy()
+        return np.minimum.reduce(barriers, initial=np.inf)
 
     def _reopen(self, endpoint: Endpoint) -> None:
         self._limits[READY, endpoint.slot] = 0.0 if endpoint.takes_work else np.inf

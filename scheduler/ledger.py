@@ -86,13 +86,13 @@ class Ledger:
         self.decoding: list[dict[str, Line]] = []
         self.pins = Pins()
         self._promises: list[list[float]] = []
-        self._sums = np.zeros((11, 0))
+        self._sums = np.zeros((12, 0))
         self._name_rows()
 
     def _name_rows(self) -> None:
         self.tokens, self.pairs, self.seats, self.kv, self.decode_kv = self._sums[:5]
-        self.head_tokens, self.head_pairs, self.head_since = self._sums[5:8]
-        self.read_kv, self.tightest_s, self.promised = self._sums[8:]
+        self.head_tokens, self.head_pairs, self.head_since, self.head_is = self._sums[5:9]
+        self.read_kv, self.tightest_s, self.promised = self._sums[9:]
 
     def open(self, slot: int) -> None:
         """Give a new endpoint an empty column."""
@@ -152,13 +152,17 @@ class Ledger:
         """What stands before a newcomer, dead-reckoned from the predictions and the last first tokens seen."""
         tokens, pairs = self.head_tokens, self.head_pairs
         head_s = tokens * rates.token_s + pairs * rates.pair_s
-        age_s = np.where(tokens > 0, now - self.head_since, 0.0)
-        done = np.minimum(PROGRESS_MAX, age_s / np.maximum(head_s, 1e-9))
-        late_s = age_s - OVERDUE_FACTOR * (head_s + rates.overhead_s) - OVERDUE_GRACE_S
+        age_s = self.head_is * (now - self.head_since)
+        passed = age_s / np.maximum(head_s, 1e-9)
+        done = np.minimum(PROGRESS_MAX, passed)
+        overdue_s = np.zeros(len(done))
+        if np.maximum.reduce(passed, initial=0.0) > OVERDUE_FACTOR:
+            late_s = age_s - OVERDUE_FACTOR * (head_s + rates.overhead_s) - OVERDUE_GRACE_S
+            overdue_s = np.maximum(0.0, late_s)
         return Backlog(
             tokens=self.tokens - done * tokens,
             pairs=self.pairs - done * pairs,
-            overdue_s=np.maximum(0.0, late_s),
+            overdue_s=overdue_s,
         )
 
     def _find_head(self, slot: int, now: float) -> None:
@@ -166,6 +170,7 @@ class Ledger:
         self.head_tokens[slot] = 0.0 if head is None else head.tokens
         self.head_pairs[slot] = 0.0 if head is None else head.pairs
         self.head_since[slot] = now
+        self.head_is[slot] = head is not None
 
     def _end_prefill(self, slot: int, request_id: str, now: float) -> Line | None:
         lines = self.prefilling[slot]

@@ -191,14 +191,16 @@ class Planner:
         """Who of those set aside could make it alone, by the plain prediction: worth another place in the plan."""
         if not self.room.can_start(self.settings.commit_window_s):
             return []
-        return [ticket for ticket in aside if self._is_hopeful(ticket)]
-
-    def _is_hopeful(self, ticket: Ticket) -> bool:
-        left_s = ticket.due_at - self.now
-        if left_s <= 0:
-            return False
-        total_s = self.room.open_s + self._price(ticket).service_s
-        return bool(np.minimum.reduce(total_s) <= left_s)
+        earliest_s = self.room.earliest_s
+        found = []
+        for ticket in aside:
+            left_s = ticket.due_at - self.now
+            if left_s <= earliest_s:
+                continue
+            total_s = self.room.open_s + self._price(ticket).service_s
+            if np.minimum.reduce(total_s) <= left_s:
+                found.append(ticket)
+        return found
 
     def fill(self, aside: Sequence[Ticket], *, is_calm: bool) -> None:
         """Give what the plan leaves idle to these, in their order.
@@ -314,10 +316,11 @@ class Planner:
         if self.room.is_tight(offer.kv):
             kv = self._kv(offer)
             blocks = offer.ticket.request.blocks
-            tight = (self.room.kv < kv) & (total_s < math.inf)
+            shared_max = BLOCK_TOKENS * len(blocks)
+            total_s[self.room.kv < kv - shared_max] = math.inf
             if not blocks:
-                total_s[tight] = math.inf
                 return total_s
+            tight = (self.room.kv < kv) & (total_s < math.inf)
             for slot in tight.nonzero()[0].tolist():
                 shared = self.room.pins.depth(slot, chain(blocks, float(kv[slot])))
                 if self.room.kv[slot] < float(kv[slot]) - BLOCK_TOKENS * shared:
@@ -358,9 +361,8 @@ class Planner:
             gain = self.noise.odds(promise.tpot_s, pace_s)
             gain[gain < PACE_ODDS_MIN] = 0.0
         value = promise.weight * gain - self._harm(offer, kv, pace_s)
-        worthy: Bools = (value > 0) & (
-            value >= value[np.isfinite(offer.service_s)].max(initial=0.0) - PACE_TIE
-        )
+        best = np.maximum.reduce(value, where=offer.service_s < math.inf, initial=0.0)
+        worthy: Bools = (value > 0) & (value >= best - PACE_TIE)
         return worthy
 
     def _harm(self, offer: Offer, kv: Floats, pace_s: Floats) -> Floats:

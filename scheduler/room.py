@@ -119,6 +119,11 @@ class Room:
             self._used = 1.0 - free
         return self._used
 
+    @property
+    def earliest_s(self) -> float:
+        """No first token can come sooner, however short its prompt."""
+        return _least(self.open_s + self.rates.overhead_s)
+
     def can_start(self, within_s: float) -> bool:
         """Whether any endpoint with a seat could begin something new so soon."""
         return _least(self.open_s) <= within_s

@@ -10,6 +10,8 @@ from scheduler.window import Window
 BUCKETS_S = (1e-3, 0.2)
 "Predictions are as uncertain as what stands before them: nothing, a little, more."
 
+_EDGES_S = np.array(BUCKETS_S)
+
 SIZE, LEAST = 300, 30
 "Completions a bucket remembers, and how many make its quantiles worth believing."
 
@@ -36,8 +38,8 @@ class Spread:
         """By what factor this part of the completions beat its prediction; 1 where `part` is 0."""
         if part <= 0:
             return np.ones(len(start_s))
-        logs = np.array([self._quantile(window, part) for window in self._windows])
-        chosen: Floats = np.exp(logs)[np.searchsorted(BUCKETS_S, start_s)]
+        factors = np.exp([self._quantile(window, part) for window in self._windows])
+        chosen: Floats = factors[_EDGES_S.searchsorted(start_s)]
         return chosen
 
     def export(self) -> dict[str, tuple[float, ...]]:
