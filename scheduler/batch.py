@@ -73,6 +73,9 @@ class Candidate(msgspec.Struct, frozen=True):
     priority: int = 0
     "Higher first."
 
+    arriving_tokens: float = 0.0
+    "What of its prompt comes over the link, computed elsewhere: it takes room, but no work."
+
     @property
     def kv_seconds(self) -> float:
         """KV tokens it holds, times the steps for which it holds them: its price, in token steps."""
@@ -176,6 +179,11 @@ def kv_budget(allowed_s: float, batch: int, law: Law) -> float:
     return math.inf if law.kv_s == 0.0 else max(left_s, 0.0) / law.kv_s
 
 
+def _own_kv(one: Candidate) -> float:
+    """KV tokens that it adds to those there already."""
+    return one.uncached_tokens + one.arriving_tokens + one.output_tokens
+
+
 class _Load:
     """The batch as it would be: the running and those who have joined in this call."""
 
@@ -204,7 +212,7 @@ class _Load:
 
     def can_join(self, one: Candidate, now: float) -> bool:
         """Whether every promise that can hold at all still holds with this one in the batch."""
-        peak = self._reserved + one.uncached_tokens + one.output_tokens
+        peak = self._reserved + _own_kv(one)
         if peak > self._limits.kv_tokens:
             return False
         batch = self.batch + 1
@@ -217,7 +225,7 @@ class _Load:
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
         self._read += one.prompt_tokens
-        self._reserved += one.uncached_tokens + one.output_tokens
+        self._reserved += _own_kv(one)
         self._context = np.append(self._context, float(one.prompt_tokens))
         self._remaining = np.append(self._remaining, one.output_tokens)
         is_lost = not is_feasible(one, self.prefill_tokens - one.uncached_tokens, self._law, now)
