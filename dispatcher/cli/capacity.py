@@ -9,8 +9,8 @@ from msgspec import structs
 from rich.console import Console
 from rich.table import Table
 
-from dispatcher.cli import cells
-from dispatcher.cli.cells import Bench, Cell
+from dispatcher.cli import lab
+from dispatcher.cli.lab import Bench, Cell
 from scheduler.sim.fleet import ENDPOINTS_MAX
 from scheduler.sim.lab import Lab
 
@@ -23,10 +23,10 @@ TURNS = 8
 @app.command()
 def capacity(
     *,
-    trace: cells.TraceOption,
-    policy: cells.PolicyOption = "plan",
-    fleet: cells.FleetOption = "a30x8",
-    slo: cells.SloOption = None,
+    trace: lab.TraceOption,
+    policy: lab.PolicyOption = "plan",
+    fleet: lab.FleetOption = "a30x8",
+    slo: lab.SloOption = None,
     keep: Annotated[
         str, typer.Option(metavar="SHARE[,SHARE...]", help="Shares on time to keep.")
     ] = "0.99,0.9",
@@ -36,16 +36,16 @@ def capacity(
             help="Find the smallest fleet for this rate: the given one, scaled in proportion."
         ),
     ] = None,
-    seeds: cells.SeedsOption = 3,
-    slice_: cells.SliceOption = None,
-    exact: cells.ExactOption = False,
-    block_tokens: cells.BlockTokensOption = None,
-    prompt_max: cells.PromptMaxOption = None,
-    output_scale: cells.OutputScaleOption = 1.0,
-    jobs: cells.JobsOption = None,
+    seeds: lab.SeedsOption = 3,
+    slice_: lab.SliceOption = None,
+    exact: lab.ExactOption = False,
+    block_tokens: lab.BlockTokensOption = None,
+    prompt_max: lab.PromptMaxOption = None,
+    output_scale: lab.OutputScaleOption = 1.0,
+    jobs: lab.JobsOption = None,
 ) -> None:
     """The highest rate that keeps promises, or with --rate the smallest fleet for it."""
-    stage = cells.lab(
+    stage = lab.stage(
         trace,
         fleet,
         slo=slo,
@@ -55,9 +55,9 @@ def capacity(
         prompt_max=prompt_max,
         output_scale=output_scale,
     )
-    shares = cells.numbers(keep, "keep")
+    shares = lab.numbers(keep, "keep")
     table = Table("policy", "on time", "requests a second" if rate is None else "endpoints")
-    for name in cells.labels(policy):
+    for name in lab.labels(policy):
         for share in shares:
             if rate is None:
                 with Bench(stage, jobs) as bench:

@@ -37,7 +37,7 @@ def compare(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables for a document.")] = False,
 ) -> None:
-    """Medians, 95 % bootstrap intervals and differences paired by seed."""
+    """Medians, 95 % bootstrap intervals and differences paired by window and seed."""
     reports = [one for file in files for one in _read(file)]
     if not reports:
         raise SettingsError(f"{files[0]}: no results, wanted at least one")
@@ -78,14 +78,14 @@ def _is_number(one: Report, key: str) -> bool:
 
 def _header(rows: list[Contrast], base: str) -> list[str]:
     versus = f"{base} / it" if rows and rows[0].is_ratio else f"less {base}"
-    return ["policy", "at", "seeds", "median [95 %]", versus, "gap closed"]
+    return ["policy", "at", "runs", "median [95 %]", versus, "gap closed"]
 
 
 def _cells(row: Contrast) -> list[str]:
     return [
         row.policy,
         f"{row.place:g}",
-        str(row.n_seeds),
+        str(row.n_runs),
         _said(row.value),
         "-" if row.versus is None else _said(row.versus, signed=not row.is_ratio),
         "-" if row.closed_gap is None else f"{row.closed_gap:.0%}",

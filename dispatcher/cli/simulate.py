@@ -9,8 +9,8 @@ from msgspec import structs
 from rich.console import Console
 from rich.table import Table
 
-from dispatcher.cli import cells, download
-from dispatcher.cli.cells import Bench, Cell
+from dispatcher.cli import download, lab
+from dispatcher.cli.lab import Bench, Cell
 from scheduler.sim.report import Report
 
 app = typer.Typer()
@@ -19,9 +19,9 @@ app = typer.Typer()
 @app.command()
 def simulate(
     *,
-    trace: cells.TraceOption,
-    policy: cells.PolicyOption = "plan",
-    fleet: cells.FleetOption = "a30x8",
+    trace: lab.TraceOption,
+    policy: lab.PolicyOption = "plan",
+    fleet: lab.FleetOption = "a30x8",
     load: Annotated[
         str | None,
         typer.Option(metavar="X[,X...]", help="Multiples of the fleet's measured capacity."),
@@ -29,20 +29,21 @@ def simulate(
     rate: Annotated[
         str | None, typer.Option(metavar="R[,R...]", help="Requests a second, instead of --load.")
     ] = None,
-    seeds: cells.SeedsOption = 1,
+    seeds: lab.SeedsOption = 1,
     out: Annotated[
         Path | None,
         typer.Option("--json", metavar="OUT", help="A list, one object a cell and seed."),
     ] = None,
-    slo: cells.SloOption = None,
-    slice_: cells.SliceOption = None,
-    cut: cells.CutOption = 0.0,
-    closed: cells.ClosedOption = False,
-    exact: cells.ExactOption = False,
-    zero_delay: cells.ZeroDelayOption = False,
-    block_tokens: cells.BlockTokensOption = None,
-    prompt_max: cells.PromptMaxOption = None,
-    output_scale: cells.OutputScaleOption = 1.0,
+    slo: lab.SloOption = None,
+    slice_: lab.SliceOption = None,
+    cut: lab.CutOption = 0.0,
+    closed: lab.ClosedOption = False,
+    exact: lab.ExactOption = False,
+    zero_delay: lab.ZeroDelayOption = False,
+    block_tokens: lab.BlockTokensOption = None,
+    prompt_max: lab.PromptMaxOption = None,
+    output_scale: lab.OutputScaleOption = 1.0,
+    lengths: lab.LengthsOption = "unknown",
     curves: Annotated[
         bool, typer.Option("--curves", help="Also what `compare` needs for its pictures.")
     ] = False,
@@ -50,15 +51,15 @@ def simulate(
         bool,
         typer.Option("--untimed", help="Do not measure our own time: same seed, same bytes."),
     ] = False,
-    jobs: cells.JobsOption = None,
+    jobs: lab.JobsOption = None,
 ) -> None:
     """What would these policies do with this traffic on this fleet?"""
     if (load is None) == (rate is None):
         raise typer.BadParameter(f"load is {load!r} and rate {rate!r}, wanted exactly one of them")
-    names = cells.labels(policy)
-    loads = None if load is None else cells.numbers(load, "load")
-    rates = [] if rate is None else cells.numbers(rate, "rate")
-    stage = cells.lab(
+    names = lab.labels(policy)
+    loads = None if load is None else lab.numbers(load, "load")
+    rates = [] if rate is None else lab.numbers(rate, "rate")
+    stage = lab.stage(
         trace,
         fleet,
         slo=slo,
@@ -70,6 +71,7 @@ def simulate(
         block_tokens=block_tokens,
         prompt_max=prompt_max,
         output_scale=output_scale,
+        lengths=lengths,
     )
     with Bench(stage, jobs) as bench:
         capacities = None if loads is None else bench.capacities(seeds)
@@ -97,10 +99,10 @@ def simulate(
     if out is not None:
         with download.replacing(out) as file:
             file.write(msgspec.json.format(msgspec.json.encode(reports), indent=1) + b"\n")
-    _show(reports)
+    show(reports)
 
 
-def _show(reports: list[Report]) -> None:
+def show(reports: list[Report]) -> None:
     """A line a cell: the mean over its seeds. `headgate compare` says how sure it is."""
     table = Table(
         "policy", "load", "req/s", "on time", "TTFT mean", "P50", "P99", "TPOT", "hit", "us/decide"

@@ -50,6 +50,13 @@ def ttft_mean_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> flo
     """The larger of two lower bounds on the mean: each alone on its fastest endpoint, and the pooled server's SRPT."""
     if not arrivals:
         return 0.0
+    at_s = np.array([arrival.at_s for arrival in arrivals])
+    flow = srpt_mean_s(at_s, pooled_s(arrivals, machines))
+    return max(alone_mean_s(arrivals, machines), flow)
+
+
+def alone_mean_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> float:
+    """Mean of each alone on its fastest endpoint with all that came before in its cache."""
     alone = [
         min(
             service_s(machine, arrival.prompt_tokens, _spared(machine, cached))
@@ -57,9 +64,7 @@ def ttft_mean_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> flo
         )
         for arrival, cached in zip(arrivals, cached_at_best(arrivals), strict=True)
     ]
-    at_s = np.array([arrival.at_s for arrival in arrivals])
-    flow = srpt_mean_s(at_s, pooled_s(arrivals, machines))
-    return max(float(np.mean(alone)), flow)
+    return float(np.mean(alone))
 
 
 def on_time_share(

@@ -1,4 +1,4 @@
-"""Policies beside each other: medians, bootstrap intervals and differences paired by seed."""
+"""Policies beside each other: medians, bootstrap intervals and differences paired by window and seed."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,9 @@ import msgspec
 import numpy as np
 
 from scheduler.sim.report import Report
+
+Draw = tuple[str, int]
+"Window and seed: what two policies must share to be compared."
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_250_101
@@ -22,12 +25,13 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 class Contrast(msgspec.Struct, frozen=True, kw_only=True):
-    """One policy in one cell, and how it stands to the baseline on the same seeds."""
+    """One policy in one cell, and how it stands to the baseline in the same windows with the same seeds."""
 
     policy: str
     place: float
     "The load, or the rate where loads were not used."
-    n_seeds: int
+    n_runs: int
+    "Windows times seeds."
     value: Estimate
     versus: Estimate | None
     "Baseline over ours where less is better, ours less the baseline otherwise; None for the baseline itself."
@@ -56,35 +60,36 @@ def contrasts(reports: Sequence[Report], *, metric: str, baseline: str) -> list[
     Raises:
         KeyError: the baseline was not run.
     """
-    values: dict[tuple[str, float], dict[int, float]] = {}
-    bounds: dict[tuple[float, int], float | None] = {}
+    values: dict[tuple[str, float], dict[Draw, float]] = {}
+    bounds: dict[tuple[float, Draw], float | None] = {}
     for one in reports:
         found = getattr(one, metric)
         place = one.rate_rps if one.load is None else one.load
-        bounds[place, one.seed] = _bound(one, metric)
+        draw = (one.window, one.seed)
+        bounds[place, draw] = _bound(one, metric)
         if found is not None:
-            values.setdefault((one.policy, place), {})[one.seed] = float(found)
+            values.setdefault((one.policy, place), {})[draw] = float(found)
     if not any(policy == baseline for policy, _ in values):
         raise KeyError(baseline)
     is_ratio = metric.endswith(LESS_IS_BETTER) and not metric.endswith("_per_s")
     found_all = []
-    for (policy, place), by_seed in values.items():
+    for (policy, place), ours in values.items():
         base = values.get((baseline, place), {})
-        seeds = [seed for seed in by_seed if seed in base]
+        shared = [draw for draw in ours if draw in base]
         versus = None
-        if policy != baseline and seeds:
-            versus = bootstrap([_versus(by_seed[s], base[s], is_ratio=is_ratio) for s in seeds])
+        if policy != baseline and shared:
+            versus = bootstrap([_versus(ours[d], base[d], is_ratio=is_ratio) for d in shared])
         gaps = [
-            (by_seed[s] - base[s]) / (bound - base[s])
-            for s in seeds
-            if (bound := bounds[place, s]) is not None and abs(bound - base[s]) > 1e-9
+            (ours[d] - base[d]) / (bound - base[d])
+            for d in shared
+            if (bound := bounds[place, d]) is not None and abs(bound - base[d]) > 1e-9
         ]
         found_all.append(
             Contrast(
                 policy=policy,
                 place=place,
-                n_seeds=len(by_seed),
-                value=bootstrap(list(by_seed.values())),
+                n_runs=len(ours),
+                value=bootstrap(list(ours.values())),
                 versus=versus,
                 is_ratio=is_ratio,
                 closed_gap=float(np.median(gaps)) if gaps and policy != baseline else None,

@@ -11,8 +11,8 @@ import numpy as np
 from msgspec import structs
 
 from scheduler.errors import SettingsError
-from scheduler.sim import bounds, policy, report, workload, world
-from scheduler.sim.fleet import Fleet, Machine, machines
+from scheduler.sim import bounds, fleet, policy, report, workload, world
+from scheduler.sim.fleet import Fleet, Machine
 from scheduler.sim.policy import LabPolicy, Oracle, Stage
 from scheduler.sim.promise import Promised
 from scheduler.sim.report import Report
@@ -45,7 +45,15 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
     cut: float = 0.0
     "Share of first arrivals that is left out of the figures."
     closed: bool = False
-    "Turns of a conversation wait for the turn before."
+    """
+    Turns of a conversation wait for the turn before, and pauses between turns stay as they are at any rate.
+
+    Only sessions begin closer together: nobody thinks faster because others are many.
+    """
+    window: str = ""
+    "Which part of the trace this is, where several are run."
+    machines: tuple[Machine, ...] = ()
+    "These, whatever the seed, in place of those that the fleet and a seed would make."
 
     def check(self) -> None:
         """Refuse what cannot run.
@@ -55,7 +63,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         """
         if not self.work.arrivals:
             raise SettingsError(f"trace {self.trace}: no arrival in this slice")
-        longest = max(machine.tokens_max for machine in machines(self.fleet, 0))
+        longest = max(machine.tokens_max for machine in self._made(0))
         fitting = sum(arrival.prompt_tokens < longest for arrival in self.work.arrivals)
         if not fitting:
             raise SettingsError(
@@ -65,7 +73,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
 
     def capacity_rps(self, seed: int) -> float:
         """Completions a second in deep overload under earliest-finish, on this seed's machines."""
-        made = machines(self.fleet, seed)
+        made = self._made(seed)
         some = tuple(
             structs.replace(arrival, ttft_s=None, tpot_s=None, deadline_s=None)
             for arrival in self.work.arrivals[:CAPACITY_ROWS]
@@ -92,10 +100,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         timer: Timer | None = None,
     ) -> tuple[Report, World]:
         """One cell with one seed."""
-        made = machines(self.fleet, seed)
-        rows = world.rows(
-            _at_rate(self.work.arrivals, rate_rps), self.work.weights, self.work.objectives
-        )
+        made = self._made(seed)
+        rows = world.rows(self._arriving(rate_rps), self.work.weights, self.work.objectives)
         run = self._world(rows, made, chosen, timer)
         stage = self._stage(seed)
         begun = timer() if timer else 0
@@ -112,12 +118,16 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             seed=seed,
             wall_s=wall_s,
             cut=self.cut,
+            shares=self.work.tenants,
         )
-        return structs.replace(found, fleet=self.fleet.name, trace=self.trace), run
+        named = {"fleet": self.fleet.name, "trace": self.trace, "window": self.window}
+        return structs.replace(found, **named), run
 
     def bounds(self, seed: int, rate_rps: float) -> Bounds:
         """The bounds of this seed's machines at this rate."""
-        made = machines(self.fleet, seed)
+        made = self._made(seed)
+        if self.closed:  # when turns come is the policy's own doing: only each alone can be said
+            return Bounds(bounds.alone_mean_s(self.work.arrivals, made), None)
         arrivals = _at_rate(self.work.arrivals, rate_rps)
         kinds = {(a.ttft_s, a.tpot_s, a.deadline_s) for a in arrivals}
         on_time = None
@@ -126,6 +136,15 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             if ttft_s is not None and tpot_s is None and deadline_s is None:
                 on_time = bounds.on_time_share(arrivals, made, ttft_s=ttft_s)
         return Bounds(bounds.ttft_mean_s(arrivals, made), on_time)
+
+    def _arriving(self, rate_rps: float) -> tuple[Arrival, ...]:
+        return (_closed if self.closed else _at_rate)(self.work.arrivals, rate_rps)
+
+    def _made(self, seed: int) -> tuple[Machine, ...]:
+        """This seed's machines; of given ones only the chance is drawn anew."""
+        if not self.machines:
+            return fleet.machines(self.fleet, seed)
+        return tuple(structs.replace(one, seed=1000 * seed + one.seed) for one in self.machines)
 
     def _world(
         self,
@@ -150,16 +169,32 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             rng=np.random.default_rng([seed, 2]),
             delays=self.fleet.delays,
             objectives=self.work.known,
+            tenants=self.work.tenants,
         )
 
 
 def _at_rate(arrivals: Sequence[Arrival], rate_rps: float) -> tuple[Arrival, ...]:
     """The same arrivals at this mean rate, the first at 0."""
-    start_s = arrivals[0].at_s
-    moved = [structs.replace(a, at_s=a.at_s - start_s) for a in arrivals]
+    moved = _from_zero(arrivals)
     if workload.rate(moved) == 0.0:
-        return tuple(moved)
+        return moved
     return workload.scaled(moved, rate_per_s=rate_rps)
+
+
+def _closed(arrivals: Sequence[Arrival], rate_rps: float) -> tuple[Arrival, ...]:
+    """Sessions that begin at a pace which brings so many turns a second; pauses stay as they are.
+
+    Before the first sessions have grown and after the last has begun there are fewer.
+    """
+    moved = _from_zero(arrivals)
+    heads = [a for a in moved if a.parent is None]
+    speed = rate_rps * heads[-1].at_s / len(moved)
+    return workload.scaled(moved, factor=speed, gaps="kept") if speed > 0 else moved
+
+
+def _from_zero(arrivals: Sequence[Arrival]) -> tuple[Arrival, ...]:
+    start_s = arrivals[0].at_s
+    return tuple(structs.replace(a, at_s=a.at_s - start_s) for a in arrivals)
 
 
 def _cold_rate(arrivals: Sequence[Arrival], made: Sequence[Machine]) -> float:

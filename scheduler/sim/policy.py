@@ -15,7 +15,7 @@ from scheduler.errors import SettingsError
 from scheduler.plan import PlanSettings
 from scheduler.policies import Edf, Fcfs, Urgency
 from scheduler.policies import Policy as CorePolicy
-from scheduler.settings import Objective
+from scheduler.settings import FairnessSettings, Objective
 from scheduler.sim.baselines import affinity, finish, load, lodestar, orders
 from scheduler.sim.baselines.desk import Asked, Bound, Desk, Lined, Order, Router
 from scheduler.sim.baselines.finish import Truth
@@ -32,6 +32,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     rng: np.random.Generator
     delays: Delays
     objectives: dict[str, Objective] = {}
+    tenants: dict[str, float] = {}
 
 
 class LabPolicy(
@@ -68,6 +69,7 @@ class _Core(LabPolicy, frozen=True):
     tie: float = 0.02
     fill: float = PlanSettings().fill
     pace_worth: float = PlanSettings().pace_worth
+    quantum_tokens: int = 0
 
     @property
     def is_open(self) -> bool:
@@ -80,6 +82,7 @@ class _Core(LabPolicy, frozen=True):
         settings = CoreSettings(
             policy=self.order(),
             objectives=stage.objectives,
+            fairness=FairnessSettings(quantum_tokens=self.quantum_tokens, weights=stage.tenants),
             plan=PlanSettings(
                 commit_window_s=self.commit_window_s,
                 horizon=self.horizon,

@@ -7,6 +7,10 @@ ttft_ms = 500
 ttft_prefills = 3.0         # and so many times its own cold prefill on `reference`
 tpot_ms = 50
 weight = 2.0
+tenant = "gold"
+
+[tenants]                   # their shares, for policies that know tenants; who is not named has 1
+gold = 2.0
 """
 
 import tomllib
@@ -49,6 +53,9 @@ class Promises(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     reference: str = "a100"
     "The profile whose cold prefill scales promises."
 
+    tenants: dict[str, float] = {}
+    "Shares by tenant."
+
 
 class Promised(msgspec.Struct, frozen=True):
     """A workload with its promises; lists by row."""
@@ -58,6 +65,8 @@ class Promised(msgspec.Struct, frozen=True):
     objectives: tuple[str, ...] = ()
     known: dict[str, Objective] = {}
     "What the dispatcher's settings say of them."
+    tenants: dict[str, float] = {}
+    "Shares by tenant."
 
 
 def parse(text: str, name: str) -> Promises:
@@ -78,6 +87,11 @@ def parse(text: str, name: str) -> Promises:
             value = getattr(one, key)
             if value is not None and value <= 0:
                 raise SettingsError(f"promises {name}: {key} is {value:g}, wanted more than 0")
+    for tenant, share in found.tenants.items():
+        if share <= 0:
+            raise SettingsError(
+                f"promises {name}: tenants.{tenant} is {share:g}, wanted more than 0"
+            )
     return found
 
 
@@ -100,7 +114,7 @@ def applied(arrivals: Sequence[Arrival], promises: Promises) -> Promised:
         for name, weight in zip(objectives, weights, strict=True)
         if name
     }
-    return Promised(tuple(rows), tuple(weights), tuple(objectives), known)
+    return Promised(tuple(rows), tuple(weights), tuple(objectives), known, promises.tenants)
 
 
 def _class_of(arrival: Arrival, classes: Sequence[Class], drawn: float) -> Class | None:

@@ -1,11 +1,12 @@
 """One run in figures: the JSON object of a cell and a seed. Rates are over all arrivals that were measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
 
 from scheduler.sim.fate import Fate
+from scheduler.sim.shares import fair
 from scheduler.sim.world import Moment, World
 
 GROUPS = 10
@@ -38,6 +39,8 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
 
     n: int
     on_time: float
+    on_time_fair: float
+    "What it would be if as many on time in all were shared max-min, by the tenants' shares."
     ttft_mean_s: float | None
     ttft_p99_s: float | None
     tpot_mean_s: float | None
@@ -105,6 +108,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     capacity_rps: float | None = None
     fleet: str = ""
     trace: str = ""
+    window: str = ""
+    "Which part of the trace, where several are run."
     curves: Curves | None = None
 
 
@@ -117,8 +122,20 @@ def of(
     seed: int,
     wall_s: float,
     cut: float = 0.0,
+    shares: Mapping[str, float] | None = None,
 ) -> Report:
-    """The figures of a run that is over; `cut` is the share of first arrivals that is left out."""
+    """The figures of a run that is over.
+
+    Args:
+        world: the run.
+        policy: what it ran under.
+        load: multiple of the capacity, if the rate was made from one.
+        rate_rps: arrivals a second.
+        seed: whose machines.
+        wall_s: our own time.
+        cut: the share of first arrivals that is left out.
+        shares: the tenants' weights; 1 for who is not named.
+    """
     fates = world.fates[int(cut * len(world.fates)) :]
     on_time = np.array([fate.is_on_time for fate in fates], dtype=np.float64)
     weights = np.array([fate.weight for fate in fates])
@@ -171,7 +188,7 @@ def of(
         decide_us_p99=_quantile(np.array(world.decide_ns) / 1e3, 0.99),
         wall_s=wall_s,
         on_time_by_decile=tuple(_by_decile(fates)),
-        by_tenant=_by_tenant(fates),
+        by_tenant=_by_tenant(fates, shares or {}),
     )
 
 
@@ -205,22 +222,25 @@ def jain(shares: Sequence[float]) -> float:
 
 
 def _groups(fates: Sequence[Fate]) -> list[float]:
-    by_tenant: dict[str, list[bool]] = {}
+    kept: dict[str, list[bool]] = {}
     for fate in fates:
-        by_tenant.setdefault(fate.arrival.tenant, []).append(fate.is_on_time)
-    if len(by_tenant) < 2:
+        kept.setdefault(fate.arrival.tenant, []).append(fate.is_on_time)
+    if len(kept) < 2:
         return _by_decile(fates)
-    return [float(np.mean(kept)) for _, kept in sorted(by_tenant.items())]
+    return [float(np.mean(one)) for _, one in sorted(kept.items())]
 
 
-def _by_tenant(fates: Sequence[Fate]) -> dict[str, Tenant]:
+def _by_tenant(fates: Sequence[Fate], shares: Mapping[str, float]) -> dict[str, Tenant]:
     groups: dict[str, list[Fate]] = {}
     for fate in fates:
         groups.setdefault(fate.arrival.tenant, []).append(fate)
+    total = sum(fate.is_on_time for fate in fates)
+    fairly = fair({name: len(group) for name, group in groups.items()}, total, shares)
     return {
         name: Tenant(
             n=len(group),
             on_time=float(np.mean([fate.is_on_time for fate in group])),
+            on_time_fair=fairly[name] / len(group),
             ttft_mean_s=_mean_known([fate.ttft_s for fate in group]),
             ttft_p99_s=_quantile(np.array([f.ttft_s for f in group if f.ttft_s is not None]), 0.99),
             tpot_mean_s=_mean_known([fate.tpot_s for fate in group]),

@@ -100,7 +100,7 @@ class World:
         *,
         delays: Delays,
         is_open: bool,
-        links: Links = Links(),
+        links: Links | None = None,
         scrapes: bool = False,
         faults: Sequence[Fault] = (),
         closed: bool = False,
@@ -113,12 +113,13 @@ class World:
             machines: the fleet as this seed made it.
             delays: between a fact and the decision on it.
             is_open: endpoints take everything into the engine at once; otherwise their workers admit.
-            links: between endpoints, where KV is handed over.
+            links: between endpoints, where KV is handed over; absent: as a fleet has them by default.
             scrapes: beats come as often as engines are scraped, for a dispatcher that reads engines' figures.
             faults: what befalls whom.
-            closed: a turn of a conversation comes no sooner than the turn before has ended.
+            closed: a turn of a conversation comes when the turn before has ended and its pause is over.
             timer: for `decide_ns`; absent: not measured.
         """
+        links = links or Links()
         self.fates = [Fate(at, row.arrival, row.weight) for at, row in enumerate(rows)]
         self.decide_ns: list[int] = []
         self.aborts = 0
@@ -383,8 +384,9 @@ class World:
     def _ended(self, fate: Fate) -> None:
         self._open -= 1
         for row in self._waiting_turns.get(fate.row, ()):
-            at = max(self.now, self._rows[row].arrival.at_s)
-            self._at(at, self._arrive, row)
+            # From the moment at which the turn before was asked, as traces count pauses.
+            asked_at = fate.enqueued_at + (self._rows[row].arrival.gap_s or 0.0)
+            self._at(max(self.now, asked_at), self._arrive, row)
 
     def _at(self, at: float, act: Callable[..., None], *what: object) -> None:
         heappush(self._heap, (at, next(self._order), act, what))

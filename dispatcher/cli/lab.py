@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dispatcher.cli.download import FileError
 from scheduler.errors import SettingsError
 from scheduler.sim import fleet as fleets
-from scheduler.sim import policy, promise, report, trace, workload
+from scheduler.sim import foresight, policy, promise, report, shape, trace, workload
 from scheduler.sim.fleet import CERTAIN, NO_DELAYS, Fleet
+from scheduler.sim.foresight import Lengths
 from scheduler.sim.lab import Bounds, Lab
 from scheduler.sim.promise import Promised
 from scheduler.sim.report import Report
@@ -57,7 +58,11 @@ CutOption = Annotated[
     float, typer.Option(min=0.0, max=0.9, help="Leave this share of first arrivals out of figures.")
 ]
 ClosedOption = Annotated[
-    bool, typer.Option("--closed", help="A turn of a conversation waits for the one before.")
+    bool,
+    typer.Option(
+        "--closed",
+        help="A turn waits for the one before; pauses between them stay as they are at any load.",
+    ),
 ]
 ExactOption = Annotated[
     bool,
@@ -76,6 +81,10 @@ PromptMaxOption = Annotated[int | None, typer.Option(min=1, help="Cut longer pro
 OutputScaleOption = Annotated[
     float, typer.Option(min=0.0, help="Times every output; 0 leaves one token, for prefill alone.")
 ]
+LengthsOption = Annotated[
+    Lengths,
+    typer.Option(help="What requests say of their answers' lengths; guesses err as published."),
+]
 JobsOption = Annotated[
     int | None, typer.Option("--jobs", min=1, help="Parallel processes; else one a core.")
 ]
@@ -92,7 +101,7 @@ class Cell(msgspec.Struct, frozen=True):
     is_timed: bool = True
 
 
-def lab(
+def stage(
     file: Path,
     fleet: str,
     *,
@@ -105,6 +114,7 @@ def lab(
     block_tokens: int | None = None,
     prompt_max: int | None = None,
     output_scale: float = 1.0,
+    lengths: Lengths = "unknown",
 ) -> Lab:
     """The stage that these options set.
 
@@ -113,8 +123,9 @@ def lab(
     """
     arrivals = _arrivals(file, slice_)
     if block_tokens is not None:
-        arrivals = workload.reblocked(arrivals, block_tokens)
-    arrivals = workload.trimmed(arrivals, prompt_max=prompt_max, output_scale=output_scale)
+        arrivals = shape.reblocked(arrivals, block_tokens)
+    arrivals = shape.trimmed(arrivals, prompt_max=prompt_max, output_scale=output_scale)
+    arrivals = foresight.foreseen(arrivals, lengths)
     work = Promised(arrivals)
     if slo is not None:
         work = promise.applied(arrivals, promise.parse(_text(slo), str(slo)))
