@@ -13,11 +13,11 @@ import structlog
 
 from dispatcher.delivery import Delivery, wait_out
 from dispatcher.intake import Intake, Unreadable
+from dispatcher.journal import Core
 from dispatcher.metrics import Meter
 from dispatcher.moves import Move, Moves
 from dispatcher.recovery import FORMAT, Recovery, Saved
 from dispatcher.streams.connection import Connection, Entry
-from scheduler.core import Scheduler
 from scheduler.errors import FencedError, StreamError
 from scheduler.events import (
     Arrived,
@@ -65,7 +65,7 @@ class Loop:
         self,
         connection: Connection,
         keys: Keys,
-        core: Scheduler,
+        core: Core,
         *,
         node: str,
         settings: LoopSettings,

@@ -11,13 +11,16 @@ import asyncio
 import os
 import socket
 import time
+from importlib import metadata
 
 import msgspec
 import numpy as np
 import structlog
 
+from dispatcher import journal
 from dispatcher.delivery import Delivery
 from dispatcher.intake import Intake
+from dispatcher.journal import Core, Journal, Recorder
 from dispatcher.leader import Lease
 from dispatcher.loop import Loop
 from dispatcher.metrics import Exposition, Meter
@@ -98,7 +101,8 @@ class Node:
     async def _reign(self, epoch: int) -> None:
         began_at = time.monotonic()
         core = Scheduler(self._core_settings, np.random.default_rng(epoch))
-        loop = self._loop(core, epoch)
+        pen = self._journal(epoch)
+        loop = self._loop(core if pen is None else Recorder(core, pen), epoch)
         upkeep = self._upkeep(epoch)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -118,8 +122,24 @@ class Node:
             await self._keep_learned(loop, upkeep)
             raise
         finally:
+            if pen is not None:
+                pen.close("resigned")
             await self._lease.resign(epoch)
             log.info("resigned", epoch=epoch)
+
+    def _journal(self, epoch: int) -> Journal | None:
+        settings = self._settings.loop
+        if not settings.journal:
+            return None
+        return journal.begin(
+            settings.journal,
+            self._core_settings,
+            pool=self._settings.pool,
+            epoch=epoch,
+            version=metadata.version("headgate"),
+            now=self._connection.now(),
+            bytes_max=settings.journal_bytes,
+        )
 
     async def _save(self, loop: Loop, upkeep: Upkeep) -> None:
         while True:
@@ -139,7 +159,7 @@ class Node:
         except StreamError as error:
             log.warning("snapshot_not_saved", reason=str(error))
 
-    def _loop(self, core: Scheduler, epoch: int) -> Loop:
+    def _loop(self, core: Core, epoch: int) -> Loop:
         settings = self._settings
         reader = Intake(self._keys, body_bytes=settings.limits.body_bytes)
         moves = Moves(

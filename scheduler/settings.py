@@ -44,6 +44,16 @@ class RedisSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tls_ca_file: str = ""
     "The certificate authority for rediss://; empty for the system's."
 
+    tls_cert_file: str = ""
+    "Our own certificate, for a server that wants one of its clients (tls-auth-clients)."
+
+    tls_key_file: str = ""
+    "That certificate's private key."
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            raise ValueError("one of tls_cert_file and tls_key_file is empty, wanted both or none")
+
     @property
     def login_url(self) -> str:
         """The URL with the username and password in it: for connecting, never for printing."""
@@ -81,6 +91,16 @@ class LoopSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     retention_s: Annotated[float, Meta(ge=0)] = 3600.0
     "How long finished entries stay readable for replay and explanation."
+
+    journal: str = ""
+    """
+    A directory where every reign records what its core was told and decided, for `headgate replay`; empty: none.
+
+    It holds no bodies. Some 4 KB and 20 us a request; the newest 8 files of a pool are kept.
+    """
+
+    journal_bytes: Count = 2**30
+    "How long a journal may grow; then the recording ends, and begins anew with the next leader."
 
 
 class LeaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -185,6 +205,12 @@ class EngineAddress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     by_priority: bool = False
     "Whether the engine was started with --scheduling-policy priority; then it is told each request's."
+
+    kv_events: str = ""
+    "Where it publishes its KV events, such as tcp://127.0.0.1:5557; empty: as /kv_event_sources says (vLLM 0.31+)."
+
+    kv_replay: str = ""
+    "Where past KV events can be asked for, beside `kv_events`; empty: nowhere."
 
     api_key_file: str = ""
     "A file with the key that the engine was started with (--api-key); empty: none."

@@ -47,6 +47,8 @@ COMMANDS = {
     "trace": "Workloads: get, make, convert and look at them.",
     "simulate": "What would these policies do with this traffic on this fleet?",
     "compare": "Medians, 95 % bootstrap intervals and differences paired by seed.",
+    "record": "Copy a pool's streams into a file, to ask later what others would have done.",
+    "replay": "A recording through a fresh core: the same commands? Or: what would other policies have done?",
     "capacity": "The highest rate that keeps promises, or with --rate the smallest fleet for it.",
     "redis": "Talk to Redis by hand, on machines without redis-cli.",
     "version": "What is installed here.",

@@ -1,0 +1,141 @@
+"""`headgate replay`: yesterday again, exactly as it was or under other policies."""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from msgspec import structs
+
+from dispatcher.cli import download, lab, output, recordings, simulate
+from dispatcher.cli.lab import Bench, Cell
+from dispatcher.cli.recordings import Recording
+from scheduler import recording
+from scheduler.errors import SettingsError
+from scheduler.sim import recorded, replay, workload
+from scheduler.sim.replay import Outcome
+
+app = typer.Typer()
+
+DIFFERS = 1
+"The exit code of a replay that came otherwise."
+
+
+@app.command("replay")
+def replay_(
+    file: Annotated[
+        Path, typer.Argument(metavar="RECORDING", help="A file of `loop.journal`, or of `record`.")
+    ],
+    *,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="With a setting changed, as plan.tie=0."),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            metavar="P[,P...]",
+            help="What would these have done? See `simulate --policy`.",
+        ),
+    ] = None,
+    seeds: lab.SeedsOption = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="OUT", help="With --policy: as `simulate --json`."),
+    ] = None,
+    jobs: lab.JobsOption = None,
+) -> None:
+    """The recorded facts through a fresh core: are its commands the same? Exits 1 with the first difference."""
+    with recordings.opened(file) as found:
+        if policy is not None:
+            if changes:
+                raise typer.BadParameter(
+                    "--set is for the exact replay; a policy takes NAME:FIELD=VALUE"
+                )
+            _ask(found, lab.labels(policy), seeds=seeds, out=out, jobs=jobs)
+            return
+        outcome = _replayed(found, changes or [])
+    _say(found, outcome, is_changed=bool(changes))
+    if outcome.difference is not None:
+        raise typer.Exit(DIFFERS)
+
+
+def _replayed(found: Recording, changes: list[str]) -> Outcome:
+    if found.head.seed is None:
+        raise SettingsError(
+            f"{found.name} is a copy of the streams, which do not say when the core was told what: "
+            "set loop.journal for recordings that can be repeated, or ask with --policy"
+        )
+    settings = recording.settings(found.head, changes)
+    return replay.replayed(found.lines, settings, seed=found.head.seed)
+
+
+def _say(found: Recording, outcome: Outcome, *, is_changed: bool) -> None:
+    told = (
+        f"{outcome.facts} facts, {outcome.turns} turns, {outcome.commands} commands "
+        f"in {outcome.span_s:.1f} s of pool {found.head.pool}"
+    )
+    apart = outcome.difference
+    if apart is None:
+        typer.echo(f"the same: {told}")
+        if found.is_cut or not outcome.end:
+            output.talk(
+                f"{found.name} has no last line: its dispatcher was killed or still writes, or the copy is cut"
+            )
+        elif outcome.end == "full":
+            output.talk(f"{found.name} ends where it had grown to loop.journal_bytes")
+        return
+    whose = f" of request {apart.request}" if apart.request else ""
+    typer.echo(f"differs in turn {apart.turn} at {apart.now:.6f}, {apart.field}{whose}")
+    typer.echo(f"  recorded: {apart.recorded}")
+    typer.echo(f"  replayed: {apart.replayed}")
+    output.talk(f"up to there the same: {told}")
+    if not is_changed:
+        output.talk(
+            f"recorded by headgate {found.head.version}: another version may decide otherwise, this one may not"
+        )
+
+
+def _ask(
+    found: Recording, names: list[str], *, seeds: int, out: Path | None, jobs: int | None
+) -> None:
+    """The lab with the recording's arrivals, on a fleet fitted from its rewards."""
+    told = recorded.story(found.lines)
+    settings = recording.settings(found.head)
+    stage = recorded.stage(
+        told,
+        settings.objectives,
+        name=Path(found.name).name.split(".")[0],
+        lease_s=settings.lease_s,
+    )
+    stage.check()
+    rate_rps = workload.rate(stage.work.arrivals)
+    if not rate_rps:
+        raise SettingsError(
+            f"{found.name}: all its requests came at once, wanted some time between"
+        )
+    with Bench(stage, jobs) as bench:
+        bounds = bench.bounds([(seed, rate_rps) for seed in range(seeds)])
+        reports = bench.cells(
+            [Cell(name, seed, rate_rps, None) for name in names for seed in range(seeds)]
+        )
+    reports = [
+        structs.replace(
+            one,
+            ttft_mean_bound_s=bounds[one.seed].ttft_mean_s,
+            on_time_bound=bounds[one.seed].on_time,
+        )
+        for one in reports
+    ]
+    if out is not None:
+        with download.replacing(out) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(reports), indent=1) + b"\n")
+    simulate.show(reports)
+    was = recorded.served(told)
+    shown = "-" if was.ttft_mean_s is None else f"{was.ttft_mean_s:.3f}"
+    late = "-" if was.ttft_p99_s is None else f"{was.ttft_p99_s:.3f}"
+    output.console().print(
+        f"as it was: {was.n_completed} of {was.n} completed, {was.on_time:.1%} on time, "
+        f"TTFT mean {shown} s, P99 {late} s"
+    )

@@ -1,0 +1,168 @@
+"""How much slower than its profile an endpoint was, from the rewards of those it served.
+
+Two factors an endpoint: `prefill` on what multiplies and attends over new tokens, `decode` on what every step costs
+and reads. Rewards say of each request when it was admitted, had its first token and ended, so also who was prefilled
+or decoded beside whom. The factors are moved until the median request takes as long in the model as it really took.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from msgspec import structs
+
+from scheduler.sim import bounds
+from scheduler.sim.fleet import Machine
+from scheduler.sim.profile import Profile
+from scheduler.state import Floats
+from scheduler.wire import Reward
+
+SAMPLES_MAX = 300
+"Rewards of an endpoint that are looked at, spread over the recording; each is held against all others."
+
+SAMPLES_LEAST = 8
+"With fewer there is nothing to fit."
+
+ROUNDS = 6
+"The factors depend on each other weakly: after four they move by less than a per cent."
+
+FACTOR_MIN, FACTOR_MAX = 0.02, 50.0
+
+
+class Factors(msgspec.Struct, frozen=True):
+    """Times a profile's own."""
+
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+class _Spans(msgspec.Struct, frozen=True):
+    """When each request was where: float64[n] seconds, and what it brought."""
+
+    admitted: Floats
+    first: Floats
+    end: Floats
+    prompt: Floats
+    cached: Floats
+    output: Floats
+
+
+def fit(machine: Machine, rewards: Sequence[Reward]) -> Factors | None:
+    """The factors of one endpoint; None where too few were served there.
+
+    Args:
+        machine: its profile and engine, as declared.
+        rewards: completed ones of it.
+    """
+    spans = _spans(rewards)
+    if len(spans.first) < SAMPLES_LEAST:
+        return None
+    chosen = np.arange(0, len(spans.first), max(1, len(spans.first) // SAMPLES_MAX))
+    # Of a short prompt the weights and the front end are most; it says little of prefill.
+    uncached = spans.prompt - spans.cached
+    long = chosen[uncached[chosen] >= np.median(uncached[chosen])]
+    found = Factors()
+    for _ in range(ROUNDS):
+        model = slowed(machine, found)
+        prefill = _middle([_prefill_ratio(model, spans, int(at)) for at in long])
+        decode = _middle([_decode_ratio(model, spans, int(at)) for at in chosen])
+        found = Factors(
+            min(FACTOR_MAX, max(FACTOR_MIN, found.prefill * prefill)),
+            min(FACTOR_MAX, max(FACTOR_MIN, found.decode * decode)),
+        )
+    return found
+
+
+def slowed(machine: Machine, factors: Factors) -> Machine:
+    """The same endpoint, so many times slower than its profile."""
+    return structs.replace(machine, actual=_slowed(machine.nominal, factors))
+
+
+def middle(factors: Sequence[Factors]) -> Factors:
+    """The median of each; as declared where there is none."""
+    return Factors(
+        _middle([one.prefill for one in factors]), _middle([one.decode for one in factors])
+    )
+
+
+def _slowed(nominal: Profile, factors: Factors) -> Profile:
+    coef, prefill, decode = nominal.coef, factors.prefill, factors.decode
+    changed = structs.replace(
+        coef,
+        g=coef.g * prefill,
+        ap=coef.ap * prefill,
+        t0=coef.t0 * decode,
+        r=coef.r * decode,
+        w=coef.w * decode,
+        ad=coef.ad * decode,
+    )
+    return structs.replace(nominal, coef=changed)
+
+
+def _prefill_ratio(model: Machine, spans: _Spans, at: int) -> float:
+    """Admission to first token: measured over the model, with those who decode in its steps and prefill before it."""
+    begun, end = float(spans.admitted[at]), float(spans.first[at])
+    batch, context = _company(spans, begun, end)
+    budget = max(1, model.settings.max_num_batched_tokens - int(batch))
+    done, seconds = int(spans.cached[at]), model.actual.frontend_s
+    while done < spans.prompt[at]:
+        chunk = min(budget, int(spans.prompt[at]) - done)
+        pairs = chunk * done + chunk * chunk // 2 + 1
+        seconds += model.actual.step_s(1 + int(batch), chunk + int(batch), pairs, int(context))
+        done += chunk
+    return (end - begun) / (seconds + _others_s(model, spans, at, begun, end))
+
+
+def _decode_ratio(model: Machine, spans: _Spans, at: int) -> float:
+    """First token to last: measured over the model, with those who decode beside it and prefill among its tokens."""
+    begun, end = float(spans.first[at]), float(spans.end[at])
+    if spans.output[at] < 2 or end <= begun:
+        return np.nan
+    batch, context = _company(spans, begun, end)
+    n = max(1, round(batch))
+    steps_s = (spans.output[at] - 1) * model.actual.step_s(n, n, decode_context=int(context))
+    return (end - begun) / float(steps_s + _others_s(model, spans, at, begun, end))
+
+
+def _company(spans: _Spans, begun: float, end: float) -> tuple[float, float]:
+    """Mean number of those who decode in this span, and the KV tokens that their steps read."""
+    shared_s = np.clip(np.minimum(spans.end, end) - np.maximum(spans.first, begun), 0.0, None)
+    part = shared_s / max(1e-9, end - begun)
+    return float(part.sum()), float((part * (spans.prompt + 0.5 * spans.output)).sum())
+
+
+def _others_s(model: Machine, spans: _Spans, own: int, begun: float, end: float) -> float:
+    """Seconds of the span that went into others' prefills: of each the part that falls into it."""
+    shared_s = np.minimum(spans.first, end) - np.maximum(spans.admitted, begun)
+    shared_s[own] = 0.0
+    seconds = 0.0
+    for at in np.flatnonzero(shared_s > 0):
+        part = float(shared_s[at] / max(1e-9, spans.first[at] - spans.admitted[at]))
+        seconds += part * bounds.work_s(model, int(spans.prompt[at]), int(spans.cached[at]))
+    return seconds
+
+
+def _spans(rewards: Sequence[Reward]) -> _Spans:
+    rows = sorted(
+        (
+            one.admitted_at,
+            one.first_token_at,
+            one.finished_at,
+            one.prompt_tokens,
+            min(one.cached_tokens or 0, one.prompt_tokens - 1),
+            one.output_tokens,
+        )
+        for one in rewards
+        if one.admitted_at is not None
+        and one.first_token_at is not None
+        and one.finished_at is not None
+        and one.prompt_tokens > 0
+        and one.first_token_at > one.admitted_at
+    )
+    columns = np.array(rows, dtype=np.float64).reshape(-1, 6).T
+    return _Spans(*columns)
+
+
+def _middle(values: Sequence[float]) -> float:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.median(known)) if known else 1.0
