@@ -77,9 +77,11 @@ class Fleet:
 
     def hear(self, endpoint: Endpoint, beat: Beat, now: float) -> None:
         """Take over what it says of itself."""
-        endpoint.beat = beat
+        before, endpoint.beat = endpoint.beat, beat
         endpoint.seen_at = now
         endpoint.away_at = None if beat.state != "away" else endpoint.away_at or now
+        if before is not beat and _terms(before) == _terms(beat):
+            return  # most beats say nothing that eligibility follows from
         self._limits[SEATS, endpoint.slot] = max(0, beat.max_num_seqs)
         self._limits[KV, endpoint.slot] = beat.kv_tokens if beat.kv_tokens > 0 else np.inf
         self._limits[LENGTH, endpoint.slot] = (
@@ -122,11 +124,12 @@ class Fleet:
         return self._longest[model]
 
     def wanted(self, models: Iterable[str]) -> Floats:
-        """0 for each slot where a request for any of these models may go, `inf` for the others."""
+        """0 for each slot where a request for any of these models may go, `inf` for the others; there must be one."""
         barriers = [self.barrier(model) for model in models]
         if len(barriers) == 1:
             return barriers[0].copy()
-        return np.minimum.reduce(barriers, initial=np.inf)
+        least: Floats = np.minimum.reduce(barriers)
+        return least
 
     def _reopen(self, endpoint: Endpoint) -> None:
         self._limits[READY, endpoint.slot] = 0.0 if endpoint.takes_work else np.inf
@@ -136,6 +139,12 @@ class Fleet:
         """Something changed that eligibility follows from."""
         self._barriers.clear()
         self._longest.clear()
+
+
+def _terms(beat: Beat) -> tuple[object, ...]:
+    """What `hear` goes by."""
+    limits = beat.max_num_seqs, beat.kv_tokens, beat.max_model_len
+    return (beat.epoch, beat.state, beat.roles, beat.models, *limits)
 
 
 def _may_take(endpoint: Endpoint | None, model: str) -> bool:

@@ -20,7 +20,6 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from scheduler import cost
 from scheduler.ledger import Line, chain
 from scheduler.pace import Noise
 from scheduler.policies import Terms
@@ -402,7 +401,8 @@ class Planner:
             work_s = prompt * rates.token_s + (0.5 * prompt * prompt) * rates.pair_s
         else:
             tokens = prompt - np.minimum(cached, prompt - 1.0)
-            work_s = tokens * rates.token_s + cost.attention(tokens, prompt) * rates.pair_s
+            pairs = tokens * (prompt - 0.5 * tokens)
+            work_s = tokens * rates.token_s + pairs * rates.pair_s
         service_s = work_s + rates.overhead_s + barrier
         if prompt > self.room.length_least:
             service_s[prompt > self.room.length_max] = math.inf

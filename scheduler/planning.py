@@ -81,7 +81,8 @@ class Planning:
     def _planner(self, wanted_s: Floats) -> Planner:
         ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now
         rates = self._memory.predictor.rates(ledger.decode_kv)
-        self._memory.token_s = float(rates.token_s[wanted_s < np.inf].mean())
+        token_s = rates.token_s[wanted_s < np.inf]
+        self._memory.token_s = float(np.add.reduce(token_s)) / len(token_s)
         room = Room(
             rates=rates,
             backlog=ledger.backlog(rates, now),
@@ -127,6 +128,8 @@ class Planning:
 
     def _with_the_hopeful(self, planner: Planner, line: list[Ticket]) -> list[Ticket]:
         """The line and those set aside that could make it after all, in one order."""
+        if not self._book.lines.aside:
+            return line
         chosen = {choice.ticket.id for choice in planner.choices}
         hopeful = planner.hopeful(self._book.lines.aside.tail(RETEST_MAX))
         again = [ticket for ticket in hopeful if ticket.id not in chosen]

@@ -114,9 +114,12 @@ class Room:
     def used(self) -> Floats:
         """The part of its KV that each has given away; 0 where unknown."""
         if self._used is None:
-            known = np.isfinite(self.kv_max) & (self.kv_max > 0)
-            free = np.divide(self.kv, self.kv_max, out=np.ones(len(self.kv)), where=known)
-            self._used = 1.0 - free
+            if _least(self.kv_max) > 0 and _least(-self.kv_max) > -math.inf:
+                self._used = 1.0 - self.kv / self.kv_max
+            else:
+                known = np.isfinite(self.kv_max) & (self.kv_max > 0)
+                free = np.divide(self.kv, self.kv_max, out=np.ones(len(self.kv)), where=known)
+                self._used = 1.0 - free
         return self._used
 
     @property
