@@ -26,24 +26,32 @@ _KEPT = "extra"
 
 def encode(message: msgspec.Struct) -> dict[str, str | bytes]:
     """The message as flat fields, all of them, in the order of its class; then the unknown ones it kept."""
-    parts = iter(flat(message))
-    return dict(zip(parts, parts, strict=True))  # type: ignore[arg-type]  # names are text
-
-
-def flat(message: msgspec.Struct) -> list[str | bytes]:
-    """The same in one list: name, value, name, value, ... as a function's arguments want them."""
     plan = _plan(type(message))
-    parts: list[str | bytes] = []
-    for name, write, value in zip(plan.wire_names, plan.writers, plan.values(message), strict=True):
-        parts.append(name)
-        if value is None:
-            parts.append("")
-        else:
-            parts.append(write(value) if write is not None else value)
+    fields = dict(zip(plan.wire_names, _written(plan.writers, plan, message), strict=True))
+    return {**fields, **getattr(message, _KEPT)} if plan.keeps_unknown else fields
+
+
+def texts(message: msgspec.Struct) -> list[str]:
+    """The same in one list of text: name, value, name, value, ...
+
+    Raises:
+        UnicodeDecodeError: a value is bytes that are no UTF-8.
+    """
+    plan = _plan(type(message))
+    parts = plan.blank.copy()
+    parts[1::2] = _written(plan.text_writers, plan, message)
     if plan.keeps_unknown:
         for pair in getattr(message, _KEPT).items():
             parts += pair
     return parts
+
+
+def _written(writers: tuple["_Write", ...], plan: "_Plan", message: msgspec.Struct) -> list[Any]:
+    """A message's values as they are written, in the order of its class."""
+    return [
+        "" if value is None else value if write is None else write(value)
+        for write, value in zip(writers, plan.values(message), strict=True)
+    ]
 
 
 def decode(cls: type[M], fields: Mapping[bytes, bytes]) -> M:
@@ -58,22 +66,24 @@ def decode(cls: type[M], fields: Mapping[bytes, bytes]) -> M:
     plan = _plan(cls)
     readers = plan.readers
     values: dict[str, Any] = {}
-    unknown: dict[str, str] = {}
-    for key, raw in fields.items():  # by what is there: of a message most fields are empty
-        row = readers.get(key)
-        if row is None:
-            unknown[key.decode(errors="replace")] = raw.decode(errors="replace")
-        elif raw:
+    for key, raw in fields.items():  # by what is there: of a message many fields are empty
+        if raw and (row := readers.get(key)) is not None:
+            name, read = row
             try:
-                values[row[0]] = row[1](raw)
+                values[name] = read(raw)
             except ValueError as error:
                 shown = raw[:40].decode(errors="replace")
                 raise WireError(f"field {key.decode()!r} is {shown!r}, wanted {error}") from None
-    for name, wanted in plan.required:
-        if name not in values:
-            raise WireError(f"field {wire_name(name)!r} is missing, wanted {wanted}")
-    if plan.keeps_unknown:
-        values[_KEPT] = unknown
+    if not plan.required.keys() <= values.keys():
+        name = next(name for name in plan.required if name not in values)
+        wanted = plan.required[name]
+        raise WireError(f"field {wire_name(name)!r} is missing, wanted {wanted}")
+    if plan.keeps_unknown and not fields.keys() <= readers.keys():
+        values[_KEPT] = {
+            key.decode(errors="replace"): raw.decode(errors="replace")
+            for key, raw in fields.items()
+            if key not in readers
+        }
     return cls(**values)
 
 
@@ -86,12 +96,13 @@ def wire_name(field: str) -> str:
     return field[:-2] + "_ms" if field.endswith("_s") else field
 
 
-def text_number(value: float) -> str:
-    """A number as a person writes it: no exponent, no trailing zeros, microseconds kept.
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds a person writes: no exponent, no trailing zeros, microseconds kept.
 
-    >>> text_number(12.0), text_number(0.25), text_number(-1.5), text_number(1731500000123.0)
+    >>> milliseconds(0.012), milliseconds(0.00025), milliseconds(-0.0015), milliseconds(1731500000.123)
     ('12', '0.25', '-1.5', '1731500000123')
     """
+    value = seconds * 1e3
     whole = int(value)
     return str(whole) if whole == value else f"{value:.3f}".rstrip("0").rstrip(".")
 
@@ -107,9 +118,13 @@ class _Plan(NamedTuple):
     values: Callable[[Any], tuple[Any, ...]]
     "A message's values in the same order."
     writers: tuple[_Write, ...]
+    text_writers: tuple[_Write, ...]
+    "The same where all must be text."
+    blank: list[str]
+    "A message in which every value is empty: name, value, name, value, ..."
     readers: dict[bytes, tuple[str, Callable[[bytes], Any]]]
     "By its name on the wire: the field's own and how to read it."
-    required: tuple[tuple[str, str], ...]
+    required: dict[str, str]
     "Which must be there, and what is wanted of each."
     keeps_unknown: bool
 
@@ -125,10 +140,12 @@ def _plan(cls: type[msgspec.Struct]) -> _Plan:
         wire_names=tuple(wire_name(name) for name in names),
         values=attrgetter(*names) if len(names) > 1 else lambda m: (getattr(m, names[0]),),
         writers=tuple(ways[name][0] for name in names),
-        readers={wire_name(name).encode(): (name, ways[name][1]) for name in names},
-        required=tuple(
-            (name, _WANTED.get(kinds[name], "text")) for name in names if name in required
+        text_writers=tuple(
+            bytes.decode if kinds[name] is bytes else ways[name][0] for name in names
         ),
+        blank=[part for name in names for part in (wire_name(name), "")],
+        readers={wire_name(name).encode(): (name, ways[name][1]) for name in names},
+        required={name: _WANTED.get(kinds[name], "text") for name in names if name in required},
         keeps_unknown=_KEPT in cls.__struct_fields__,
     )
 
@@ -164,12 +181,8 @@ def _choice(kind: Any) -> tuple[None, Callable[[bytes], str]] | None:
 
 def _numbers(name: str) -> tuple[Callable[[Any], str], Callable[[bytes], Any]]:
     if name == "at" or name.endswith(("_s", "_at")):
-        return _write_ms, _read_ms
+        return milliseconds, _read_ms
     return _write_float, _read_float
-
-
-def _write_ms(value: float) -> str:
-    return text_number(value * 1e3)
 
 
 def _read_ms(raw: bytes) -> float:

@@ -47,9 +47,13 @@ class Lengths:
         if reward.outcome != "completed":
             return
         usual = self._models.get(reward.model) or self._open(reward.model)
-        _add(usual.answer, reward.output_tokens)
-        _add(usual.prompt, reward.prompt_tokens)
-        _add(usual.token_s, reward.tpot_s or 0.0)
+        for seen, value in (
+            (usual.answer, reward.output_tokens),
+            (usual.prompt, reward.prompt_tokens),
+            (usual.token_s, reward.tpot_s or 0.0),
+        ):
+            if 0 < value < math.inf:
+                seen.add(value)
 
     def answer(self, model: str) -> tuple[int, float]:
         """How many tokens this model's answers usually have, and how many seconds each takes."""
@@ -87,11 +91,6 @@ class Lengths:
             del self._models[next(iter(self._models))]
         usual = self._models[model] = Usual(Window(SIZE), Window(SIZE), Window(SIZE))
         return usual
-
-
-def _add(seen: Window, value: float) -> None:
-    if math.isfinite(value) and value > 0:
-        seen.add(value)
 
 
 def _median(seen: Window, unseen: float) -> float:

@@ -241,15 +241,21 @@ def measured_s(reward: Reward) -> float | None:
     return seconds
 
 
-def _parsed(features: tuple[str, ...]) -> list[float] | None:
-    """The features as a row, and last the wait; None unless every one is there and a sane number."""
-    try:
-        named = [feature.partition("=") for feature in features[: 2 * N]]
-        values = {name: float(text) for name, _, text in named}
-        row = [values[name] for name in _ROW]
-    except (ValueError, KeyError):
+def _parsed(features: Sequence[str]) -> list[float] | None:
+    """The features as a row, and last the wait; None unless all are there as they were sent, each a sane number."""
+    if len(features) != len(_ROW):
         return None
-    return row if all(0 <= value <= SECONDS_MAX for value in row) else None  # nan fails it too
+    row = []
+    for wanted, feature in zip(_ROW, features, strict=True):
+        name, _, text = feature.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            return None
+        if name != wanted or not 0 <= value <= SECONDS_MAX:  # nan fails it too
+            return None
+        row.append(value)
+    return row
 
 
 def _is_sound(learned: Learned) -> bool:

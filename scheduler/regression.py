@@ -65,13 +65,15 @@ class DecayedRegression(linear_model.BayesianLinearRegression):
     def solve(self) -> tuple[float, ...]:
         """The most likely weights that are not negative: the most negative one is dropped until none is."""
         precision, moment = self.precision, self.moment
-        kept = list(range(self._n_features))
         found: list[float] = np.linalg.solve(precision, moment).tolist()
+        if min(found) >= 0:
+            return tuple(found)
+        kept = list(range(self._n_features))
         while len(kept) > 1 and min(found) < 0:
             del kept[found.index(min(found))]
             found = np.linalg.solve(precision[np.ix_(kept, kept)], moment[kept]).tolist()
         weights = dict(zip(kept, found, strict=True))
-        return tuple(max(0.0, weights.get(at, 0.0)) for at in range(self._n_features))
+        return tuple([max(0.0, weights.get(at, 0.0)) for at in range(self._n_features)])
 
     def recall(self, precision: Floats, moment: Floats) -> None:
         """Take over what was learned elsewhere."""

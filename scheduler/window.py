@@ -1,6 +1,6 @@
 """Running quantiles over the most recent values, as plain numbers that a snapshot can hold."""
 
-import bisect
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -13,8 +13,11 @@ class Window:
     (30.0, [500.0, 20.0, 30.0])
     """
 
+    __slots__ = ("_recent", "_size", "_sorted")
+
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         """Begin with these, oldest first."""
+        self._size = size
         self._recent: deque[float] = deque(maxlen=size)
         self._sorted: list[float] = []
         for value in values:
@@ -28,11 +31,11 @@ class Window:
 
     def add(self, value: float) -> None:
         """One more; the oldest goes when the window is full."""
-        value = float(value)
-        if len(self._recent) == self._recent.maxlen:
-            del self._sorted[bisect.bisect_left(self._sorted, self._recent[0])]
-        self._recent.append(value)
-        bisect.insort(self._sorted, value)
+        value, recent, ordered = float(value), self._recent, self._sorted
+        if len(recent) == self._size:
+            del ordered[bisect_left(ordered, recent[0])]
+        recent.append(value)
+        insort(ordered, value)
 
     def quantile(self, part: float) -> float:
         """The value that this part of them does not exceed; there must be one."""
