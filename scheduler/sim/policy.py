@@ -64,9 +64,9 @@ class LabPolicy(
 class _Core(LabPolicy, frozen=True):
     """The shipped core, with its plan and its workers' admission."""
 
-    commit_window_s: float = 1.0
-    horizon: int = 256
-    tie: float = 0.02
+    commit_window_s: float = PlanSettings().commit_window_s
+    horizon: int = PlanSettings().horizon
+    tie: float = PlanSettings().tie
     fill: float = PlanSettings().fill
     pace_worth: float = PlanSettings().pace_worth
     quantum_tokens: int = 0
@@ -96,22 +96,17 @@ class _Core(LabPolicy, frozen=True):
 
 
 class Plan(_Core, frozen=True, tag="plan"):
-    """Headgate as it ships: its default policy on the rolling plan."""
-
-    def order(self) -> CorePolicy:
-        return CoreSettings().policy
-
-
-class CoreUrgency(_Core, frozen=True, tag="urgency"):
-    """The rolling plan with `urgency`: earliest due first among the feasible, the rest set aside."""
+    """Headgate as it ships: `urgency` on the rolling plan, each part of which can be switched off here."""
 
     odds_min: float = Urgency().odds_min
-    aside_share: float = 0.05
-    best_fit_slack_s: float = float("inf")
+    stretch: float = Urgency().stretch
+    aside_share: float = Urgency().aside_share
+    best_fit_slack_s: float = Urgency().best_fit_slack_s
 
     def order(self) -> CorePolicy:
         return Urgency(
             odds_min=self.odds_min,
+            stretch=self.stretch,
             aside_share=self.aside_share,
             best_fit_slack_s=self.best_fit_slack_s,
         )
@@ -442,7 +437,6 @@ class Oracle(LabPolicy, frozen=True, tag="oracle"):
 
 ALL: tuple[type[LabPolicy], ...] = (
     Plan,
-    CoreUrgency,
     CoreFcfs,
     CoreEdf,
     FirstCome,
