@@ -4,7 +4,6 @@ Every call recognises its own repetition, so all of them may be said again until
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 
 import msgspec
 
@@ -63,36 +62,47 @@ class Moves:
 
         Of a request that is handed over in the step that reads it, the handing over says all.
         """
-        repeated = {command.entry: command for command in commands if isinstance(command, Forget)}
-        at_once = {command.job.entry for command in commands if isinstance(command, Assign)}
-        at_once &= {event.entry for event in arrived}
-        moves = [
-            Move(self.accept(event), event)
-            for event in arrived
-            if event.entry not in at_once and event.entry not in repeated
+        unsaid = {event.entry: event for event in arrived}
+        decisions: list[Decision] = []
+        deadlines: dict[str, float | None] = {}
+        "As the core made them out, of those who wait now."
+        carried: list[Move] = []
+        repeated: list[Move] = []
+        for command in commands:
+            match command:
+                case Assign():
+                    is_new = unsaid.pop(command.job.entry, None) is not None
+                    call = dispatch.assign(self._keys, self._epoch, command, is_new=is_new)
+                    carried.append(Move(call, command))
+                case Note():
+                    decisions.append(command.decision)
+                    if command.decision.kind == "read":
+                        deadlines[command.decision.id] = command.deadline_at
+                case Forget():  # `accept` acknowledges what repeats a living request
+                    again = unsaid.pop(command.entry, None)
+                    if again is not None:
+                        repeated.append(Move(self.recall(again), command))
+                case _:
+                    carried.append(self._carry(command))
+        return [
+            *(Move(self._read(event, deadlines), event) for event in unsaid.values()),
+            *(self._bury(entry, now) for entry in unreadable),
+            *(
+                Move(dispatch.notes(self._keys, self._epoch, part), None)
+                for part in _parts(decisions, NOTES_MAX)
+            ),
+            *carried,
+            # Last: only once Redis knows the first entry of an id is another one a repetition.
+            *repeated,
         ]
-        moves += [self._bury(entry, now) for entry in unreadable]
-        moves += [
-            Move(dispatch.notes(self._keys, self._epoch, part), None)
-            for part in _parts(_noted(commands), NOTES_MAX)
-        ]
-        moves += [
-            move
-            for command in commands
-            for move in (self._carry(command, at_once),)
-            if move is not None
-        ]
-        # Last: only once Redis knows the first entry of an id is another one a repetition.
-        moves += [
-            Move(self.accept(event), repeated[event.entry])
-            for event in arrived
-            if event.entry in repeated
-        ]
-        return moves
 
-    def accept(self, event: Arrived) -> Call:
-        """Write down that it is read, with its place among the waiting."""
-        return dispatch.accept(self._keys, self._epoch, event, self._deadline_at(event))
+    def recall(self, event: Arrived) -> Call:
+        """Write down that it is read, where the core has not said that it waits."""
+        try:
+            promise = slo.promise(event.request, event.enqueued_at, self._objectives)
+        except WireError:
+            return self._accept(event, None)  # the core will end it as invalid
+        return self._accept(event, promise.deadline_at)
 
     def refuse(self, entry: Unreadable, now: float, *, own_id: bool = False) -> Call:
         """The one record of a request that cannot be read.
@@ -110,41 +120,28 @@ class Moves:
             return Move(self.refuse(entry, now), entry)
         return Move(dispatch.bury(self._keys, self._epoch, intake.dead(entry)), None)
 
-    def _carry(self, command: Command, at_once: AbstractSet[str]) -> Move | None:
+    def _carry(self, command: Reclaim | Finish | Abort) -> Move:
         match command:
-            case Assign():
-                is_new = command.job.entry in at_once
-                return Move(
-                    dispatch.assign(self._keys, self._epoch, command, is_new=is_new), command
-                )
             case Reclaim():
                 return Move(dispatch.reclaim(self._keys, self._epoch, command), command)
             case Finish():
                 return Move(self._conclude(command), command)
             case Abort():
                 return Move(dispatch.abort(self._keys, self._epoch, command), None)
-            case Forget() | Note():
-                return (
-                    None  # `accept` acknowledges what repeats a living request; notes went together
-                )
+
+    def _read(self, event: Arrived, deadlines: Mapping[str, float | None]) -> Call:
+        request_id = event.request.id
+        if request_id not in deadlines:
+            return self.recall(event)
+        return self._accept(event, deadlines[request_id])
+
+    def _accept(self, event: Arrived, deadline_at: float | None) -> Call:
+        return dispatch.accept(self._keys, self._epoch, event, deadline_at)
 
     def _conclude(self, command: Finish, fields: Mapping[str, str | bytes] | None = None) -> Call:
         return dispatch.conclude(
             self._keys, self._epoch, command, ttl_s=self._retention_s, fields=fields
         )
-
-    def _deadline_at(self, event: Arrived) -> float | None:
-        try:
-            return slo.promise(event.request, event.enqueued_at, self._objectives).deadline_at
-        except WireError:
-            return None  # the core ends it as invalid in this same step
-
-
-def _noted(commands: Sequence[Command]) -> list[Decision]:
-    """What moves nothing and is worth a line: that a request was read goes without saying once it is assigned."""
-    assigned = {command.job.id for command in commands if isinstance(command, Assign)}
-    decisions = [command.decision for command in commands if isinstance(command, Note)]
-    return [one for one in decisions if one.kind != "read" or one.id not in assigned]
 
 
 def _parts(decisions: Sequence[Decision], size: int) -> Iterator[Sequence[Decision]]:

@@ -145,7 +145,7 @@ class Recovery:
         """Where these requests stand; duplicates and those that have ended are left out."""
         read = [self._reader.request(entry) for entry in entries]
         arrived = [event for event in read if isinstance(event, Arrived)]
-        accepted = await self._delivery.send([self._moves.accept(event) for event in arrived])
+        accepted = await self._delivery.send([self._moves.recall(event) for event in arrived])
         living = [event for event, reply in zip(arrived, accepted, strict=True) if reply in (1, 2)]
         standings = await self._connection.hashes(
             [self._keys.request(event.request.id) for event in living], STANDING

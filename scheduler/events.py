@@ -114,5 +114,8 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
 
     decision: Decision
 
+    deadline_at: float | None = None
+    "Of a request that was read and waits: its place among the waiting."
+
 
 Command = Assign | Reclaim | Finish | Abort | Forget | Note

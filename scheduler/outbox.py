@@ -24,17 +24,26 @@ class Outbox:
         """Sign decisions with this policy's name."""
         self._policy = policy
         self._commands: list[Command] = []
+        self._read: dict[str, tuple[Ticket, int, float]] = {}
+        "Who was read since the last `take` and is still here, how many waited then, and when."
 
     def __len__(self) -> int:
-        return len(self._commands)
+        return len(self._commands) + len(self._read)
 
     def take(self) -> list[Command]:
         """All of them; the box is empty then."""
-        commands, self._commands = self._commands, []
+        commands = [*map(self._noted, self._read.values()), *self._commands]
+        self._read.clear()
+        self._commands.clear()
         return commands
+
+    def read(self, ticket: Ticket, waiting: int, now: float) -> None:
+        """Log that it was read and waits, unless it is handed over before the next `take`: that says it all."""
+        self._read[ticket.id] = ticket, waiting, now
 
     def assign(self, command: Assign) -> None:
         """Hand a request over."""
+        self._read.pop(command.job.id, None)
         self._commands.append(command)
 
     def forget(self, request_id: str, entry: str) -> None:
@@ -123,3 +132,15 @@ class Outbox:
             reason=reason,
         )
         self._commands.append(Note(decision=decision))
+
+    def _noted(self, read: tuple[Ticket, int, float]) -> Note:
+        ticket, waiting, at = read
+        decision = Decision(
+            id=ticket.id,
+            kind="read",
+            at=at,
+            policy=self._policy,
+            waiting=waiting,
+            reason=f"waits as number {waiting}",
+        )
+        return Note(decision=decision, deadline_at=ticket.promise.deadline_at)

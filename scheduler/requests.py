@@ -58,7 +58,7 @@ class Requests:
             return
         memory.book.read(newcomer)
         self._measure(newcomer)
-        memory.note(newcomer, "read", f"waits as number {len(memory.book.lines)}")
+        memory.outbox.read(newcomer, len(memory.book.lines), memory.now)
 
     def recovered(self, event: Recovered) -> Ticket | None:
         """Take over what an earlier leader knew; what is with an endpoint is returned, to be put there."""
