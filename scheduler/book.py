@@ -14,6 +14,9 @@ from scheduler.order import Lines
 from scheduler.settings import FairnessSettings
 from scheduler.state import Endpoint, Ticket
 
+ENDS_MIN = 1_000
+"Up to twice so many moments nothing is dropped."
+
 
 class Book:
     """Tickets, lines, fleet and ledger: the core's whole memory of the present."""
@@ -24,9 +27,10 @@ class Book:
         self.lines = Lines(Accounts(fairness) if fairness.quantum_tokens else None)
         self.fleet = Fleet()
         self.ledger = Ledger()
-        self.finished: dict[str, str] = {}
+        self.finished: dict[str, None] = {}
         self._finished_max = finished_max
         self._ends: list[tuple[float, str]] = []
+        "A heap of the moments when somebody may wait no longer; those who have left are dropped in bulk."
 
     def read(self, ticket: Ticket) -> None:
         """A request is here and waits."""
@@ -75,11 +79,11 @@ class Book:
             self.lines.remove(ticket)
         ticket.turn("finish")
         del self.tickets[ticket.id]
-        self.remember(ticket.id, ticket.entry)
+        self.remember(ticket.id)
 
-    def remember(self, request_id: str, entry: str) -> None:
+    def remember(self, request_id: str) -> None:
         """This id has ended; a later entry of it is a duplicate."""
-        self.finished[request_id] = entry
+        self.finished[request_id] = None
         if len(self.finished) > self._finished_max:
             del self.finished[next(iter(self.finished))]
 
@@ -99,8 +103,18 @@ class Book:
 
     def _wait(self, ticket: Ticket) -> None:
         self.lines.add(ticket)
-        if _end(ticket) < float("inf"):
-            heapq.heappush(self._ends, (_end(ticket), ticket.id))
+        end_at = _end(ticket)
+        if end_at < float("inf"):
+            heapq.heappush(self._ends, (end_at, ticket.id))
+            if len(self._ends) > 2 * max(ENDS_MIN, len(self.tickets)):
+                self._drop_ends()
+
+    def _drop_ends(self) -> None:
+        """Forget the moments of those who wait no longer: most leave long before theirs."""
+        waiting = [ticket for ticket in self.tickets.values() if not ticket.is_held]
+        ends = [(_end(ticket), ticket.id) for ticket in waiting]
+        self._ends = [end for end in ends if end[0] < float("inf")]
+        heapq.heapify(self._ends)
 
     def _hold(self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float) -> None:
         ticket.endpoint = endpoint.name

@@ -218,7 +218,7 @@ class Requests:
 
     def _refuse(self, event: Arrived | Recovered, ending: Ending) -> None:
         """End a request that never stood in line."""
-        self._memory.book.remember(event.request.id, event.entry)
+        self._memory.book.remember(event.request.id)
         self._memory.outbox.end(
             event.request,
             event.entry,
