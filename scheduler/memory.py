@@ -13,6 +13,7 @@ from scheduler.plan import PlanSettings
 from scheduler.policies import AnyPolicy, Policy, Urgency
 from scheduler.predict import Predictor
 from scheduler.prefix import Index
+from scheduler.profile.profile import Profile
 from scheduler.settings import FairnessSettings, Objective
 from scheduler.state import Ticket
 
@@ -31,6 +32,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     plan: PlanSettings = PlanSettings()
     "How far the plan looks and how early it binds."
+
+    profile: Profile | None = None
+    "How an endpoint is chosen; None: as the plan does, by seconds."
 
     lease_s: float = 3.0
     "An endpoint not heard from for this long loses what it holds."

@@ -24,6 +24,7 @@ from scheduler.ledger import Line, chain
 from scheduler.pace import Noise
 from scheduler.policies import Terms
 from scheduler.prefix import BLOCK_TOKENS
+from scheduler.profile.casting import Casting
 from scheduler.room import Offer, Room
 from scheduler.state import Bools, Floats, Ticket
 
@@ -132,6 +133,7 @@ class Planner:
         pricer: Pricer,
         noise: Callable[[], Noise],
         rng: np.random.Generator,
+        casting: Casting | None = None,
     ) -> None:
         """Plan with this room.
 
@@ -144,6 +146,7 @@ class Planner:
             pricer: prefix cache and eligibility of a request.
             noise: how far off the predicted pace may be; asked once, if ever.
             rng: decides between equals.
+            casting: a profile that says where and which; None: the plan's own choice.
         """
         self.room = room
         self.now = now
@@ -151,6 +154,9 @@ class Planner:
         self.terms = terms
         self.pricer = pricer
         self.rng = rng
+        self.casting = casting
+        if casting is not None:
+            casting.worth = self._worth
         self._ask_spread = spread
         self._ask_noise = noise
         self.choices: list[Choice] = []
@@ -214,7 +220,7 @@ class Planner:
             if not idle.any():
                 return
             offer = self._price(ticket)
-            worthy = self._worthy(offer)
+            worthy = self._worthy(offer, idle)
             if worthy is not None:
                 idle &= worthy
             total_s = np.where(idle, self._total_s(offer), np.inf)
@@ -268,6 +274,8 @@ class Planner:
             fits = np.where(total_s / self.spread <= left_s, total_s, -np.inf)
             fits[~np.isfinite(total_s)] = -np.inf
             return int(fits.argmax()), 1.0, "patient: the slowest endpoint that makes it"
+        if self.casting is not None:
+            return self.casting.pick(offer, total_s < math.inf, self.rng)
         score_s = total_s + self.settings.fill * self.room.used
         if left_s < math.inf:
             # Who is promised a first token pays for others only out of its slack.
@@ -308,6 +316,8 @@ class Planner:
             )
         )
         self.room.take(slot, work_s, line)
+        if self.casting is not None:
+            self.casting.took(offer, slot)
 
     def _total_s(self, offer: Offer) -> Floats:
         """Predicted seconds to its first token; `inf` where it may not go or finds no room now."""
@@ -345,11 +355,23 @@ class Planner:
             return True
         return bool(np.minimum.reduce(total_s * self.spread) <= ticket.due_at - self.now)
 
-    def _worthy(self, offer: Offer) -> Bools | None:
-        """Where it gains more than it breaks: the odds of its own pace against what it takes from the others'.
+    def _worthy(self, offer: Offer, candidates: Bools | None = None) -> Bools | None:
+        """Where it gains more than it breaks, and nearly as much as anywhere; None: nobody asks.
 
-        Of those places only the ones near the best; the earliest first token decides among them. None: nobody asks.
+        The earliest first token decides among them. A profile says so itself of these candidates, or of all.
         """
+        if self.casting is not None:
+            open_ = self._total_s(offer) < math.inf
+            return self.casting.wishes(offer, open_ if candidates is None else open_ & candidates)
+        value = self._worth(offer)
+        if value is None:
+            return None
+        best = np.maximum.reduce(value, where=offer.service_s < math.inf, initial=0.0)
+        worthy: Bools = (value > 0) & (value >= best - PACE_TIE)
+        return worthy
+
+    def _worth(self, offer: Offer) -> Floats | None:
+        """What it gains less what it breaks: the odds of its own pace against what it takes from the others'."""
         room, promise = self.room, offer.ticket.promise
         if self.settings.pace_worth <= 0 or (promise.tpot_s is None and not room.decodes.is_bound):
             return None
@@ -360,9 +382,8 @@ class Planner:
             gain = self.noise.odds(promise.tpot_s, pace_s)
             gain[gain < PACE_ODDS_MIN] = 0.0
         value = promise.weight * gain - self._harm(offer, kv, pace_s)
-        best = np.maximum.reduce(value, where=offer.service_s < math.inf, initial=0.0)
-        worthy: Bools = (value > 0) & (value >= best - PACE_TIE)
-        return worthy
+        worth: Floats = value
+        return worth
 
     def _harm(self, offer: Offer, kv: Floats, pace_s: Floats) -> Floats:
         """How many promises per token of those who are there it would break."""
@@ -407,7 +428,8 @@ class Planner:
         if prompt > self.room.length_least:
             service_s[prompt > self.room.length_max] = math.inf
         kv = prompt + float(ticket.output_tokens)
-        return Offer(ticket, prompt, kv, cached, work_s, service_s)
+        offer = Offer(ticket, prompt, kv, cached, work_s, service_s)
+        return offer if self.casting is None else self.casting.narrowed(offer)
 
 
 def _best(total_s: Floats) -> tuple[tuple[int, float], ...]:

@@ -6,6 +6,7 @@ from scheduler import assign
 from scheduler.memory import Memory
 from scheduler.plan import Choice, Planner
 from scheduler.prefix import BLOCK_TOKENS
+from scheduler.profile.casting import Assembly, Casting
 from scheduler.room import Decodes, Room
 from scheduler.state import Floats, Ticket
 
@@ -36,6 +37,8 @@ class Planning:
         self._settings = memory.settings.plan
         self._terms = memory.settings.policy.terms
         self._rng = rng
+        profile = memory.settings.profile
+        self._assembly = None if profile is None else Assembly(profile)
         self._aside_credit_s = 0.0
         self._room_at: float | None = None
         self._rested_at: float | None = None
@@ -98,6 +101,16 @@ class Planning:
             length_max=fleet.length_max,
             wanted_s=wanted_s,
         )
+        casting = None
+        if self._assembly is not None:
+            casting = Casting(
+                self._assembly,
+                room,
+                by_slot=fleet.by_slot,
+                seats_max=fleet.seats_max,
+                decoding=np.array([float(len(lines)) for lines in ledger.decoding]),
+                now=now,
+            )
         return Planner(
             room,
             now=now,
@@ -107,6 +120,7 @@ class Planning:
             pricer=self._price,
             noise=self._memory.predictor.pace.noise,
             rng=self._rng,
+            casting=casting,
         )
 
     def _price(self, ticket: Ticket) -> tuple[Floats | None, Floats]:
