@@ -53,7 +53,7 @@ def compare(
         tables[key] = contrast.contrasts(reports, metric=key, baseline=base)
     for key, rows in tables.items():
         if markdown:
-            typer.echo(_markdown(key, rows, base))
+            typer.echo(as_markdown(key, rows, base))
         else:
             Console().print(_table(key, rows, base))
     if plots is not None:
@@ -104,7 +104,8 @@ def _table(key: str, rows: list[Contrast], base: str) -> Table:
     return table
 
 
-def _markdown(key: str, rows: list[Contrast], base: str) -> str:
+def as_markdown(key: str, rows: list[Contrast], base: str) -> str:
+    """One figure's table for a document."""
     header = _header(rows, base)
     lines = [f"**{key}**", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]

@@ -128,7 +128,7 @@ def stage(
     arrivals = foresight.foreseen(arrivals, lengths)
     work = Promised(arrivals)
     if slo is not None:
-        work = promise.applied(arrivals, promise.parse(_text(slo), str(slo)))
+        work = promise.applied(arrivals, promise.parse(text(slo), str(slo)))
     found = load_fleet(fleet)
     if exact:
         found = structs.replace(found, chance=CERTAIN)
@@ -143,7 +143,7 @@ def load_fleet(name: str) -> Fleet:
     """A fleet by name, or from a file where the name looks like one."""
     path = Path(name)
     if name.endswith(".toml") or path.is_file():
-        return fleets.parse(_text(path), name)
+        return fleets.parse(text(path), name)
     return fleets.built_in(name)
 
 
@@ -173,7 +173,7 @@ class Bench:
 
     def __init__(self, stage: Lab, jobs: int | None) -> None:
         self._stage = stage
-        n_jobs = jobs or os.cpu_count() or 1
+        n_jobs = jobs or cores()
         self._pool = (
             ProcessPoolExecutor(n_jobs, initializer=_hold, initargs=(stage,))
             if n_jobs > 1
@@ -280,7 +280,13 @@ def _arrivals(file: Path, slice_: str | None) -> tuple[Arrival, ...]:
         raise typer.BadParameter(f"slice is {slice_!r}, wanted A:B in seconds: {error}") from None
 
 
-def _text(path: Path) -> str:
+def cores() -> int:
+    """How many processes may run side by side."""
+    return os.cpu_count() or 1
+
+
+def text(path: Path) -> str:
+    """All of a file that a person wrote."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -49,6 +49,7 @@ COMMANDS = {
     "compare": "Medians, 95 % bootstrap intervals and differences paired by seed.",
     "record": "Copy a pool's streams into a file, to ask later what others would have done.",
     "replay": "A recording through a fresh core: the same commands? Or: what would other policies have done?",
+    "cells": "The evaluation's cells: list, run, set in tables.",
     "capacity": "The highest rate that keeps promises, or with --rate the smallest fleet for it.",
     "redis": "Talk to Redis by hand, on machines without redis-cli.",
     "version": "What is installed here.",

@@ -97,3 +97,19 @@ def mixed(
         cut = workload.sliced(arrivals, start_s, start_s + window_s * speed)
         moved.append(workload.scaled(cut, factor=speed) if speed < 1.0 else cut)
     return workload.merged(*moved) if len(moved) > 1 else moved[0]
+
+
+def crowded(arrivals: Sequence[Arrival], begin_s: float, seconds: float, times: float) -> Workload:
+    """A flash crowd: the rows of `seconds * times` from `begin_s` come within `seconds`; what follows comes sooner.
+
+    >>> rows = [Arrival(at_s=float(at), prompt_tokens=1, output_tokens=1) for at in range(6)]
+    >>> [row.at_s for row in crowded(rows, 1.0, 2.0, 2.0)]
+    [0.0, 1.0, 1.5, 2.0, 2.5, 3.0]
+    """
+    long_s = seconds * times
+
+    def moved(at_s: float) -> float:
+        within_s = min(max(0.0, at_s - begin_s), long_s)
+        return at_s - within_s + within_s / times
+
+    return tuple(structs.replace(a, at_s=moved(a.at_s)) for a in arrivals)

@@ -1,0 +1,272 @@
+"""`headgate cells`: the evaluation's cells, run bit by bit and set in tables."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Annotated
+
+import msgspec
+import typer
+from msgspec import structs
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dispatcher.cli import compare, lab
+from dispatcher.cli.download import FileError
+from scheduler.sim import cells, contrast, policy, trace
+from scheduler.sim.cells import Cell
+from scheduler.sim.lab import Lab
+from scheduler.sim.report import Report
+from scheduler.sim.workload import Arrival
+
+app = typer.Typer()
+group = typer.Typer(
+    name="cells", no_args_is_help=True, help="The evaluation's cells: list, run, set in tables."
+)
+app.add_typer(group)
+
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME...]", help="Cells, or K1-* for all that begin so."),
+]
+ListFile = Annotated[
+    Path | None, typer.Option("--list", metavar="FILE", help="Cells of your own, as TOML.")
+]
+Traces = Annotated[
+    Path, typer.Option(metavar="DIR", help="Where the traces lie, NAME.jsonl or NAME.jsonl.gz.")
+]
+
+Draw = tuple[int, int]
+"Window, counted from 0, and seed."
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One run to be made."""
+
+    cell: str
+    draw: Draw
+    load: float
+    policy: str
+
+
+@group.command("list")
+def list_(names: Names = None, file: ListFile = None) -> None:
+    """What there is, and how many runs each takes."""
+    for name, cell in _chosen(names, file).items():
+        runs = len(cell.policies) * len(cell.loads) * len(cell.windows) * cell.seeds
+        typer.echo(f"{name:16} {runs:5} runs  {cell.asks}")
+
+
+@group.command()
+def run(
+    names: Names = None,
+    *,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="One file a cell; what is there is not run again."
+        ),
+    ],
+    traces: Traces = Path(),
+    file: ListFile = None,
+    policies: Annotated[
+        str | None, typer.Option("--policy", metavar="P[,P...]", help="Only these of each cell.")
+    ] = None,
+    load: Annotated[
+        str | None, typer.Option(metavar="X[,X...]", help="Only these of each cell.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    jobs: lab.JobsOption = None,
+) -> None:
+    """Run what is missing of these cells, a line of JSON a run; stop and go on at will."""
+    chosen = _chosen(names, file)
+    labels = None if policies is None else lab.labels(policies)
+    loads = None if load is None else lab.numbers(load, "load")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, cell in chosen.items():
+        wanted = structs.replace(
+            cell,
+            policies=tuple(labels or cell.policies),
+            loads=tuple(loads or cell.loads),
+            windows=cell.windows[:windows],
+            seeds=min(cell.seeds, seeds or cell.seeds),
+        )
+        _run_cell(name, wanted, traces, out / f"{name}.jsonl", jobs)
+
+
+@group.command()
+def table(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where `cells run` wrote.")],
+    names: Names = None,
+    *,
+    file: ListFile = None,
+) -> None:
+    """Every cell's tables as Markdown: medians, intervals, differences to the baseline, bounds."""
+    for name, cell in _chosen(names, file).items():
+        path = directory / f"{name}.jsonl"
+        reports = _read(path)
+        if not any(one.policy == cell.baseline for one in reports):
+            typer.echo(f"{name}: {cell.baseline}, the baseline, was not run", err=True)
+            continue
+        typer.echo(f"### {name}: {cell.asks}\n")
+        for metric in cell.metrics:
+            rows = contrast.contrasts(reports, metric=metric, baseline=cell.baseline)
+            typer.echo(compare.as_markdown(metric, rows, cell.baseline))
+            for line in _bounds(reports, metric):
+                typer.echo(line)
+
+
+def _chosen(names: list[str] | None, file: Path | None) -> dict[str, Cell]:
+    book = cells.shipped() if file is None else cells.parse(lab.text(file), str(file))
+    return book.named(names or [])
+
+
+def _run_cell(name: str, cell: Cell, traces: Path, path: Path, jobs: int | None) -> None:
+    for label in cell.policies:
+        policy.named(label)
+    done = _read(path)
+    made = {(one.window, one.seed, one.load, one.policy): one for one in done}
+    wanted = [
+        Run(name, (window, seed), load, label)
+        # Seeds outermost: stopped half-way, every policy has met the same draws.
+        for seed in range(cell.seeds)
+        for window in range(len(cell.windows))
+        for load in cell.loads
+        for label in cell.policies
+        if (f"{cell.windows[window]:g}", seed, load, label) not in made
+    ]
+    if not wanted:
+        return
+    capacities = {
+        (cell.windows.index(float(one.window)), one.seed): one.capacity_rps
+        for one in done
+        if one.capacity_rps is not None and float(one.window) in cell.windows
+    }
+    with (
+        ProcessPoolExecutor(
+            jobs or lab.cores(), initializer=_open, initargs=(name, cell, traces)
+        ) as pool,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        ) as bar,
+        path.open("ab") as file,
+    ):
+        draws = list(dict.fromkeys(one.draw for one in wanted if one.draw not in capacities))
+        task = bar.add_task(f"{name}: capacity", total=len(draws))
+        for draw, rate_rps in zip(draws, pool.map(_capacity, draws), strict=True):
+            capacities[draw] = rate_rps
+            bar.advance(task)
+        bar.reset(task, total=len(wanted), description=name)
+        for found in _in_turn(pool, wanted, capacities):
+            file.write(msgspec.json.encode(found) + b"\n")
+            file.flush()
+            bar.advance(task)
+
+
+def _in_turn(
+    pool: ProcessPoolExecutor, wanted: list[Run], capacities: dict[Draw, float]
+) -> Iterator[Report]:
+    futures: list[Future[Report]] = [
+        pool.submit(_play, one, capacities[one.draw]) for one in wanted
+    ]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+_stage: tuple[str, Cell, Path] | None = None
+"Of this process: the cell that it runs, and where traces lie."
+
+
+def _open(name: str, cell: Cell, traces: Path) -> None:
+    global _stage  # noqa: PLW0603  a process of the pool runs one cell for all of its life
+    _stage = (name, cell, traces)
+
+
+@lru_cache(maxsize=4)
+def _lab(window: int) -> Lab:
+    assert _stage is not None, "a process of the pool has no cell"
+    name, cell, traces = _stage
+    return cells.lab(name, cell, window, lambda trace_name: _arrivals(traces, trace_name))
+
+
+@lru_cache(maxsize=8)
+def _bounds_of(window: int, seed: int, rate_rps: float) -> tuple[float, float | None]:
+    found = _lab(window).bounds(seed, rate_rps)
+    return found.ttft_mean_s, found.on_time
+
+
+@lru_cache(maxsize=8)
+def _arrivals(traces: Path, name: str) -> tuple[Arrival, ...]:
+    for ending in (".jsonl.gz", ".jsonl"):
+        path = traces / f"{name}{ending}"
+        if path.is_file():
+            with path.open("rb") as raw:
+                return trace.read(raw, name=str(path)).arrivals
+    raise FileError(
+        f"no trace {name}.jsonl or {name}.jsonl.gz in {str(traces)!r}; see `headgate trace`"
+    )
+
+
+def _capacity(draw: Draw) -> float:
+    window, seed = draw
+    return _lab(window).capacity_rps(seed)
+
+
+def _play(one: Run, capacity_rps: float) -> Report:
+    window, seed = one.draw
+    rate_rps = one.load * capacity_rps
+    stage = _lab(window)
+    ttft_mean_s, on_time = _bounds_of(window, seed, rate_rps)
+    found, _ = stage.run(
+        policy.named(one.policy),
+        label=one.policy,
+        seed=seed,
+        rate_rps=rate_rps,
+        load=one.load,
+        timer=perf_counter_ns,
+    )
+    return structs.replace(
+        found, ttft_mean_bound_s=ttft_mean_s, on_time_bound=on_time, capacity_rps=capacity_rps
+    )
+
+
+def _read(path: Path) -> list[Report]:
+    """The runs of a cell so far. A line that was cut off by a kill is taken away, and run again."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        path.write_bytes(b"".join(lines := lines[:-1]))
+    try:
+        return [msgspec.json.decode(line, type=Report) for line in lines]
+    except msgspec.DecodeError as error:
+        raise FileError(f"{str(path)!r} is not what `cells run` writes: {error}") from None
+
+
+def _bounds(reports: list[Report], metric: str) -> Iterator[str]:
+    """What nobody can beat, at each load."""
+    kind = {"ttft_mean_s": "ttft_mean_bound_s", "on_time": "on_time_bound"}.get(metric)
+    if kind is None:
+        return
+    by_load: dict[float, list[float]] = {}
+    for one in reports:
+        bound = getattr(one, kind)
+        if bound is not None and one.load is not None:
+            by_load.setdefault(one.load, []).append(bound)
+    if by_load:
+        said = ", ".join(
+            f"{contrast.bootstrap(values).median:.3f} at {load:g}"
+            for load, values in sorted(by_load.items())
+        )
+        yield f"Bound (median): {said}.\n"

@@ -1,0 +1,143 @@
+"""The evaluation's cells: each can be set up, is resumed where it stopped, and comes out as a table."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from dispatcher.cli import cells as command
+from scheduler.errors import HeadgateError
+from scheduler.sim import cells, policy, shape, workload
+from scheduler.sim.workload import Arrival
+
+LIST = """
+[defaults]
+windows = [20, 30]
+window_s = 10
+run_in_s = 20
+seeds = 2
+[policies]
+few = ["least-request", "fcfs"]
+[cells.small]
+asks = "anything"
+fleet = "a100x4"
+policies = "few"
+baseline = "fcfs"
+metrics = ["on_time", "ttft_mean_s"]
+loads = [0.5, 1]
+parts = [{trace = "small", promise = [{ttft_ms = 500}]}]
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A trace of 40 seconds, and a list with one cell on it."""
+    rows = [{"t": at / 4, "i": 300 + 40 * (at % 9), "o": 5} for at in range(160)]
+    lines = [{"trace": "small", "rows": 160, "format": 1}, *rows]
+    (tmp_path / "small.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    (tmp_path / "list.toml").write_text(LIST)
+    return tmp_path
+
+
+def run(*words):
+    found = CliRunner().invoke(command.app, [str(word) for word in words])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return found.output
+
+
+def ran(files, *words):
+    run("cells", "run", "--list", files / "list.toml", "--traces", files, "--out", files / "out",
+        "--jobs", 1, *words)  # fmt: skip
+    return (files / "out" / "small.jsonl").read_text().splitlines()
+
+
+class TestShipped:
+    def test_every_cell_can_be_set_up(self):
+        """Policies exist, fleets stand, windows lie apart from where policies are tuned."""
+        rows = tuple(
+            Arrival(at_s=at / 2, prompt_tokens=200, output_tokens=9, session=at // 8, turn=1)
+            for at in range(3600)
+        )
+        for name, cell in cells.shipped().cells.items():
+            for label in cell.policies:
+                policy.named(label)
+            made = cells.lab(name, cell, 0, lambda _: rows)
+            assert made.work.arrivals
+            assert (made.cut > 0) == (cell.run_in_s > 0), name
+            assert min(cell.windows) >= 500
+
+    def test_an_unknown_cell_or_key_says_what_exists(self, files):
+        with pytest.raises(HeadgateError, match="cell is 'A9', wanted one of: A1-conv"):
+            run("cells", "list", "A9")
+        (files / "list.toml").write_text(LIST.replace("asks", "ask"))
+        with pytest.raises(HeadgateError, match=r"small: .*ask"):
+            run("cells", "list", "--list", files / "list.toml")
+        (files / "list.toml").write_text(LIST.replace('policies = "few"', 'policies = "many"'))
+        with pytest.raises(HeadgateError, match="'many', wanted one of: few"):
+            run("cells", "list", "--list", files / "list.toml")
+
+    def test_a_missing_trace_is_named(self, files):
+        (files / "small.jsonl").unlink()
+        with pytest.raises(HeadgateError, match=r"no trace small.jsonl or small.jsonl.gz"):
+            ran(files)
+
+
+class TestRun:
+    def test_goes_on_where_it_stopped(self, files):
+        """Two windows, two seeds, two loads and two policies, each once; a line cut off by a kill runs again."""
+        lines = ran(files, "--seeds", 1)
+        assert len(lines) == 8
+        path = files / "out" / "small.jsonl"
+        path.write_text("\n".join(lines)[:-20])
+
+        again = [json.loads(line) for line in ran(files)]
+
+        keys = [(one["policy"], one["load"], one["window"], one["seed"]) for one in again]
+        assert len(keys) == len(set(keys)) == 16
+        assert lines[:7] == path.read_text().splitlines()[:7]
+        assert all(
+            one["capacity_rps"] * one["load"] == pytest.approx(one["rate_rps"]) for one in again
+        )
+        assert all(one["n"] == 40 for one in again), "the run-in is played and not measured"
+
+    def test_a_table_pairs_by_window_and_seed(self, files):
+        ran(files)
+
+        shown = run("cells", "table", files / "out", "--list", files / "list.toml")
+
+        assert "### small: anything" in shown
+        assert "| least-request | 0.5 | 4 |" in shown
+        assert "Bound (median): " in shown
+
+
+class TestShape:
+    def test_a_mix_has_the_shares_wanted(self):
+        """Slow traces set the pace; nobody is sped up."""
+        fast = [Arrival(at_s=at / 10, prompt_tokens=1, output_tokens=1) for at in range(1000)]
+        slow = [Arrival(at_s=float(at), prompt_tokens=2, output_tokens=1) for at in range(100)]
+
+        mix = shape.mixed([(fast, 0.5), (slow, 0.5)], start_s=10.0, window_s=50.0)
+
+        counts = [sum(a.prompt_tokens == n for a in mix) for n in (1, 2)]
+        assert counts == pytest.approx([50, 50], abs=1)
+        assert mix[-1].at_s < 50.0
+        assert [a.at_s for a in mix] == sorted(a.at_s for a in mix)
+
+    def test_groups_share_what_was_asked(self):
+        """Half of each prompt is found in the group's other prompts, and nothing of another group's."""
+        rows = [Arrival(at_s=float(at), prompt_tokens=640, output_tokens=1) for at in range(200)]
+        grouped = shape.grouped(rows, groups=4, share=0.5)
+
+        assert {len(a.blocks) * a.block_tokens for a in grouped} == {320}
+        assert len({a.blocks for a in grouped}) == 4
+        assert len({block for a in grouped for block in a.blocks}) == 4 * 20
+
+    def test_a_crowd_keeps_every_row(self):
+        rows = [Arrival(at_s=float(at), prompt_tokens=1, output_tokens=1) for at in range(100)]
+        crowd = shape.crowded(rows, 20.0, 10.0, 3.0)
+
+        assert len(crowd) == 100
+        inside = [a for a in crowd if 20.0 <= a.at_s < 30.0]
+        assert workload.rate(inside) == pytest.approx(3.0, rel=0.01)
+        assert crowd[-1].at_s == pytest.approx(79.0)
