@@ -3,6 +3,7 @@
 from scheduler import ledger
 from scheduler.events import Recovered
 from scheduler.memory import Memory
+from scheduler.prefix import Account
 from scheduler.requests import Requests
 from scheduler.state import Endpoint, Ticket
 from scheduler.wire import Beat, Control, Reward
@@ -12,6 +13,12 @@ FORGIVEN_MAX = 16
 
 A restarted worker takes all its endpoints' jobs with it, once for each endpoint; a request that kills whoever
 takes it, before that can say so, still ends.
+"""
+
+MISSED_S = 2.0
+"""How long a worker must say that it does not have a job before it is believed.
+
+Its end may have been read before the beat was written and still lie behind it; a second is much for that.
 """
 
 
@@ -30,11 +37,13 @@ class Endpoints:
         "rewards that were read in the same step."
         self._astray: list[tuple[Ticket, Endpoint]] = []
         "Recovered from an endpoint's earlier life: taken back likewise."
+        self._missing: list[tuple[Ticket, int]] = []
+        "Handed over, at which attempt, and not with their worker: taken back likewise."
 
     @property
     def has_news(self) -> bool:
         """Whether the next `decide` has something to take back."""
-        return bool(self._reborn or self._astray)
+        return bool(self._reborn or self._astray or self._missing)
 
     def moments(self) -> list[float]:
         """When the next lease may end."""
@@ -52,10 +61,15 @@ class Endpoints:
             self._fleet.epochs[beat.endpoint] = beat.epoch
             return
         if endpoint is None:
-            self._join(beat)
+            endpoint = self._join(beat)
         else:
             self._fleet.hear(endpoint, beat, self._memory.now)
+            self._memory.prefixes.resize(endpoint.slot, beat.kv_tokens)
         self._progress(beat)
+        if beat.kv_epoch:
+            self._memory.prefixes.hear(endpoint.slot, _account(beat))
+        if beat.read_at is not None:
+            self._look_for_missing(endpoint, beat, beat.read_at)
 
     def reward(self, reward: Reward) -> None:
         """An attempt is over: learn from it, and finish the request or let it wait again."""
@@ -120,6 +134,22 @@ class Endpoints:
             if ticket is not None:
                 self._memory.book.first_token(ticket, self._memory.now)
 
+    def _look_for_missing(self, endpoint: Endpoint, beat: Beat, read_at: float) -> None:
+        """What was handed over and read, and of which the worker knows nothing, is with nobody."""
+        held = frozenset(beat.holds)
+        for ticket in endpoint.held.values():
+            is_named = ticket.id > beat.holds_after and (
+                not beat.holds_to or ticket.id <= beat.holds_to
+            )
+            if not is_named or ticket.handed_at >= read_at:
+                continue
+            if f"{ticket.id}:{ticket.attempt}" in held:
+                ticket.missed_at = None
+            elif ticket.missed_at is None:
+                ticket.missed_at = self._memory.now
+            elif self._memory.now - ticket.missed_at >= MISSED_S:
+                self._missing.append((ticket, ticket.attempt))
+
     def _reported(self, endpoint: str, report: str, parts: int) -> Ticket | None:
         """The ticket that `id:attempt` or `id:attempt:milliseconds` speaks of, if this endpoint holds it."""
         words = report.rsplit(":", parts - 1)
@@ -144,11 +174,16 @@ class Endpoints:
     # Losses
 
     def take_back_the_lost(self) -> None:
-        """Give back what nobody works on any more: new lives, ended leases, strays of a recovery."""
+        """Give back what nobody works on: new lives, ended leases, strays of a recovery, what its worker never got."""
         for ticket, endpoint in self._astray:
             if ticket.is_held and ticket.endpoint == endpoint.name:
                 self._take_back(ticket, endpoint, f"{endpoint.name} began a new life")
         self._astray.clear()
+        for ticket, attempt in self._missing:
+            if ticket.is_held and ticket.attempt == attempt:
+                endpoint = self._fleet.endpoints[ticket.endpoint]
+                self._take_back(ticket, endpoint, f"{endpoint.name} does not have it")
+        self._missing.clear()
         for name, beat in self._reborn.items():
             endpoint = self._fleet.endpoints[name]
             self._lose(endpoint, f"{name} began a new life")
@@ -180,3 +215,14 @@ class Endpoints:
         self._memory.outbox.reclaim(ticket, endpoint, reason, self._memory.now)
         self._memory.book.give_back(ticket, "reclaim", self._memory.now)
         self._requests.end_if_over(ticket)
+
+
+def _account(beat: Beat) -> Account:
+    return Account(
+        epoch=beat.kv_epoch,
+        seq=beat.kv_seq,
+        stored=beat.kv_stored,
+        removed=beat.kv_removed,
+        rest=beat.kv_rest,
+        was_empty=beat.kv_was_empty,
+    )

@@ -7,6 +7,8 @@ computes them; this half of the file therefore needs nothing heavy.
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
+import msgspec
+
 BLOCK_TOKENS = 128
 "Tokens a block on the wire: fine enough for chat, and 64k tokens in 512 hashes."
 
@@ -43,34 +45,87 @@ def blocks(
     return tuple(chain)
 
 
-class Index:
-    """What each endpoint's prefix cache is believed to hold: least recently used blocks go first, tails before heads.
+class Account(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine says of its cache, as its worker passes it on: changes, numbered, in one epoch after another.
 
-    A belief, corrected by facts: an endpoint that reports less than was believed gets a smaller capacity here, one
-    that confirms it grows back.
+    An epoch begins with a listing of all there is, over as many accounts as it takes; every change after it follows.
+    Who missed one waits for the next listing, which comes by itself.
+    """
+
+    epoch: int
+    "Grows whenever the account begins anew."
+
+    seq: int
+    "1 for the first of an epoch, then one more each time; the same again where nothing is new."
+
+    stored: tuple[str, ...] = ()
+    "Blocks that are there now."
+
+    removed: tuple[str, ...] = ()
+    "Blocks that are not."
+
+    rest: int = 0
+    "How many blocks of the listing are still to come."
+
+    was_empty: bool = False
+    "Whether the cache was empty when the epoch began: whatever was believed before is void."
+
+
+class _Cache:
+    """What one endpoint is thought to hold. No block is in both."""
+
+    def __init__(self) -> None:
+        self.believed: dict[str, None] = {}
+        "Sent there, and neither confirmed nor denied; the least recent first."
+        self.told: dict[str, None] = {}
+        "As the engine itself says; it also says when they go."
+        self.known = 0
+        "Blocks that the engine can hold."
+        self.room = 0.0
+        "Blocks that are believed of it."
+        self.epoch = self.seq = 0
+        self.is_lost = True
+        "An account was missed: nothing is taken in before the next listing."
+        self.listed: dict[str, None] | None = None
+        "What the listing under way has named so far; None: there is none."
+
+
+class Index:
+    """What each endpoint's prefix cache holds: as the engine tells it where it does, as believed where not.
+
+    A belief goes by use, the least recent first and tails before heads, and is corrected by facts: an endpoint that
+    reports less than was believed gets a smaller capacity here, one that confirms it grows back.
     """
 
     def __init__(self, blocks_max: int = 16_384) -> None:
         """Bound each endpoint to `blocks_max` blocks, or to its own capacity where that is known and smaller."""
         self._blocks_max = blocks_max
         self._holders: dict[str, int] = {}
-        self._held: list[dict[str, None]] = []
-        self._known: list[int] = []
-        self._room: list[float] = []
+        self._caches: list[_Cache] = []
 
     def open(self, slot: int, kv_tokens: int) -> None:
         """A new endpoint, whose cache is empty."""
-        if slot == len(self._held):
-            self._held.append({})
-            self._known.append(0)
-            self._room.append(0.0)
+        if slot == len(self._caches):
+            self._caches.append(_Cache())
         self.close(slot)
-        self._known[slot] = min(self._blocks_max, kv_tokens // BLOCK_TOKENS or self._blocks_max)
-        self._room[slot] = float(self._known[slot])
+        self._caches[slot] = _Cache()
+        self.resize(slot, kv_tokens)
+
+    def resize(self, slot: int, kv_tokens: int) -> None:
+        """How much its engine can hold; 0: unknown."""
+        cache = self._caches[slot]
+        known = min(self._blocks_max, kv_tokens // BLOCK_TOKENS or self._blocks_max)
+        if known != cache.known:
+            cache.known, cache.room = known, float(known)
+            self._evict(slot)
 
     def close(self, slot: int) -> None:
         """It is gone, or its engine began anew."""
-        self._evict(slot, 0)
+        cache = self._caches[slot]
+        for block in (*cache.believed, *cache.told):
+            self._forget(slot, block)
+        cache.believed.clear()
+        cache.told.clear()
 
     def match(self, chain: Sequence[str]) -> dict[int, int]:
         """How many blocks from the start each slot holds without a gap; slots that hold none are left out."""
@@ -90,35 +145,89 @@ class Index:
 
     def insert(self, slot: int, chain: Sequence[str]) -> None:
         """This prompt goes there: its blocks are the most recent, the first of them most of all."""
-        held = self._held[slot]
+        cache = self._caches[slot]
         for block in reversed(chain):
-            if block in held:
-                del held[block]
+            if block in cache.told:
+                continue
+            if block in cache.believed:
+                del cache.believed[block]
             else:
                 self._holders[block] = self._holders.get(block, 0) | (1 << slot)
-            held[block] = None
-        self._evict(slot, int(self._room[slot]))
+            cache.believed[block] = None
+        self._evict(slot)
 
     def correct(self, slot: int, *, believed_tokens: int, cached_tokens: int) -> None:
         """What the engine says it found, against what was believed when it was chosen."""
         if believed_tokens <= 0:
             return
+        cache = self._caches[slot]
         if cached_tokens < 0.5 * believed_tokens:
-            self._room[slot] *= 0.9
+            cache.room *= 0.9
         elif cached_tokens >= believed_tokens:
-            self._room[slot] = min(float(self._known[slot]), self._room[slot] * 1.05 + 1.0)
-        self._evict(slot, int(self._room[slot]))
+            cache.room = min(float(cache.known), cache.room * 1.05 + 1.0)
+        self._evict(slot)
 
-    def _evict(self, slot: int, room: int) -> None:
-        held = self._held[slot]
-        while len(held) > room:
-            block = next(iter(held))
-            del held[block]
-            left = self._holders[block] & ~(1 << slot)
-            if left:
-                self._holders[block] = left
-            else:
-                del self._holders[block]
+    def hear(self, slot: int, account: Account) -> None:
+        """What the engine itself says. Said twice or late it changes nothing; after a loss the next listing counts."""
+        cache = self._caches[slot]
+        if (account.epoch, account.seq) <= (cache.epoch, cache.seq):
+            return
+        if account.epoch > cache.epoch:
+            cache.is_lost, cache.listed = account.seq != 1, {}
+            if account.was_empty:
+                self.close(slot)
+        elif account.seq != cache.seq + 1:
+            # A removal may be what was missed. What was told before stands until the listing that comes by itself.
+            cache.is_lost = True
+        cache.epoch, cache.seq = account.epoch, account.seq
+        if not cache.is_lost:
+            self._take(slot, account)
+
+    def _take(self, slot: int, account: Account) -> None:
+        cache = self._caches[slot]
+        for block in account.removed:
+            self._drop(slot, block)
+        for block in account.stored:
+            self._store(slot, block)
+        if cache.listed is not None:
+            cache.listed.update(dict.fromkeys(account.stored))
+            if not account.rest:
+                for block in [block for block in cache.told if block not in cache.listed]:
+                    self._drop(slot, block)
+                cache.listed = None
+
+    def _store(self, slot: int, block: str) -> None:
+        cache = self._caches[slot]
+        if block in cache.told:
+            return
+        if block in cache.believed:
+            del cache.believed[block]
+        else:
+            self._holders[block] = self._holders.get(block, 0) | (1 << slot)
+        cache.told[block] = None
+        if len(cache.told) > self._blocks_max:
+            self._drop(slot, next(iter(cache.told)))
+
+    def _drop(self, slot: int, block: str) -> None:
+        cache = self._caches[slot]
+        for held in (cache.told, cache.believed):
+            if block in held:
+                del held[block]
+                self._forget(slot, block)
+
+    def _evict(self, slot: int) -> None:
+        cache = self._caches[slot]
+        while len(cache.believed) > int(cache.room):
+            block = next(iter(cache.believed))
+            del cache.believed[block]
+            self._forget(slot, block)
+
+    def _forget(self, slot: int, block: str) -> None:
+        left = self._holders[block] & ~(1 << slot)
+        if left:
+            self._holders[block] = left
+        else:
+            del self._holders[block]
 
 
 def _slots(mask: int) -> Iterable[int]:

@@ -75,6 +75,12 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     pace: tuple[float, ...] = ()
     "What decoding cost where it went, in the terms of `pace`, when it was assigned."
 
+    handed_at: float = 0.0
+    "When it was last handed over."
+
+    missed_at: float | None = None
+    "Since when its worker says that it does not have it; None: it has not said so."
+
     charged: float = 0.0
     "Tokens of service for which its tenant was charged, where tenants share."
 

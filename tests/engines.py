@@ -5,8 +5,10 @@ Both are asked for in vLLM's own words. A real server takes 15 seconds to start:
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import aiohttp
@@ -40,6 +42,7 @@ class Emulated:
     async def __call__(self, *, shutdown_timeout=0, is_slow=False, is_ended=False, **words):
         words = ROOMY | words
         max_model_len = words.pop("max_model_len")
+        kv_events = words.pop("kv_events", False)
         settings = EmulatorSettings(
             model=MODEL,
             profile=PROFILE,
@@ -48,6 +51,7 @@ class Emulated:
             max_model_len=max_model_len,
             shutdown_timeout_s=shutdown_timeout,
             enable_per_request_metrics=True,
+            kv_events=kv_events,
             allow_faults=True,
         )
         async with Emulator(settings) as emulator, Client(emulator.url) as client:
@@ -95,7 +99,10 @@ class Real:
         self._count += 1
         directory.mkdir()
         (directory / "models").symlink_to(self._directory / "models")
-        more = {"max-num-queued-reqs": words.get("max_num_queued_reqs")}
+        more = {
+            "max-num-queued-reqs": words.get("max_num_queued_reqs"),
+            "kv-events-config": kv_events_config() if words.get("kv_events") else None,
+        }
         settings = PodSettings(
             venv=self._venv,
             directory=directory,
@@ -117,6 +124,23 @@ class Real:
 
     async def end(self):
         await end(list(self._kept.values()), grace_s=5)
+
+
+def kv_events_config():
+    """As vLLM is told to publish, on two free ports."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        events, replay = (one.getsockname()[1] for one in sockets)
+    return json.dumps(
+        {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{events}",
+            "replay_endpoint": f"tcp://*:{replay}",
+        }
+    )
 
 
 def engine_core(pid):

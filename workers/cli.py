@@ -56,6 +56,9 @@ def emulate(
     frontend: Annotated[bool, typer.Option(help="Spend front-end time.")] = True,
     enable_per_request_metrics: Annotated[bool, typer.Option()] = False,
     enable_force_include_usage: Annotated[bool, typer.Option()] = False,
+    kv_events: Annotated[
+        bool, typer.Option(help="Publish what the cache stores and forgets.")
+    ] = False,
     allow_faults: Annotated[bool, typer.Option(help="POST /emulator/fault.")] = False,
     ready_file: Annotated[Path | None, typer.Option(help="Written when it serves.")] = None,
 ) -> Coroutine[object, object, None]:
@@ -96,6 +99,7 @@ def emulate(
             shutdown_timeout_s=shutdown_timeout,
             enable_per_request_metrics=enable_per_request_metrics,
             enable_force_include_usage=enable_force_include_usage,
+            kv_events=kv_events,
             allow_faults=allow_faults,
         )
     except ValueError as error:  # msgspec's too

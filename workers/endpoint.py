@@ -28,7 +28,10 @@ from workers.attempt import FENCED, Attempt, Stop
 from workers.ending import Ending
 from workers.engine import Engine
 from workers.health import Health, is_broken
+from workers.holdings import Holdings, following
 from workers.inbox import Arrival, Inbox
+from workers.kv_feed import Feed
+from workers.kv_mirror import Mirror
 from workers.metrics import Gaps, Meter
 from workers.pulse import Pulse
 from workers.rhythm import Rhythm
@@ -67,7 +70,18 @@ class Endpoint:
         self._meter, self._worker = meter, worker
         self._engine = Engine(address, connect_s=settings.connect_s)
         self._inbox = Inbox(connection, keys, self.name, worker)
-        self._pulse = Pulse(connection, keys, lease, news_s=settings.news_s, beat=self._beat)
+        self._pulse = Pulse(
+            connection,
+            keys,
+            lease,
+            news_s=settings.news_s,
+            beat=self._beat,
+            arrived=self._beaten,
+        )
+        self._mirror = Mirror()
+        self._feed = Feed(self._mirror, name=self.name)
+        self._said = Holdings()
+        self._said_tick = float("-inf")
         self.health = Health(self._engine, address, settings, clock=connection.now)
         self.rhythm = Rhythm(address.hardware, meter.gaps.setdefault(self.name, Gaps()))
         self._ending = Ending(
@@ -124,8 +138,9 @@ class Endpoint:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                for task in (self._read, self._tend, self._pulse.run, self._watch, self._adopt):
-                    group.create_task(task(), name=f"{self.name} {task.__name__}")
+                tasks = (self._read, self._tend, self._pulse.run, self._watch, self._adopt)
+                for task in (*tasks, self._feed.run):
+                    group.create_task(task(), name=f"{self.name} {task.__qualname__}")
         except* FencedError as fenced:
             log.debug("fenced", endpoint=self.name, reason=str(fenced.exceptions[0]))
 
@@ -473,6 +488,8 @@ class Endpoint:
             await self._pulse.beat_now()
         if self.health.away:
             self._return_held(f"engine away: {self.health.away}")
+        else:
+            self._feed.turn_to(self.health.features.kv_events)
         self._changed.set()
 
     def _return_held(self, reason: str) -> None:
@@ -508,6 +525,8 @@ class Endpoint:
 
     def _beat(self, started: tuple[str, ...], first_tokens: tuple[str, ...]) -> Beat:
         health, load, address = self.health, self.health.load, self._address
+        kv = self._mirror.account()
+        says = self._says_what_it_holds()
         return Beat(
             endpoint=self.name,
             epoch=self._epoch,
@@ -531,7 +550,31 @@ class Endpoint:
             features=health.features.names,
             started=started,
             first_tokens=first_tokens,
+            read_at=self._inbox.read_at if says else None,
+            holds=self._said.names if says else (),
+            holds_after=self._said.after if says else "",
+            holds_to=self._said.to if says else "",
+            kv_epoch=kv.epoch,
+            kv_seq=kv.seq,
+            kv_stored=kv.stored,
+            kv_removed=kv.removed,
+            kv_rest=kv.rest,
+            kv_was_empty=kv.was_empty,
         )
+
+    def _says_what_it_holds(self) -> bool:
+        """Whether this beat does: one each `beat_s`, however many there are for the sake of news."""
+        tick = perf_counter()
+        if self._inbox.read_at is None or tick - self._said_tick < 0.9 * self._lease.beat_s:
+            return False
+        held = ((one.job.id, one.job.attempt) for one in self._attempts.values())
+        self._said, self._said_tick = following(held, self._said), tick
+        return True
+
+    def _beaten(self, beat: Beat) -> None:
+        self._mirror.told(beat.kv_epoch, beat.kv_seq)
+        if self._mirror.has_news:
+            self._pulse.hurry()
 
 
 async def _either(one: asyncio.Event, other: asyncio.Event) -> None:

@@ -5,7 +5,10 @@ Everything here is optional. The worker uses what is there and does without what
 
 import msgspec
 
+from scheduler.settings import EngineAddress
+from workers import kv_feed
 from workers.engine import Engine
+from workers.kv_feed import Source
 
 VERSION = "/version"
 PAUSED = "/is_paused"
@@ -27,39 +30,30 @@ class Features(msgspec.Struct, frozen=True):
     back; development mode), `kv_events` (it publishes what it caches).
     """
 
+    kv_events: Source | None = None
+    "Where it publishes them."
 
-async def found(engine: Engine, model: str, *, by_priority: bool) -> Features:
+
+async def found(engine: Engine, model: str, address: EngineAddress) -> Features:
     """Look at one engine that is ready; costs it a few small requests and one token.
 
     Raises:
         EngineError: it did not answer.
     """
     said = await engine.one_token(model)
+    source = kv_feed.source_in(await engine.page(KV_EVENTS), address.url)
+    if address.kv_events:
+        source = Source(address.kv_events, address.kv_replay)
     has = {
         "request_metrics": said.metrics is not None,
         "cached_tokens": said.cached_tokens is not None,
-        "priority": by_priority,
+        "priority": address.by_priority,
         "admission": REJECTIONS in (await engine.page("/metrics")),
         "pause": b"is_paused" in (await engine.page(PAUSED)),
-        "kv_events": publishes(await engine.page(KV_EVENTS)),
+        "kv_events": source is not None,
     }
     names = tuple(name for name, is_there in has.items() if is_there)
-    return Features(version=version_in(await engine.page(VERSION)), names=names)
-
-
-def publishes(page: bytes) -> bool:
-    """Whether any of the sources is switched on.
-
-    >>> publishes(b'{"0": {"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}}')
-    True
-    >>> publishes(b'{"0": {"enable_kv_cache_events": false}}'), publishes(b""), publishes(b"<html>")
-    (False, False, False)
-    """
-    try:
-        sources = msgspec.json.decode(page, type=dict[str, _Source])
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
-    return any(source.enable_kv_cache_events for source in sources.values())
+    return Features(version_in(await engine.page(VERSION)), names, source)
 
 
 def version_in(page: bytes) -> str:
@@ -72,10 +66,6 @@ def version_in(page: bytes) -> str:
         return msgspec.json.decode(page, type=_Version).version
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ""
-
-
-class _Source(msgspec.Struct):
-    enable_kv_cache_events: bool = False
 
 
 class _Version(msgspec.Struct):

@@ -127,9 +127,7 @@ class Health:
     async def _look(self, model: str) -> None:
         """What it can do is good to know and no reason to stay away."""
         try:
-            self.features = await features.found(
-                self._engine, model, by_priority=self._address.by_priority
-            )
+            self.features = await features.found(self._engine, model, self._address)
         except EngineError as error:
             log.info("features_unknown", endpoint=self._address.name, reason=str(error))
 

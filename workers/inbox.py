@@ -10,7 +10,7 @@ import structlog
 from dispatcher.streams.connection import Connection, Entry
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
-from scheduler.errors import WireError
+from scheduler.errors import StreamError, WireError
 from scheduler.keys import WORKER_GROUP, Keys
 from scheduler.wire import Control, Job, Tokens
 from workers.body import NOTHING, Written
@@ -20,6 +20,9 @@ READ_MAX = 64
 
 BLOCK_S = 2.0
 "How long a read waits on the server; only a bound, entries end it at once."
+
+BEHIND_S = 0.1
+"How far our idea of Redis' time may be ahead of it."
 
 LOG_PAGE = 1000
 "Entries of a token log in one read."
@@ -56,6 +59,12 @@ class Inbox:
         self._stream = keys.jobs(endpoint)
         self._entries: list[Entry] = []
         "Read and not yet passed on: they stay here while Redis is away."
+        self.read_at: float | None = None
+        "Every job handed over before has been passed on; None: nothing can be said yet."
+        self._seen_at: float | None = None
+        "The same of those read, which may still be here."
+        self._is_sure = True
+        "Whether no reply was lost, in which there may have been entries."
         self._taking = asyncio.Lock()
         "Reader and adopter both take: an entry passed on twice runs twice, one dropped between them is never run."
 
@@ -64,8 +73,14 @@ class Inbox:
         await self._connection.ensure_group(self._stream, WORKER_GROUP)
 
     async def read(self, room: int) -> None:
-        """Wait for entries, at most `room` of them."""
-        if not self._entries:
+        """Wait for entries, at most `room` of them; after a lost reply first for those that were in it."""
+        if self._entries:
+            return
+        if not self._is_sure:
+            await self._read_again()
+            return
+        asked_at = self._connection.now()
+        try:
             read = await self._connection.read_group(
                 WORKER_GROUP,
                 self._consumer,
@@ -73,7 +88,24 @@ class Inbox:
                 count=min(room, READ_MAX),
                 block_s=BLOCK_S,
             )
-            self._entries.extend(read.get(self._stream, []))
+        except StreamError:
+            self._is_sure = False
+            raise
+        entries = read.get(self._stream, [])
+        self._entries.extend(entries)
+        self._seen_at = _moment(entries[-1][0]) if entries else asked_at - BEHIND_S
+
+    async def _read_again(self) -> None:
+        after = "0"
+        while True:
+            page = await self._connection.history(
+                WORKER_GROUP, self._consumer, self._stream, after=after, count=READ_MAX
+            )
+            self._entries.extend(page)
+            if len(page) < READ_MAX:
+                break
+            after = page[-1][0]
+        self._is_sure = True
 
     async def adopt(self) -> None:
         """Take over what was delivered to another worker of this endpoint.
@@ -106,11 +138,14 @@ class Inbox:
         have got stays pending, where that worker finds it.
         """
         async with self._taking:
-            entries = self._entries.copy()
+            read = len(self._entries)
+            entries = dict(self._entries).items()  # what was adopted may have been read as well
             done, held, odd = self._sorted(entries, epoch, cancel, is_known)
             arrivals = odd + await self._fetched(held)
             await self._acknowledge(done)
-            del self._entries[: len(entries)]  # more may have come meanwhile
+            del self._entries[:read]  # more may have come meanwhile
+            if not self._entries:
+                self.read_at = self._seen_at
         return arrivals
 
     def _sorted(
@@ -192,7 +227,7 @@ class Inbox:
             )
             parts.extend(codec.decode(Tokens, fields) for _, fields in page)
             if page and first_at is None:
-                first_at = int(page[0][0].partition("-")[0]) / 1e3
+                first_at = _moment(page[0][0])
             if len(page) < LOG_PAGE:
                 break
             start = "(" + page[-1][0]
@@ -206,6 +241,11 @@ class Inbox:
                     ("XDEL", self._stream, *entries),
                 ]
             )
+
+
+def _moment(entry: str) -> float:
+    """When an entry was written, by Redis' clock."""
+    return int(entry.partition("-")[0]) / 1e3
 
 
 def _joined(parts: list[Tokens], pieces: int, first_at: float | None) -> Written:

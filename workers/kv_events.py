@@ -3,6 +3,8 @@
 A message is one msgpack array: moment, events, data-parallel rank. Up to vLLM 0.23 an event is an array that begins
 with its name, `["BlockStored", hashes, ...]`; from 0.24 it is a map, `{"type": "BlockStored", "block_hashes": ...}`.
 Fields were added at the end from version to version: what is unknown is passed over.
+
+Told is only what a plain prompt finds: blocks on the GPU, of the first group of layers, without adapter, image or salt.
 """
 
 import msgspec
@@ -36,15 +38,18 @@ class AllBlocksCleared(msgspec.Struct, frozen=True):
 KvEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 ORDER = {
-    "BlockStored": ("block_hashes", "parent_block_hash", "token_ids", "block_size"),
-    "BlockRemoved": ("block_hashes",),
+    "BlockStored": (
+        *("block_hashes", "parent_block_hash", "token_ids", "block_size"),
+        *("lora_id", "medium", "lora_name", "extra_keys", "group_idx"),
+    ),
+    "BlockRemoved": ("block_hashes", "medium", "group_idx"),
     "AllBlocksCleared": (),
 }
 "Each event's first fields, as the older form has them."
 
 
 def decode(payload: bytes) -> tuple[float, list[KvEvent]]:
-    """The moment and the events of one message; events of a kind not known are left out.
+    """The moment and the events of one message; of kinds not known, and of no use to a plain prompt, none.
 
     Raises:
         WireError: it is no such message.
@@ -60,7 +65,11 @@ def decode(payload: bytes) -> tuple[float, list[KvEvent]]:
 
 def _event(raw: object) -> KvEvent | None:
     fields = _fields(raw)
+    if fields.get("medium") not in (None, "GPU") or fields.get("group_idx") not in (None, 0):
+        return None
     match fields.get("type"):
+        case "BlockStored" if not _is_plain(fields):
+            return None
         case "BlockStored":
             return BlockStored(
                 hashes=_hashes(fields["block_hashes"]),
@@ -73,6 +82,11 @@ def _event(raw: object) -> KvEvent | None:
         case "AllBlocksCleared":
             return AllBlocksCleared()
     return None
+
+
+def _is_plain(fields: dict[str, object]) -> bool:
+    keys = msgspec.convert(fields.get("extra_keys"), list[object] | None)
+    return fields.get("lora_id") is None and not fields.get("lora_name") and not any(keys or ())
 
 
 def _fields(raw: object) -> dict[str, object]:

@@ -31,9 +31,11 @@ class Pulse:
         *,
         news_s: float,
         beat: Callable[[tuple[str, ...], tuple[str, ...]], Beat],
+        arrived: Callable[[Beat], None],
     ) -> None:
+        """`beat` makes one from the news there is; `arrived` is told of each that got through."""
         self._connection, self._keys, self._lease = connection, keys, lease
-        self._news_s, self._beat = news_s, beat
+        self._news_s, self._beat, self._arrived = news_s, beat, arrived
         self._started: list[str] = []
         self._first_tokens: list[str] = []
         self._news = asyncio.Event()
@@ -90,13 +92,13 @@ class Pulse:
         started = tuple(self._started[:NEWS_MAX])
         first_tokens = tuple(self._first_tokens[:NEWS_MAX])
         asked_tick = perf_counter()
-        call = sidecar.beat(
-            self._keys, self._beat(started, first_tokens), lease_s=self._lease.worker_s
-        )
+        beat = self._beat(started, first_tokens)
+        call = sidecar.beat(self._keys, beat, lease_s=self._lease.worker_s)
         reply = await self._connection.call(call.function, call.keys, call.args)
         if reply == 0:
             raise FencedError("a newer worker has joined in this endpoint's name")
         self._heard_tick = asked_tick  # the lease may have begun as early as this
+        self._arrived(beat)
         del self._started[: len(started)]
         del self._first_tokens[: len(first_tokens)]
         if self._started or self._first_tokens:

@@ -56,6 +56,8 @@ class Engine:
         self.counters = Counters()
         self.slowdown = 1.0
         "Factor on every step's time; for fault injection."
+        self.on_seal: Callable[[Sequence, int, int], None] | None = None
+        "Told which blocks of a sequence can be shared from now on: from, to."
         self._noise = Noise(
             rng,
             sigma=settings.step_noise,
@@ -414,6 +416,8 @@ class Engine:
         n_full = min(tokens // self.settings.block_size, len(sequence.keys))
         if self.settings.prefix_caching and n_full > sequence.sealed:
             self.kv.seal(sequence.held, sequence.keys, sequence.sealed, n_full)
+            if self.on_seal is not None:
+                self.on_seal(sequence, sequence.sealed, n_full)
             sequence.sealed = n_full
 
     def _duration_s(self, chunks: list[tuple[Sequence, int]], step: Step) -> float:

@@ -11,7 +11,7 @@ copy stays anonymous instead of standing in as a spare under the same key.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 ANONYMOUS = -1
 "In a list of held blocks: one without a key."
@@ -26,7 +26,7 @@ class BlockPool:
     4. `release` puts everything a request held back in line.
     """
 
-    __slots__ = ("_holders", "_idle", "_next_run", "capacity", "evictions", "free")
+    __slots__ = ("_holders", "_idle", "_next_run", "capacity", "evictions", "free", "on_evict")
 
     def __init__(self, capacity: int) -> None:
         assert capacity > 0, f"a pool of {capacity} blocks holds nothing"
@@ -34,6 +34,8 @@ class BlockPool:
         self.free = capacity
         "Blocks nobody holds, warm ones included."
         self.evictions = 0
+        self.on_evict: Callable[[int], None] | None = None
+        "Told each key that is forgotten for want of room."
         # Sealed blocks, also those that nobody holds at the moment: key -> holders.
         self._holders: dict[int, int] = {}
         # The line of free blocks: a key, or a negative number for a run of anonymous ones.
@@ -90,6 +92,8 @@ class BlockPool:
             if key >= 0:
                 del self._holders[key]
                 self.evictions += 1
+                if self.on_evict is not None:
+                    self.on_evict(key)
 
     def seal(self, held: list[int], keys: Sequence[int], start: int, stop: int) -> None:
         """Give the computed blocks `held[start:stop]` their keys, in place."""

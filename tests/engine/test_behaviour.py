@@ -5,12 +5,17 @@ compare with what they said before.
 """
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 
 import aiohttp
 import pytest
-from face import ENDLESS, MODEL, USAGE, cancelled
+from face import ENDLESS, MODEL, USAGE, cancelled, patient
+
+from scheduler.prefix import BLOCK_TOKENS, blocks
+from workers.kv_feed import Feed, source_in
+from workers.kv_mirror import Mirror
 
 CHAT = "/v1/chat/completions"
 
@@ -332,6 +337,82 @@ class TestCache:
         for salt in ("a", "b"):
             reply = await server.ask(prompt=prompt_of(4, 640), max_tokens=1, cache_salt=salt)
             assert reply.usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+class TestKvEvents:
+    """`--kv-events-config`: what is said of the cache is what it then finds."""
+
+    @pytest.fixture
+    async def server(self, engine):
+        """One that publishes and has room for four prompts of 1,000 tokens."""
+        async with engine(kv_events=True, max_model_len=2048, kv_tokens=4096) as server:
+            await server.post("/reset_prefix_cache")
+            yield server
+
+    @contextlib.asynccontextmanager
+    async def heard(self, server):
+        """What it says of its cache, in the wire's blocks, while it is listened to."""
+        source = source_in((await server.get("/kv_event_sources"))[1].encode(), server.url)
+        mirror = Mirror()
+        feed = Feed(mirror, name="it")
+        feed.turn_to(source)
+        task = asyncio.create_task(feed.run())
+        yield mirror
+        await cancelled(task)
+
+    async def until_held(self, mirror, prompt, n_blocks):
+        """Wait until it is said that so many of a prompt's blocks are there, from the start."""
+        chain = blocks(prompt)
+        async with patient(lambda: f"{held(mirror, prompt)} of {len(chain)} are, not {n_blocks}"):
+            while held(mirror, prompt) != n_blocks:  # noqa: ASYNC110  a server has no events
+                await asyncio.sleep(0.005)
+
+    async def test_what_a_prompt_stored_is_told(self, server):
+        """Its full blocks, to who listens, and to who comes later and asks for the past."""
+        prompt = prompt_of(21, 1000)
+        async with self.heard(server) as mirror:
+            await server.ask(prompt=prompt, max_tokens=1)
+            await self.until_held(mirror, prompt, 7)
+
+        async with self.heard(server) as mirror:
+            await self.until_held(mirror, prompt, 7)
+
+    async def test_what_was_evicted_is_told(self, server):
+        """Other prompts have taken its room: what is left of it is what the next request finds."""
+        prompt = prompt_of(22, 1000)
+        async with self.heard(server) as mirror:
+            await server.ask(prompt=prompt, max_tokens=1)
+            await self.until_held(mirror, prompt, 7)
+            others = [prompt_of(23 + n, 1000) for n in range(4)]
+            for other in others:
+                await server.ask(prompt=other, max_tokens=1)
+            await self.until_held(mirror, others[-1], 7)
+            left = held(mirror, prompt)
+
+            again = await server.ask(prompt=prompt, max_tokens=1)
+
+            found = again.usage["prompt_tokens_details"]["cached_tokens"]
+            assert left < 7
+            assert left == found // BLOCK_TOKENS
+
+    async def test_a_reset_is_told(self, server):
+        """With the next step: nothing is there any more."""
+        prompt = prompt_of(30, 1000)
+        async with self.heard(server) as mirror:
+            await server.ask(prompt=prompt, max_tokens=1)
+            await self.until_held(mirror, prompt, 7)
+
+            await server.post("/reset_prefix_cache")
+            await server.ask(prompt=[1], max_tokens=1)
+
+            await self.until_held(mirror, prompt, 0)
+            assert not mirror.blocks
+
+
+def held(mirror, prompt):
+    """How many blocks of a prompt it is said to hold, from the start."""
+    chain = blocks(prompt)
+    return next((n for n, block in enumerate(chain) if block not in mirror.blocks), len(chain))
 
 
 class TestOrder:

@@ -6,9 +6,10 @@ import pytest
 
 from dispatcher.streams.connection import Connection, Where
 from scheduler import codec
-from scheduler.keys import Keys
+from scheduler.errors import StreamError
+from scheduler.keys import WORKER_GROUP, Keys
 from scheduler.wire import PATHS, Job
-from workers.inbox import Inbox
+from workers.inbox import BEHIND_S, Inbox
 
 JOBS = 300
 
@@ -64,3 +65,48 @@ async def test_two_takers_pass_every_job_on_once(redis, pool):
             group.create_task(task())
 
     assert sorted(seen) == sorted(f"j{number}" for number in range(JOBS))
+
+
+async def test_what_was_in_a_lost_reply_is_read_again(redis, pool):
+    """The server has given it out, and nobody else will ever get it; until it is here nothing is said of its time."""
+    keys = Keys("hg", pool)
+    inbox = Inbox(redis, keys, "e0", "w0")
+    await inbox.open()
+    reading = asyncio.create_task(inbox.read(10))
+    clients = []
+    while len(clients) != 1:
+        found = (await redis.command("CLIENT", "LIST")).decode().splitlines()
+        clients = [line for line in found if "cmd=xreadgroup" in line and "flags=b" in line]
+    await redis.command("CLIENT", "KILL", "ID", clients[0].split()[0].removeprefix("id="))
+    with pytest.raises(StreamError):
+        await reading
+    # The reply that did not come: the entry stands in our own name.
+    entry = await redis.add(keys.jobs("e0"), codec.encode(job(1)))
+    await redis.command(
+        *("XREADGROUP", "GROUP", WORKER_GROUP, "w0", "STREAMS", keys.jobs("e0"), ">")
+    )
+    assert inbox.read_at is None
+
+    await inbox.read(10)
+    arrivals = await inbox.take(1, lambda *_: None, lambda *_: False)
+
+    assert [arrival.held.job.id for arrival in arrivals] == ["j1"]
+    assert inbox.read_at is None or inbox.read_at <= int(entry.partition("-")[0]) / 1e3
+
+
+async def test_how_far_it_has_read_goes_on_while_nothing_comes(redis, pool):
+    """Each empty wait says that there was nothing; a job says when it was written."""
+    keys = Keys("hg", pool)
+    inbox = Inbox(redis, keys, "e0", "w0")
+    await inbox.open()
+    entry = await redis.add(keys.jobs("e0"), codec.encode(job(1)))
+
+    await inbox.read(10)
+    assert inbox.read_at is None, "it is read, and not yet passed on"
+    await inbox.take(1, lambda *_: None, lambda *_: False)
+    assert inbox.read_at == int(entry.partition("-")[0]) / 1e3
+
+    before = redis.now()
+    await inbox.read(10)
+    await inbox.take(1, lambda *_: None, lambda *_: False)
+    assert before - BEHIND_S <= inbox.read_at <= redis.now()

@@ -507,6 +507,34 @@ class TestLease:
         assert len((await ghost)[stream]) == 1
         assert (await hand.result("r1")).outcome == "completed"
 
+    async def test_beats_say_what_is_in_hand(self, emulator, hand, rig):
+        """Each job read and not ended, by id; and up to when everything was read."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await fault(emulator, "freeze")
+        for name in ("r2", "r1"):
+            await hand.submit(name, chat(5), beat.epoch)
+        handed_at = hand.redis.now()
+
+        async def said():
+            return [
+                beat.holds
+                for beat in await hand.beats()
+                if beat.read_at is not None and beat.read_at > handed_at - 0.5 and beat.holds
+            ]
+
+        await until(said)
+        assert (await said())[-1] == ("r1:1", "r2:1")
+        await fault(emulator, "thaw")
+        for name in ("r1", "r2"):
+            assert (await hand.result(name)).outcome == "completed"
+
+        async def is_empty():
+            last = [beat for beat in await hand.beats() if beat.read_at is not None][-1]
+            return last.holds == () and last.read_at > handed_at
+
+        await until(is_empty)
+
     async def test_a_job_of_another_version_goes_back(self, emulator, hand, rig):
         """What this worker cannot read is not lost: it is handed back with the reason."""
         await rig.start(emulator.url)

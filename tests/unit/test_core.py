@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.endpoints import FORGIVEN_MAX
+from scheduler.endpoints import FORGIVEN_MAX, MISSED_S
 from scheduler.events import (
     Abort,
     Arrived,
@@ -645,3 +645,113 @@ class TestUrgency:
 
         assert "patient" in served
         assert "late" in served
+
+
+class TestMissing:
+    """A job that was handed over and that its worker does not have."""
+
+    def handed_over(self) -> Pool:
+        pool = Pool()
+        pool.beat()
+        pool.ask("r")
+        assert [type(c) for c in pool.decide()] == [Assign]
+        pool.now += 0.5
+        return pool
+
+    def test_it_is_taken_back_once_its_worker_has_said_so_for_long_enough(self):
+        """Told twice, two seconds apart, and not held against the request."""
+        pool = self.handed_over()
+        pool.beat(read_at=pool.now)
+        assert pool.decide() == []
+
+        pool.now += MISSED_S
+        pool.beat(read_at=pool.now)
+        first, second = pool.decide()
+
+        assert (first.id, first.endpoint, first.attempt) == ("r", "e0", 1)
+        assert first.decision.reason == "e0 does not have it"
+        assert (second.job.id, second.job.attempt) == ("r", 2)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            pytest.param({}, id="says nothing"),
+            pytest.param({"read_at": 100.0}, id="was read up to before it was handed over"),
+            pytest.param({"read_at": 1e9, "holds": ("r:1",)}, id="has it"),
+            pytest.param(
+                {"read_at": 1e9, "holds": ("a:1",), "holds_to": "q"}, id="is not there yet"
+            ),
+            pytest.param({"read_at": 1e9, "holds": ("s:1",), "holds_after": "r"}, id="is past it"),
+        ],
+    )
+    def test_it_stays_while_its_worker(self, said):
+        """Silence about a job is no word against it."""
+        pool = self.handed_over()
+        for _ in range(10):
+            pool.now += 1.0
+            pool.beat(**said)
+            assert pool.decide() == []
+
+    def test_it_stays_if_it_is_found_after_all(self):
+        """Missed once and then there: the next miss counts from its own moment."""
+        pool = self.handed_over()
+        for holds in ((), ("r:1",), (), ("r:1",)):
+            pool.now += MISSED_S
+            pool.beat(read_at=pool.now, holds=holds)
+            assert pool.decide() == []
+
+    def test_another_attempt_in_its_place_is_not_it(self):
+        """What was taken back and handed over again is another job."""
+        pool = self.handed_over()
+        pool.beat(read_at=pool.now, holds=("r:2",))
+        pool.now += MISSED_S
+        pool.beat(read_at=pool.now, holds=("r:2",))
+
+        assert [type(c) for c in pool.decide()] == [Reclaim, Assign]
+
+    def test_one_that_was_cancelled_ends(self):
+        """Nobody would tell its client otherwise."""
+        pool = self.handed_over()
+        pool.tell(Control(action="cancel", id="r"))
+        pool.decide()
+        pool.beat(read_at=pool.now)
+        pool.now += MISSED_S
+        pool.beat(read_at=pool.now)
+
+        reclaim, finish = pool.decide()
+        assert isinstance(reclaim, Reclaim)
+        assert finish.result.outcome == "cancelled"
+
+
+class TestKvAccounts:
+    def test_a_prefix_that_the_engine_forgot_is_not_believed(self):
+        """Its next request counts no cached token there."""
+        pool = Pool()
+        pool.beat("e0", kv_epoch=1, kv_seq=1, kv_stored=("a", "b"))
+        pool.ask("r1", prompt_tokens=400, blocks=("a", "b", "c"))
+        [first] = pool.decide()
+        assert first.job.cached_tokens == 256
+        pool.reward(first, cached_tokens=256)
+
+        pool.beat("e0", kv_epoch=1, kv_seq=2, kv_removed=("b", "c"))
+        pool.ask("r2", prompt_tokens=400, blocks=("a", "b", "c"))
+        [second] = pool.decide()
+
+        assert second.job.cached_tokens == 128
+
+    def test_a_capacity_that_comes_late_counts(self):
+        """An engine's first beats may not know it."""
+        pool = Pool()
+        pool.beat("e0")
+        pool.beat("e0", kv_tokens=2_000)
+        pool.ask("long", prompt_tokens=1_900, blocks=tuple(f"b{n}" for n in range(14)))
+        [first] = pool.decide()
+        pool.reward(first)
+        pool.ask("other", prompt_tokens=1_900, blocks=tuple(f"c{n}" for n in range(14)))
+        [second] = pool.decide()
+        pool.reward(second)
+
+        pool.ask("again", prompt_tokens=1_900, blocks=tuple(f"b{n}" for n in range(14)))
+        [third] = pool.decide()
+
+        assert third.job.cached_tokens < 256

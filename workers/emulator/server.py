@@ -170,6 +170,7 @@ class Emulator:
                 web.get("/metrics", self._metrics),
                 web.get("/load", self._load),
                 web.get("/version", self._version),
+                web.get("/kv_event_sources", self._kv_event_sources),
                 web.post("/pause", self._pause),
                 web.post("/resume", self._resume),
                 web.get("/is_paused", self._is_paused),
@@ -339,6 +340,10 @@ class Emulator:
     async def _version(self, _: web.Request) -> web.Response:
         return _json(msgspec.json.encode({"version": VERSION}))
 
+    async def _kv_event_sources(self, _: web.Request) -> web.Response:
+        publisher = self.service.kv_events
+        return _json(msgspec.json.encode({"0": publisher.source} if publisher else {}))
+
     async def _pause(self, request: web.Request) -> web.Response:
         mode = request.query.get("mode", "abort")
         try:
@@ -363,7 +368,7 @@ class Emulator:
         return _json(b'{"status":"awake","tags":null}')
 
     async def _reset_prefix_cache(self, _: web.Request) -> web.Response:
-        return _json(msgspec.json.encode({"success": self.service.engine.reset_prefix_cache()}))
+        return _json(msgspec.json.encode({"success": self.service.reset_prefix_cache()}))
 
     async def _is_paused(self, _: web.Request) -> web.Response:
         return _json(msgspec.json.encode({"is_paused": self.service.is_paused}))

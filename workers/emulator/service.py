@@ -14,6 +14,7 @@ from scheduler.sim.sequence import Sequence
 from scheduler.sim.step import Step
 from workers.emulator.answer import Answer
 from workers.emulator.faults import Crash, Die, EngineFault, FaultLine, Freeze, Slow, Thaw
+from workers.emulator.kv_publisher import KvPublisher
 from workers.emulator.metrics import Metrics
 from workers.emulator.pacer import Pacer
 from workers.emulator.protocol import Ask
@@ -61,6 +62,11 @@ class Service:
         self._answers: dict[str, Answer] = {}
         self._touched: dict[str, Answer] = {}
         self._n_received = 0
+        self.kv_events = KvPublisher(settings.engine.block_size) if settings.kv_events else None
+        if self.kv_events is not None:
+            self.kv_events.open(settings.host)
+            self.engine.on_seal = self._publish
+            self.engine.kv.on_evict = self.kv_events.removed
 
     @property
     def max_model_len(self) -> int:
@@ -101,8 +107,9 @@ class Service:
     def abort(self, answer: Answer) -> None:
         """End it now: the slot and the blocks are free for the next step. As in vLLM, nobody counts it."""
         sequence = answer.sequence
-        if sequence is not None and self._answers.pop(sequence.id, None) is not None:
+        if sequence is not None and sequence.id in self._answers:
             self.engine.abort(sequence.id)
+            del self._answers[sequence.id]
             self._note_load()
             self.pacer.kick()
         answer.end("abort")
@@ -182,6 +189,23 @@ class Service:
 
     def close(self) -> None:
         self.pacer.stop()
+        if self.kv_events is not None:
+            self.kv_events.close()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing done, while any block is held."""
+        is_done = self.engine.reset_prefix_cache()
+        if is_done and self.kv_events is not None:
+            self.kv_events.cleared()
+        return is_done
+
+    def _publish(self, sequence: Sequence, start: int, stop: int) -> None:
+        answer = self._answers.get(sequence.id)
+        assert self.kv_events is not None
+        # A salted text has hashes of its own, which no reader could use.
+        if answer is not None and not answer.ask.salt:
+            data = answer.ask.context.data(answer.words)
+            self.kv_events.stored(sequence.keys, data, start, stop)
 
     def _sequence(self, answer: Answer) -> Sequence:
         ask, words = answer.ask, answer.words
@@ -224,6 +248,8 @@ class Service:
             self._note_load()
 
     def _flush(self) -> None:
+        if self.kv_events is not None:
+            self.kv_events.flush()
         touched, self._touched = self._touched, {}
         for answer in touched.values():
             answer.flush()

@@ -56,6 +56,9 @@ class EmulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     enable_force_include_usage: bool = False
     "A usage chunk also where the client did not ask for one."
 
+    kv_events: bool = False
+    "Whether it publishes what its cache stores and forgets, on free ports; `/kv_event_sources` says where."
+
     allow_faults: bool = False
     "Whether `POST /emulator/fault` exists."
 

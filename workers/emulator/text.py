@@ -91,9 +91,13 @@ class Context:
                 return words, True
         return words, False
 
+    def data(self, words: list[bytes]) -> bytes:
+        """The context and the words that follow it, four bytes a token."""
+        return self._data + b"".join(words)
+
     def keys(self, words: list[bytes], block_size: int, salt: str) -> list[int]:
         """Chained keys of all full blocks of the context and the words that follow it."""
-        data = self._data + b"".join(words)
+        data = self.data(words)
         width = block_size * TOKEN_BYTES
         digest = salt.encode()
         keys = []

@@ -1,0 +1,227 @@
+"""What the engine's prefix cache holds, in the blocks of the wire, and how that is told to the dispatcher.
+
+The engine names its blocks by hashes of its own, 16 to 128 tokens each; a request names 128 tokens by a chained hash.
+Every stored block says what it holds and what it follows, so our chain is computed along the engine's: a block of ours
+is there while the engine's block that ends it is, since an engine forgets tails before heads.
+
+    engine   [a]->[b]->[c]->[d]->[e]->[f]->[g]->[h]     32 tokens each
+    wire     [     1      ]     [       2       ]       1 is told with d and goes with d, 2 with h
+
+Prompts that travel as text have other hashes on the wire than their tokens; `bind` says which belong together.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+
+from scheduler.prefix import BLOCK_TOKENS, HASH_BYTES, Account
+from workers.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Hash, KvEvent
+
+TOLD_MAX = 512
+"Blocks in one account; the rest ride on the next."
+
+NODES_MAX = 262_144
+"Engine blocks that are followed: four million tokens at 16 a block. Beyond it nothing is told."
+
+TOKEN_BYTES = 4
+"As `scheduler.prefix` hashes a token."
+
+
+class _Node(msgspec.Struct):
+    """One block of the engine."""
+
+    digest: bytes
+    "Our chain's hash up to our last whole block."
+
+    rest: bytes
+    "The tokens behind that."
+
+    depth: int
+    "Tokens from the start to its end."
+
+    names: dict[str, None]
+    "Blocks of the wire that end in it."
+
+    content: tuple[Hash | None, bytes]
+    "The block before it and its own tokens, by which it is found again."
+
+
+class Mirror:
+    """Facts of the engine in, accounts for the dispatcher out."""
+
+    def __init__(self) -> None:
+        """Nothing is known and nothing told."""
+        self._nodes: dict[Hash, _Node] = {}
+        self._by_content: dict[tuple[Hash | None, bytes], Hash] = {}
+        self._counts: dict[str, int] = {}
+        "How many of the engine's blocks end each block of the wire: two requests may have computed the same."
+        self._epoch = self._seq = 0
+        self._was_empty = False
+        self._changes: dict[str, bool] = {}
+        "What is to be told: True is stored, False removed."
+        self._listing: dict[str, None] = {}
+        "Which of it belongs to the listing."
+        self._account: Account | None = None
+        "The last one, until it is known to have arrived."
+
+    @property
+    def blocks(self) -> frozenset[str]:
+        """The wire's blocks that are there."""
+        return frozenset(self._counts)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a listing is under way, which is worth a beat of its own."""
+        return bool(self._listing)
+
+    # From the engine.
+
+    def hear(self, events: Iterable[KvEvent]) -> None:
+        """Take in what the engine says has changed."""
+        for event in events:
+            match event:
+                case BlockStored():
+                    self._store(event)
+                case BlockRemoved(hashes=hashes):
+                    for name in hashes:
+                        self._remove(name)
+                case AllBlocksCleared():
+                    self.clear(is_empty=True)
+
+    def clear(self, *, is_empty: bool) -> None:
+        """Begin anew. `is_empty`: the engine holds nothing; else it is only not known any more what it holds."""
+        self._nodes.clear()
+        self._by_content.clear()
+        self._counts.clear()
+        self.list_anew(was_empty=is_empty)
+
+    def list_anew(self, *, was_empty: bool = False) -> None:
+        """Tell all there is once more, for whoever missed a change."""
+        if not was_empty and not self._epoch and not self._counts:
+            return  # nothing was ever said
+        is_untold = self._epoch > 0 and self._seq == 0
+        self._was_empty = was_empty or (self._was_empty and is_untold)
+        self._epoch += 1
+        self._seq = 0
+        self._changes = dict.fromkeys(self._counts, True)
+        self._listing = dict.fromkeys(self._counts)
+        self._account = None
+
+    def bind(self, blocks: Sequence[str], tokens: Sequence[int], block_tokens: int) -> None:
+        """These tokens are what the engine made of a prompt whose blocks on the wire are these.
+
+        The blocks of a text are spread evenly over its tokens: each ends where its share of them does.
+
+        Args:
+            blocks: the request's, first block first.
+            tokens: the prompt as the engine read it.
+            block_tokens: the engine's block size.
+        """
+        share = len(tokens) / len(blocks) if blocks else 0.0
+        parent: Hash | None = None
+        at = 0
+        for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+            found = self._by_content.get((parent, _packed(tokens[start : start + block_tokens])))
+            if found is None:
+                return
+            node, parent = self._nodes[found], found
+            while at < len(blocks) and (at + 1) * share <= node.depth:
+                self._name(node, blocks[at])
+                at += 1
+
+    # To the dispatcher.
+
+    def account(self) -> Account:
+        """What is to be told next; the same one until `told`. Epoch 0: nothing."""
+        if self._account is None:
+            chosen = list(self._changes)[:TOLD_MAX]
+            if chosen or (self._epoch and not self._seq):
+                self._seq += 1
+            stored = tuple(block for block in chosen if self._changes[block])
+            removed = tuple(block for block in chosen if not self._changes[block])
+            for block in chosen:
+                del self._changes[block]
+                self._listing.pop(block, None)
+            self._account = Account(
+                epoch=self._epoch,
+                seq=self._seq,
+                stored=stored,
+                removed=removed,
+                rest=len(self._listing),
+                was_empty=self._was_empty,
+            )
+        return self._account
+
+    def told(self, epoch: int, seq: int) -> None:
+        """That account has arrived."""
+        if self._account is not None and (epoch, seq) == (self._account.epoch, self._account.seq):
+            self._account = None
+
+    # The engine's blocks.
+
+    def _store(self, event: BlockStored) -> None:
+        parent = self._nodes.get(event.parent) if event.parent is not None else _ROOT
+        size = event.block_tokens
+        if parent is None or size < 1 or len(event.token_ids) != size * len(event.hashes):
+            return  # what it follows is not known: neither is what it holds
+        before = event.parent
+        for at, name in enumerate(event.hashes):
+            tokens = event.token_ids[at * size : (at + 1) * size]
+            node = self._nodes.get(name)
+            if node is None:
+                if len(self._nodes) >= NODES_MAX:
+                    return
+                node = self._follow(parent, before, tokens)
+                self._nodes[name] = node
+                self._by_content[node.content] = name
+            parent, before = node, name
+
+    def _follow(self, parent: _Node, before: Hash | None, tokens: Sequence[int]) -> _Node:
+        packed = _packed(tokens)
+        raw, digest, names = parent.rest + packed, parent.digest, []
+        width = BLOCK_TOKENS * TOKEN_BYTES
+        while len(raw) >= width:
+            digest = hashlib.blake2b(digest + raw[:width], digest_size=HASH_BYTES).digest()
+            names.append(digest.hex())
+            raw = raw[width:]
+        node = _Node(digest, raw, parent.depth + len(tokens), {}, (before, packed))
+        for name in names:
+            self._name(node, name)
+        return node
+
+    def _name(self, node: _Node, block: str) -> None:
+        if block in node.names:
+            return
+        node.names[block] = None
+        self._counts[block] = self._counts.get(block, 0) + 1
+        if self._counts[block] == 1:
+            self._change(block, is_stored=True)
+
+    def _remove(self, name: Hash) -> None:
+        node = self._nodes.pop(name, None)
+        if node is None:
+            return
+        if self._by_content.get(node.content) == name:
+            del self._by_content[node.content]
+        for block in node.names:
+            self._counts[block] -= 1
+            if not self._counts[block]:
+                del self._counts[block]
+                self._change(block, is_stored=False)
+
+    def _change(self, block: str, *, is_stored: bool) -> None:
+        if not self._epoch:
+            self._epoch = 1
+        self._changes.pop(block, None)
+        self._changes[block] = is_stored
+        self._listing.pop(block, None)
+
+
+_ROOT = _Node(b"", b"", 0, {}, (None, b""))
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    """As `scheduler.prefix` packs ids."""
+    return np.asarray(tokens, dtype=np.int64).astype("<u4").tobytes()
