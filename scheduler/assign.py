@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from scheduler.events import Assign
 from scheduler.plan import Choice
-from scheduler.state import Endpoint, Ticket
+from scheduler.state import Endpoint, Kept
 from scheduler.wire import Decision, Job
 
 
@@ -17,6 +17,7 @@ def command(
     waiting: int,
     by_slot: Sequence[Endpoint | None],
     features: tuple[str, ...],
+    kept: Kept | None = None,
 ) -> Assign:
     """The command that hands this request over.
 
@@ -28,9 +29,10 @@ def command(
         waiting: how many waited at that moment.
         by_slot: the endpoints.
         features: what the predictor saw.
+        kept: for a decode leg, the KV of its prompt.
     """
     ticket = choice.ticket
-    job = _job(ticket, endpoint, choice, now, features)
+    job = _job(choice, endpoint, kept, now, features)
     slack_s = None if ticket.due_at == float("inf") else ticket.due_at - now - choice.total_s
     decision = Decision(
         id=ticket.id,
@@ -54,14 +56,16 @@ def command(
 
 
 def _job(
-    ticket: Ticket, endpoint: Endpoint, choice: Choice, now: float, features: tuple[str, ...]
+    choice: Choice, endpoint: Endpoint, kept: Kept | None, now: float, features: tuple[str, ...]
 ) -> Job:
+    ticket = choice.ticket
     request, promise = ticket.request, ticket.promise
     return Job(
         id=request.id,
         entry=ticket.entry,
         attempt=ticket.attempt,
         epoch=endpoint.epoch,
+        leg=choice.leg,
         model=request.model,
         path=request.path,
         body=request.body,
@@ -79,9 +83,11 @@ def _job(
         cached_tokens=choice.cached_tokens,
         expected_tokens=request.expected_tokens,
         decided_at=now,
-        prefill_s=choice.total_s,
+        prefill_s=choice.total_s - choice.onward_s,
         features=features,
         traceparent=request.traceparent,
+        kv_params=b"" if kept is None else kept.params,
+        kv_until_at=None if kept is None else kept.until_at,
     )
 
 
@@ -100,4 +106,5 @@ def _reason(choice: Choice, endpoint: Endpoint, slack_s: float | None) -> str:
         if slack_s is None
         else f"; {abs(slack_s):.2f} s " + ("to spare" if slack_s >= 0 else "late")
     )
-    return f"{choice.why}: on {endpoint.name} in {choice.total_s:.2f} s{wait}{spare}"
+    part = "" if choice.leg == "whole" else f"{choice.leg} "
+    return f"{choice.why}: {part}on {endpoint.name} in {choice.total_s:.2f} s{wait}{spare}"

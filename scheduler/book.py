@@ -1,7 +1,7 @@
 """Where every living request stands, kept in one place so that no account can disagree with another.
 
-A request is in exactly one of three places: in the lines (it waits), with an endpoint (and then in the ledger), or
-gone. Each move below is one turn of the lifecycle and changes all accounts together (I1).
+A request is in exactly one of four places: in the lines (it waits), with an endpoint (and then in the ledger),
+between two legs (`legs`), or gone. Each move below is one turn of the lifecycle and changes all accounts together (I1).
 """
 
 import heapq
@@ -9,10 +9,12 @@ import heapq
 from scheduler.fairness import Accounts
 from scheduler.fleet import Fleet
 from scheduler.ledger import Ledger, Line
+from scheduler.legs import Legs
 from scheduler.lifecycle import Turn
 from scheduler.order import Lines
 from scheduler.settings import FairnessSettings
-from scheduler.state import Endpoint, Ticket
+from scheduler.state import Endpoint, Kept, Ticket
+from scheduler.wire import Leg
 
 ENDS_MIN = 1_000
 "Up to twice so many moments nothing is dropped."
@@ -27,6 +29,7 @@ class Book:
         self.lines = Lines(Accounts(fairness) if fairness.quantum_tokens else None)
         self.fleet = Fleet()
         self.ledger = Ledger()
+        self.legs = Legs()
         self.finished: dict[str, None] = {}
         self._finished_max = finished_max
         self._ends: list[tuple[float, str]] = []
@@ -39,12 +42,20 @@ class Book:
         self.tickets[ticket.id] = ticket
         self._wait(ticket)
 
-    def assign(self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float) -> None:
+    def assign(
+        self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float, leg: Leg = "whole"
+    ) -> None:
         """An endpoint is to have it: the account is made in the step of the choice."""
-        self.lines.remove(ticket)
+        if ticket.state == "prefilled":
+            self.legs.bind(ticket, endpoint.name)
+        else:
+            self.lines.remove(ticket)
         ticket.turn("assign")
         ticket.attempt += 1
+        ticket.leg = leg
         self._hold(ticket, endpoint, line, now)
+        if leg == "decode":  # no prefill of others waits behind it
+            self.ledger.first_token(endpoint.slot, ticket.id, now)
 
     def recover(self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float) -> None:
         """It was assigned by an earlier leader, and its attempt counts as it stands."""
@@ -63,10 +74,28 @@ class Book:
         """Its prefill is done."""
         self.start(ticket)
         self.ledger.first_token(self._slot(ticket), ticket.id, now)
+        if ticket.leg == "decode":
+            self.legs.forget(ticket.id)  # its KV has been fetched
+
+    def hand_over(self, ticket: Ticket, kept: Kept, now: float) -> None:
+        """Its prompt is computed, and its KV waits for whoever decodes it."""
+        self._let_go(ticket, now)
+        ticket.turn("hand_over")
+        ticket.handovers += 1
+        self.legs.wait(ticket, kept)
+        self._watch_end(ticket)
+
+    def lose_kv(self, ticket: Ticket) -> None:
+        """Its KV is gone before anybody was to fetch it: it waits as it did at its beginning."""
+        self.legs.leave(ticket)
+        self.lines.charge(ticket, 0, 0)
+        ticket.turn("lose")
+        self._wait(ticket)
 
     def give_back(self, ticket: Ticket, turn: Turn, now: float) -> None:
         """It waits again, with its original arrival."""
         self._let_go(ticket, now)
+        self.legs.forget(ticket.id)
         self.lines.charge(ticket, 0, 0)
         ticket.turn(turn)
         self._wait(ticket)
@@ -75,6 +104,9 @@ class Book:
         """It has its terminal record and is remembered only by id."""
         if ticket.is_held:
             self._let_go(ticket, now)
+            self.legs.forget(ticket.id)
+        elif ticket.state == "prefilled":
+            self.legs.leave(ticket)
         else:
             self.lines.remove(ticket)
         ticket.turn("finish")
@@ -103,6 +135,9 @@ class Book:
 
     def _wait(self, ticket: Ticket) -> None:
         self.lines.add(ticket)
+        self._watch_end(ticket)
+
+    def _watch_end(self, ticket: Ticket) -> None:
         end_at = _end(ticket)
         if end_at < float("inf"):
             heapq.heappush(self._ends, (end_at, ticket.id))
@@ -121,7 +156,8 @@ class Book:
         ticket.handed_at, ticket.missed_at = now, None
         endpoint.held[ticket.id] = ticket
         self.ledger.commit(endpoint.slot, ticket.id, line, now)
-        self.lines.charge(ticket, line.tokens, ticket.output_tokens)
+        if ticket.leg != "decode":
+            self.lines.charge(ticket, line.tokens, ticket.output_tokens)
 
     def _let_go(self, ticket: Ticket, now: float) -> None:
         self.ledger.release(self._slot(ticket), ticket.id, now)

@@ -5,8 +5,8 @@ from scheduler.events import Recovered
 from scheduler.memory import Memory
 from scheduler.prefix import Account
 from scheduler.requests import Requests
-from scheduler.state import Endpoint, Ticket
-from scheduler.wire import Beat, Control, Reward
+from scheduler.state import Endpoint, Kept, Ticket
+from scheduler.wire import KV_PARAMS_BYTES, Beat, Control, Reward
 
 FORGIVEN_MAX = 16
 """Attempts lost before an engine had them that do not count.
@@ -20,6 +20,10 @@ MISSED_S = 2.0
 
 Its end may have been read before the beat was written and still lie behind it; a second is much for that.
 """
+
+
+PATIENCE_S = 2.0
+"How long one whose prompt is computed may wait for an endpoint where its pace is kept."
 
 
 class Endpoints:
@@ -47,7 +51,9 @@ class Endpoints:
 
     def moments(self) -> list[float]:
         """When the next lease may end."""
-        return [self._lease_at] if self._fleet.endpoints else []
+        kv_at = self._memory.book.legs.next_loss_at()
+        leases = [] if kv_at is None else [kv_at]
+        return [self._lease_at, *leases] if self._fleet.endpoints else leases
 
     # Facts
 
@@ -80,7 +86,9 @@ class Endpoints:
             self._learn(reward, endpoint, ticket)
         if ticket is None or ticket.attempt != reward.attempt:
             return
-        if reward.outcome != "returned":
+        if reward.outcome == "prefilled" and ticket.is_held:
+            self._prefilled(reward, ticket, endpoint)
+        elif reward.outcome not in ("returned", "prefilled"):
             book.finish(ticket, now)
             if endpoint is not None and reward.outcome == "completed":
                 endpoint.returns = 0
@@ -108,12 +116,31 @@ class Endpoints:
         if ticket.is_cancelled:
             self._requests.abort_later(ticket)
 
+    def _prefilled(self, reward: Reward, ticket: Ticket, endpoint: Endpoint | None) -> None:
+        """Its prompt is computed and its KV is kept; without a word where, or nobody wanting it, that was for nothing."""
+        book, memory = self._memory.book, self._memory
+        is_sound = ticket.leg == "prefill" and 0 < len(reward.kv_params) <= KV_PARAMS_BYTES
+        if endpoint is None or ticket.is_cancelled or not is_sound:
+            book.give_back(ticket, "hand_back", memory.now)
+            self._requests.end_if_over(ticket)
+            return
+        kept = Kept(
+            endpoint=endpoint.name,
+            epoch=endpoint.epoch,
+            tokens=float(ticket.prompt_tokens),
+            params=reward.kv_params,
+            until_at=memory.now + memory.settings.kv_lease_s,
+            patient_until_at=memory.now + min(PATIENCE_S, 0.5 * memory.settings.kv_lease_s),
+        )
+        book.hand_over(ticket, kept, memory.now)
+        memory.note(ticket, "prefilled", f"on {endpoint.name}: waits for an endpoint that decodes")
+
     def _learn(self, reward: Reward, endpoint: Endpoint, ticket: Ticket | None) -> None:
         slot = endpoint.slot
         self._memory.predictor.learn(reward, slot)
         if ticket is None or ticket.attempt != reward.attempt:
             return
-        if reward.cached_tokens is not None:
+        if reward.cached_tokens is not None and reward.leg != "decode":
             self._memory.prefixes.correct(
                 slot, believed_tokens=ticket.cached_tokens, cached_tokens=reward.cached_tokens
             )
@@ -191,6 +218,8 @@ class Endpoints:
         self._reborn.clear()
         if self._lease_at <= self._memory.now:
             self._lose_the_silent()
+        for ticket in self._memory.book.legs.lost(self._memory.now):
+            self._lose_kv(ticket, "nobody could decode it before its KV was forgotten")
 
     def _lose_the_silent(self) -> None:
         lease_s, now = self._memory.settings.lease_s, self._memory.now
@@ -205,9 +234,17 @@ class Endpoints:
         """Take back all it holds, and let it go: it removes itself only, never stalls the pool."""
         for ticket in list(endpoint.held.values()):
             self._take_back(ticket, endpoint, reason)
+        for ticket in self._memory.book.legs.lose(endpoint.name, endpoint.slot):
+            self._lose_kv(ticket, reason)
         self._fleet.leave(endpoint)
         self._memory.predictor.close(endpoint.slot)
         self._memory.prefixes.close(endpoint.slot)
+
+    def _lose_kv(self, ticket: Ticket, reason: str) -> None:
+        """Its prompt must be computed again, if its time allows."""
+        self._memory.book.lose_kv(ticket)
+        self._memory.note(ticket, "kv_lost", reason)
+        self._requests.end_if_over(ticket)
 
     def _take_back(self, ticket: Ticket, endpoint: Endpoint, reason: str) -> None:
         if ticket.state == "assigned" and ticket.forgiven < FORGIVEN_MAX:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from scheduler.state import Endpoint, Floats
+from scheduler.state import Bools, Endpoint, Floats
 from scheduler.wire import Beat
 
 SEATS, KV, LENGTH, READY = range(4)
@@ -30,6 +30,9 @@ class Fleet:
         "The newest epoch heard of each name; an older one is a worker that was replaced and still talks."
         self.resting: list[Endpoint] = []
         "Those that handed something back a moment ago."
+        self.prefilling: dict[str, None] = {}
+        "Endpoints that only compute prompts, and hand their KV over."
+        self._roles: tuple[Bools, Bools] | None = None
         self.known_models: dict[str, None] = {}
         "Every model that was ever served: a restart of its only endpoint makes it no stranger."
 
@@ -56,6 +59,16 @@ class Fleet:
         """0 for each endpoint that takes work, `inf` for the others."""
         row: Floats = self._limits[READY]
         return row
+
+    @property
+    def is_prefill(self) -> Bools:
+        """Which slots compute prompts for others and do nothing else."""
+        return self._by_role()[0]
+
+    @property
+    def is_decode(self) -> Bools:
+        """Which slots take prompts over that others have computed."""
+        return self._by_role()[1]
 
     @property
     def names(self) -> list[str]:
@@ -88,6 +101,10 @@ class Fleet:
             beat.max_model_len if beat.max_model_len > 0 else np.inf
         )
         self.known_models.update(dict.fromkeys(beat.models))
+        if _only_prefills(beat):
+            self.prefilling[endpoint.name] = None
+        else:
+            self.prefilling.pop(endpoint.name, None)
         self.epochs[endpoint.name] = beat.epoch
         if len(self.epochs) > EPOCHS_MAX:
             del self.epochs[next(iter(self.epochs))]
@@ -106,13 +123,17 @@ class Fleet:
         del self.endpoints[endpoint.name]
         self.by_slot[endpoint.slot] = None
         self._limits[:, endpoint.slot] = 0.0, 0.0, 0.0, np.inf
+        self.prefilling.pop(endpoint.name, None)
         self._forget()
 
     def barrier(self, model: str) -> Floats:
         """Seconds to add to each slot's cost of a request for this model: 0 where it may go, `inf` where not."""
         found = self._barriers.get(model)
         if found is None:
-            found = np.array([0.0 if _may_take(e, model) else np.inf for e in self.by_slot])
+            decodes = any(_takes_over(e) and model in e.beat.models for e in self._all())
+            found = np.array(
+                [0.0 if _may_take(e, model, decodes=decodes) else np.inf for e in self.by_slot]
+            )
             self._barriers[model] = found
         return found
 
@@ -131,12 +152,24 @@ class Fleet:
         least: Floats = np.minimum.reduce(barriers)
         return least
 
+    def _all(self) -> Iterable[Endpoint]:
+        return self.endpoints.values()
+
+    def _by_role(self) -> tuple[Bools, Bools]:
+        if self._roles is None:
+            self._roles = (
+                np.array([e is not None and e.name in self.prefilling for e in self.by_slot]),
+                np.array([e is not None and _takes_over(e) for e in self.by_slot]),
+            )
+        return self._roles
+
     def _reopen(self, endpoint: Endpoint) -> None:
         self._limits[READY, endpoint.slot] = 0.0 if endpoint.takes_work else np.inf
         self._forget()
 
     def _forget(self) -> None:
         """Something changed that eligibility follows from."""
+        self._roles = None
         self._barriers.clear()
         self._longest.clear()
 
@@ -144,11 +177,26 @@ class Fleet:
 def _terms(beat: Beat) -> tuple[object, ...]:
     """What `hear` goes by."""
     limits = beat.max_num_seqs, beat.kv_tokens, beat.max_model_len
-    return (beat.epoch, beat.state, beat.roles, beat.models, *limits)
+    links = beat.link_gbps, beat.kv_token_bytes
+    return (beat.epoch, beat.state, beat.roles, beat.models, *limits, *links)
 
 
-def _may_take(endpoint: Endpoint | None, model: str) -> bool:
+def _may_take(endpoint: Endpoint | None, model: str, *, decodes: bool) -> bool:
+    """Whether it takes new requests: whole ones, or their prompts where somebody else decodes."""
     if endpoint is None or not endpoint.takes_work or model not in endpoint.beat.models:
         return False
-    roles = endpoint.beat.roles
-    return "both" in roles or ("prefill" in roles and "decode" in roles)
+    return _decodes(endpoint.beat) or (decodes and _only_prefills(endpoint.beat))
+
+
+def _decodes(beat: Beat) -> bool:
+    return "both" in beat.roles or "decode" in beat.roles
+
+
+def _only_prefills(beat: Beat) -> bool:
+    """Whether it computes prompts for others and serves nothing whole."""
+    return beat.link_gbps > 0 and "prefill" in beat.roles and not _decodes(beat)
+
+
+def _takes_over(endpoint: Endpoint) -> bool:
+    """Whether it decodes what others have prefilled."""
+    return endpoint.takes_work and endpoint.beat.link_gbps > 0 and _decodes(endpoint.beat)

@@ -9,13 +9,16 @@
                       v
                      running             and from every state: finish --> terminal
 
+Where prompts are computed apart, a `prefill` leg ends with `hand_over`: the request is `prefilled` until its `decode`
+leg is assigned, or waits again where its KV is lost (`lose`).
+
 `queued` is seen in Redis only: nobody has read the entry yet. Setting aside is reversible, finishing is not.
 Any pair that is not in the table is a bug of ours and raises `AssertionError`.
 """
 
 from typing import Literal
 
-State = Literal["queued", "waiting", "set_aside", "assigned", "running", "terminal"]
+State = Literal["queued", "waiting", "set_aside", "assigned", "running", "prefilled", "terminal"]
 Turn = Literal[
     "read",  # the dispatcher has it
     "set_aside",  # cannot make it on the present prediction; tested again at every step
@@ -24,6 +27,8 @@ Turn = Literal[
     "start",  # admitted to the engine
     "hand_back",  # the worker returns it: engine trouble or a drain
     "reclaim",  # the worker's lease ran out
+    "hand_over",  # its prompt is computed, and its KV waits for an endpoint that decodes
+    "lose",  # that KV is gone
     "finish",  # the one terminal record is written
 ]
 
@@ -43,6 +48,11 @@ NEXT: dict[tuple[State, Turn], State] = {
     ("running", "hand_back"): "waiting",
     ("running", "reclaim"): "waiting",
     ("running", "finish"): "terminal",
+    ("assigned", "hand_over"): "prefilled",
+    ("running", "hand_over"): "prefilled",
+    ("prefilled", "assign"): "assigned",
+    ("prefilled", "lose"): "waiting",
+    ("prefilled", "finish"): "terminal",
 }
 
 

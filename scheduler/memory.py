@@ -39,6 +39,9 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     lease_s: float = 3.0
     "An endpoint not heard from for this long loses what it holds."
 
+    kv_lease_s: float = 20.0
+    "How long a computed prompt's KV is relied on; less than the engines' own lease (vLLM's `kv_lease_duration`: 30)."
+
     waiting_max: int = 100_000
     "One more is rejected, with a time to come back."
 

@@ -21,12 +21,15 @@ import msgspec
 import numpy as np
 
 from scheduler.ledger import Line, chain
+from scheduler.legs import Pledge
+from scheduler.onward import Onward
 from scheduler.pace import Noise
 from scheduler.policies import Terms
 from scheduler.prefix import BLOCK_TOKENS
 from scheduler.profile.casting import Casting
 from scheduler.room import Offer, Room
-from scheduler.state import Bools, Floats, Ticket
+from scheduler.state import Bools, Floats, Kept, Ticket
+from scheduler.wire import Leg
 
 ASIDE_MAX = 32
 "The most that one step sets aside (I8); the next step, at once, goes on behind them."
@@ -101,6 +104,13 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     candidates: tuple[tuple[int, float], ...]
     "Slots and predicted seconds to the first token, best first."
     why: str
+    leg: Leg = "whole"
+    onward_s: float = 0.0
+    "Of a prefill leg, what of the seconds to its first token comes after it."
+    pledge: Pledge | None = None
+    "Of a prefill leg, the place kept for what comes after it."
+    features: tuple[str, ...] = ()
+    "Of a decode leg, what the predictor of transfers saw."
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,6 +143,7 @@ class Planner:
         pricer: Pricer,
         noise: Callable[[], Noise],
         rng: np.random.Generator,
+        onward: Onward | None = None,
         casting: Casting | None = None,
     ) -> None:
         """Plan with this room.
@@ -147,6 +158,7 @@ class Planner:
             noise: how far off the predicted pace may be; asked once, if ever.
             rng: decides between equals.
             casting: a profile that says where and which; None: the plan's own choice.
+            onward: what follows a prefill leg; None where nobody only prefills.
         """
         self.room = room
         self.now = now
@@ -157,6 +169,7 @@ class Planner:
         self.casting = casting
         if casting is not None:
             casting.worth = self._worth
+        self.onward = onward
         self._ask_spread = spread
         self._ask_noise = noise
         self.choices: list[Choice] = []
@@ -238,6 +251,29 @@ class Planner:
         if total_s[slot] < math.inf and self._starts_now(slot):
             self._hand_over(offer, slot, total_s, 1.0, "late, its turn by the aside share")
 
+    def decode(self, ticket: Ticket, kept: Kept, source: int) -> None:
+        """Bind the second leg of one whose prompt is computed, where its pace is kept and it begins soonest.
+
+        Where it would break more than it gains it waits a little, for as long as it can and its KV is sure to be there.
+        """
+        assert self.onward is not None
+        offer = self.onward.second_leg(self._price_whole(ticket), source)
+        total_s = self._total_s(offer)
+        best = int(total_s.argmin())
+        if total_s[best] == math.inf:
+            return
+        worthy = self._worthy(offer)
+        if worthy is not None and not worthy.all():
+            worthy_s = np.where(worthy, total_s, np.inf)
+            kept_slot = int(worthy_s.argmin())
+            patient_until_at = min(kept.patient_until_at, ticket.due_at - float(total_s[best]))
+            if worthy_s[kept_slot] < math.inf:
+                total_s, best = worthy_s, kept_slot
+            elif self.now < patient_until_at:
+                return
+        slot, propensity, why = self._pick(offer, total_s, best)
+        self._hand_over(offer, slot, total_s, propensity, why)
+
     def _place(self, offer: Offer) -> None:
         total_s = self._total_s(offer)
         best = int(total_s.argmin())
@@ -276,7 +312,7 @@ class Planner:
             return int(fits.argmax()), 1.0, "patient: the slowest endpoint that makes it"
         if self.casting is not None:
             return self.casting.pick(offer, total_s < math.inf, self.rng)
-        score_s = total_s + self.settings.fill * self.room.used
+        score_s = total_s + self.settings.fill * self._used(offer)
         if left_s < math.inf:
             # Who is promised a first token pays for others only out of its slack.
             score_s[total_s > max(left_s, float(total_s[best]))] = math.inf
@@ -288,10 +324,32 @@ class Planner:
         drawn = int(self.rng.random() * len(near))
         return int(near[drawn]), 1.0 / len(near), f"{why}, one of {len(near)} equals"
 
+    def _used(self, offer: Offer) -> Floats:
+        """The part of KV given away where its answer would be decoded."""
+        used = self.room.used
+        if self.onward is not None and not offer.is_second:
+            used = used.copy()
+            used[self.onward.is_prefill] = used[self.onward.target(offer.ticket)[0]]
+        return used
+
+    def _leg(self, offer: Offer, slot: int) -> Leg:
+        if self.onward is None:
+            return "whole"
+        if offer.is_second:
+            return "decode"
+        return "prefill" if self.onward.is_prefill[slot] else "whole"
+
     def _hand_over(
         self, offer: Offer, slot: int, total_s: Floats, propensity: float, why: str
     ) -> None:
-        line = self._line(offer, slot)
+        line, leg = self._line(offer, slot), self._leg(offer, slot)
+        pledge, onward_s = None, 0.0
+        features: tuple[str, ...] = ()
+        if self.onward is not None and leg == "prefill":
+            target, onward_s = self.onward.target(offer.ticket)
+            pledge = Pledge(target, min(offer.kv, float(self.room.kv_max[target])))
+        elif self.onward is not None and leg == "decode":
+            features = self.onward.features(offer, slot)
         cached = best_cached = 0.0
         if offer.cached is not None:
             cached = min(float(offer.cached[slot]), offer.prompt - 1.0)
@@ -313,11 +371,17 @@ class Planner:
                 propensity=propensity,
                 candidates=_best(total_s),
                 why=why,
+                leg=leg,
+                onward_s=onward_s,
+                pledge=pledge,
+                features=features,
             )
         )
         self.room.take(slot, work_s, line)
         if self.casting is not None:
             self.casting.took(offer, slot)
+        if pledge is not None:
+            self.room.pledge(pledge.slot, pledge.kv)
 
     def _total_s(self, offer: Offer) -> Floats:
         """Predicted seconds to its first token; `inf` where it may not go or finds no room now."""
@@ -337,8 +401,11 @@ class Planner:
         return total_s
 
     def _kv(self, offer: Offer) -> Floats:
-        """KV tokens that it would hold on each slot: no more than there are."""
-        return np.minimum(offer.kv, self.room.kv_max)
+        """KV tokens that it would hold on each slot: no more than there are, and of a prefill leg the prompt's."""
+        kv: Floats = np.minimum(offer.kv, self.room.kv_max)
+        if self.onward is not None:
+            kv = np.where(self.onward.is_prefill, np.minimum(kv, offer.prompt + 1.0), kv)
+        return kv
 
     def _wait_for_room(self, offer: Offer) -> None:
         """It fits nowhere now. The endpoint that suits it best is kept from those behind it, so that it empties.
@@ -381,15 +448,21 @@ class Planner:
         if promise.tpot_s is not None and promise.tpot_s >= room.decodes.load.alone_s.min():
             gain = self.noise.odds(promise.tpot_s, pace_s)
             gain[gain < PACE_ODDS_MIN] = 0.0
-        value = promise.weight * gain - self._harm(offer, kv, pace_s)
+        gain = promise.weight * gain
+        value = gain - self._harm(offer.work_s, offer, kv, pace_s)
+        if self.onward is not None and not offer.is_second:
+            # A prefill leg is worth what its answer is where that would be decoded, beside which nobody prefills.
+            target, _ = self.onward.target(offer.ticket)
+            apart = gain - self._harm(0.0, offer, kv, pace_s)
+            value[self.onward.is_prefill] = apart[target]
         worth: Floats = value
         return worth
 
-    def _harm(self, offer: Offer, kv: Floats, pace_s: Floats) -> Floats:
-        """How many promises per token of those who are there it would break."""
+    def _harm(self, work_s: Floats | float, offer: Offer, kv: Floats, pace_s: Floats) -> Floats:
+        """How many promises per token of those who are there it would break, with so many seconds of prefill."""
         decodes = self.room.decodes
         added_s = decodes.load.sequence_s + decodes.load.token_s * kv
-        added_s = added_s + offer.work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
+        added_s = added_s + work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
         broken = self.noise.harm(np.minimum(decodes.tightest_s, 1e3), pace_s, added_s / pace_s)
         harm: Floats = self.settings.pace_worth * decodes.promised * broken
         return harm
@@ -398,10 +471,15 @@ class Planner:
         """What the ledger is to hold; a promise per token that cannot be kept there binds nobody."""
         prompt, own_s = offer.prompt, offer.ticket.promise.tpot_s
         kv = min(offer.kv, float(self.room.kv_max[slot]))
+        leg = self._leg(offer, slot)
+        if leg == "prefill":
+            kv, own_s = min(kv, prompt + 1.0), None
         keeps = own_s is not None and own_s >= self.room.decodes.pace_s(self._kv(offer))[slot]
         tokens = prompt
         if offer.cached is not None:
             tokens -= min(float(offer.cached[slot]), prompt - 1.0)
+        if leg == "decode":
+            tokens = 0.0
         return Line(
             tokens=tokens,
             pairs=tokens * (prompt - 0.5 * tokens),
@@ -414,7 +492,14 @@ class Planner:
         return bool(self.room.start_s[slot] <= self.settings.commit_window_s)
 
     def _price(self, ticket: Ticket) -> Offer:
-        """What it would cost on every slot."""
+        """What it would cost on every slot, all that follows a prefill leg included."""
+        offer = self._price_whole(ticket)
+        if self.onward is not None:
+            offer = self.onward.reach(offer)
+        return offer if self.casting is None else self.casting.narrowed(offer)
+
+    def _price_whole(self, ticket: Ticket) -> Offer:
+        """What it would cost on every slot to serve it, or as much of it as that slot serves."""
         rates = self.room.rates
         cached, barrier = self.pricer(ticket)
         prompt = float(max(1, ticket.prompt_tokens))
@@ -428,8 +513,7 @@ class Planner:
         if prompt > self.room.length_least:
             service_s[prompt > self.room.length_max] = math.inf
         kv = prompt + float(ticket.output_tokens)
-        offer = Offer(ticket, prompt, kv, cached, work_s, service_s)
-        return offer if self.casting is None else self.casting.narrowed(offer)
+        return Offer(ticket, prompt, kv, cached, work_s, service_s)
 
 
 def _best(total_s: Floats) -> tuple[tuple[int, float], ...]:

@@ -4,6 +4,7 @@ import numpy as np
 
 from scheduler import assign
 from scheduler.memory import Memory
+from scheduler.onward import Onward
 from scheduler.plan import Choice, Planner
 from scheduler.prefix import BLOCK_TOKENS
 from scheduler.profile.casting import Assembly, Casting
@@ -16,6 +17,12 @@ RETEST_MAX = 32
 FILL_MAX = 16
 "How many of those set aside are offered what is idle in one step."
 
+PREFILLED_MAX = 64
+"Of those who wait between two legs, the most looked at in one step (I8)."
+
+PACE_TICK_S = 0.05
+"When those between two legs are looked at again who wait for a better pace, with no new fact."
+
 TICK_S = 0.01
 "The core never asks to be woken sooner: predictions are no finer."
 
@@ -23,6 +30,7 @@ TICK_S = 0.01
 class Planning:
     """A step is planned in four parts.
 
+    0. Where prompts are computed apart, whoever is through with that is bound to an endpoint that decodes.
     1. The longest set aside has its share.
     2. The line is served, with those set aside who could make it after all.
     3. Whoever the plan set aside or took up is moved in the book.
@@ -50,13 +58,18 @@ class Planning:
     def step(self) -> None:
         """Hand over what starts within the commit window."""
         self._room_at = self._rested_at = None
-        if not self._book.lines:
+        prefilled = self._book.legs.prefilled.head(PREFILLED_MAX)
+        if not self._book.lines and not prefilled:
             return
-        wanted_s = self._fleet.wanted(self._book.lines.by_model)
+        asked = list(self._book.lines.by_model)
+        asked += [t.request.model for t in prefilled if t.request.model not in asked]
+        wanted_s = self._fleet.wanted(dict.fromkeys(asked))
         self._let_rest(wanted_s)
         if not (wanted_s < np.inf).any():
             return
         planner = self._planner(wanted_s)
+        if planner.onward is not None:
+            self._serve_prefilled(planner, planner.onward, prefilled)
         self._serve_aged(planner)
         line = self._book.lines.waiting.head(self._settings.horizon)
         planner.serve(self._with_the_hopeful(planner, line))
@@ -70,6 +83,8 @@ class Planning:
         elif self._book.lines:
             is_short = planner.is_exhausted and len(line) == self._settings.horizon
             self._room_at = self._next_room_at(planner.room, is_short=is_short)
+        if len(self._book.legs.prefilled):
+            self._room_at = min(self._memory.now + PACE_TICK_S, self._room_at or np.inf)
 
     def _let_rest(self, wanted_s: Floats) -> None:
         """Nothing new for endpoints that have just handed something back."""
@@ -101,6 +116,10 @@ class Planning:
             length_max=fleet.length_max,
             wanted_s=wanted_s,
         )
+        onward = None
+        if fleet.prefilling:
+            legs, predictor = self._book.legs, self._memory.predictor
+            onward = Onward(room, fleet, legs, predictor.transfer, room.decodes.load.joined_s)
         casting = None
         if self._assembly is not None:
             casting = Casting(
@@ -121,7 +140,16 @@ class Planning:
             noise=self._memory.predictor.pace.noise,
             rng=self._rng,
             casting=casting,
+            onward=onward,
         )
+
+    def _serve_prefilled(self, planner: Planner, onward: Onward, prefilled: list[Ticket]) -> None:
+        """Bind the decode legs; only then are the places kept for those whose prompts are being computed."""
+        legs = self._book.legs
+        for ticket in prefilled:
+            kept = legs.kept[ticket.id]
+            planner.decode(ticket, kept, self._fleet.endpoints[kept.endpoint].slot)
+        onward.hold(legs)
 
     def _price(self, ticket: Ticket) -> tuple[Floats | None, Floats]:
         """A request's cached tokens on every slot, None where nobody has any, and where it may go."""
@@ -176,7 +204,11 @@ class Planning:
         endpoint = self._fleet.by_slot[choice.slot]
         assert endpoint is not None, f"the plan chose slot {choice.slot}, where nobody is"
         waiting = len(self._book.lines)
-        self._book.assign(ticket, endpoint, choice.line, memory.now)
+        legs = self._book.legs
+        kept = legs.kept[ticket.id] if choice.leg == "decode" else None
+        self._book.assign(ticket, endpoint, choice.line, memory.now, choice.leg)
+        if choice.pledge is not None:
+            legs.pledges[ticket.id] = choice.pledge
         ticket.cached_tokens = choice.cached_tokens
         memory.predictor.pace.prefill(choice.slot, choice.work_s, memory.now)
         ticket.pace = memory.pace_row(choice.slot)
@@ -185,7 +217,7 @@ class Planning:
             self._settings.commit_window_s,
             self._aside_credit_s + self._terms.aside_share * choice.work_s,
         )
-        features = memory.predictor.features(
+        features = choice.features or memory.predictor.features(
             choice.slot,
             tokens=choice.line.tokens + choice.ahead_tokens,
             pairs=choice.line.pairs + choice.ahead_pairs,
@@ -201,6 +233,7 @@ class Planning:
                 waiting=waiting,
                 by_slot=self._fleet.by_slot,
                 features=features,
+                kept=kept,
             )
         )
 

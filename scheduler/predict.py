@@ -23,6 +23,7 @@ from scheduler.regression import DecayedRegression
 from scheduler.speed import LOG_MAX, Speed
 from scheduler.spread import Spread
 from scheduler.state import Floats
+from scheduler.transfer import Transfer
 from scheduler.wire import Beat, Reward
 
 N = len(cost.FEATURES)
@@ -82,6 +83,7 @@ class Predictor:
         self._spread = Spread()
         self.lengths = Lengths()
         self.pace = Pace()
+        self.transfer = Transfer()
         self._remembered: dict[str, tuple[str, tuple[float, ...]]] = {}
 
     def open(self, slot: int, beat: Beat) -> None:
@@ -98,6 +100,7 @@ class Predictor:
         self._speeds[slot] = speed
         self._log_speed[slot] = speed.log
         self.pace.open(slot, rates)
+        self.transfer.open(slot, beat)
         self._prior[:, slot] = rates.overhead_s, rates.token_s, rates.attention_s, rates.kv_s
 
     def close(self, slot: int) -> None:
@@ -141,6 +144,9 @@ class Predictor:
     def learn(self, reward: Reward, slot: int) -> None:
         """Learn from one attempt; whatever is no measurement teaches nothing."""
         self.lengths.learn(reward)
+        if reward.leg == "decode":
+            self.transfer.learn(reward, slot)
+            return
         row = _parsed(reward.features)
         seconds = measured_s(reward)
         if row is None or seconds is None:

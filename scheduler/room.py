@@ -51,9 +51,13 @@ class Decodes:
             pace_s[slot] += load.sequence_s[slot] + load.token_s[slot] * taken_kv
         return pace_s
 
+    def expect(self, slot: int, kv: float) -> None:
+        """One more will decode there, and read so much."""
+        self._taken.append((slot, kv))
+
     def take(self, slot: int, line: Line) -> None:
         """One more decodes there."""
-        self._taken.append((slot, line.kv))
+        self.expect(slot, line.kv)
         if line.tpot_s < math.inf:
             self.tightest_s[slot] = min(self.tightest_s[slot], line.tpot_s)
             self.promised[slot] += 1
@@ -139,6 +143,22 @@ class Room:
         """Nothing more may go there."""
         self.open_s[slot] = math.inf
 
+    def withhold(self, kv: Floats) -> None:
+        """So many KV tokens of each are not to be had after all."""
+        self.kv = self.kv - kv
+        self._kv_least = _least(self.kv)
+        self._used = None
+
+    def pledge(self, slot: int, kv: float) -> None:
+        """Keep a seat and KV for one that will decode there, whose prompt is computed elsewhere."""
+        self.kv[slot] -= kv
+        self._kv_least = min(self._kv_least, float(self.kv[slot]))
+        self._used = None
+        self.decodes.expect(slot, kv)
+        self.seats[slot] -= 1
+        if self.seats[slot] <= 0:
+            self.shut(slot)
+
     def reserve(self, slot: int, work_s: float, line: Line) -> None:
         """Keep the place: whoever comes later on this slot starts after it."""
         self.start_s[slot] += work_s
@@ -175,6 +195,8 @@ class Offer(msgspec.Struct, frozen=True):
     "Seconds of the endpoint's time."
     service_s: Floats
     "The same and the overhead; `inf` where it may not go."
+    is_second: bool = False
+    "Its prompt is computed, and only its decode leg is asked for."
 
 
 def _least(values: Floats) -> float:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scheduler import lifecycle
 from scheduler.lifecycle import State, Turn
 from scheduler.slo import Promise
-from scheduler.wire import Beat, Request
+from scheduler.wire import Beat, Leg, Request
 
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
@@ -25,6 +25,22 @@ REST_S, REST_MAX_S = 0.25, 5.0
 An engine that answers 429 or 503 says no within milliseconds: without a rest it would use up all attempts of all
 that wait before it is well again.
 """
+
+
+class Kept(msgspec.Struct, kw_only=True, eq=False):
+    """A prompt's KV, on the endpoint that computed it."""
+
+    endpoint: str
+    epoch: int
+    tokens: float
+    params: bytes
+    "The engine's `kv_transfer_params`: opaque."
+    until_at: float
+    "Its lease, or rather a little less."
+    patient_until_at: float
+    "Until then its request may wait for an endpoint where its pace is kept."
+    target: str = ""
+    "Who fetches it; empty: nobody yet."
 
 
 class Ticket(msgspec.Struct, kw_only=True, eq=False):
@@ -69,6 +85,12 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     endpoint: str = ""
     "Who holds it, while assigned or running."
 
+    leg: Leg = "whole"
+    "Which part of it was last assigned."
+
+    handovers: int = 0
+    "Prefill legs that did their part: they were assigned, and were no attempt that failed."
+
     cached_tokens: int = 0
     "Prefix believed cached at the last assignment."
 
@@ -109,8 +131,8 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def attempts_allowed(self) -> int:
-        """As asked for, and those forgiven."""
-        return self.max_attempts + self.forgiven
+        """As asked for, those forgiven, and a prefill leg for each that was handed over."""
+        return self.max_attempts + self.forgiven + self.handovers
 
     def turn(self, turn: Turn) -> None:
         """Take a turn of the lifecycle; one that is not in its table is a bug."""

@@ -41,6 +41,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     "Those who can make it, or have promised nothing."
     set_aside: int
+    prefilled: int
+    "Between their two legs, where prompts are computed apart."
     assigned: int
     running: int
     at_risk: int
@@ -83,6 +85,7 @@ def of(book: Book, predictor: Predictor, now: float) -> View:
     return View(
         waiting=len(lines.waiting),
         set_aside=len(lines.aside),
+        prefilled=len(book.legs.prefilled),
         assigned=len(held) - running,
         running=running,
         at_risk=sum(ticket.due_at <= now + backlog for ticket in lines.waiting.head(AT_RISK_MAX)),

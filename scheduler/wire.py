@@ -505,7 +505,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     "The request's id."
 
-    kind: Literal["read", "set_aside", "taken_up", "assigned", "reclaimed", "finished"]
+    kind: Literal[
+        "read", "set_aside", "taken_up", "assigned", "prefilled", "kv_lost", "reclaimed", "finished"
+    ]
     "What was decided."
 
     at: float | None = None

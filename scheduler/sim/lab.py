@@ -158,6 +158,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             made,
             delays=self.fleet.delays,
             is_open=chosen.is_open,
+            links=self.fleet.network,
             scrapes=chosen.scrapes,
             faults=self.fleet.faults,
             closed=self.closed,

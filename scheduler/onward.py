@@ -1,0 +1,124 @@
+"""Where a prompt that is computed could be decoded, and how soon: the second half of a plan in two legs.
+
+An endpoint that only prefills is priced as if it served a request whole: its own seconds, and then the transfer, the
+wait and the pace of the endpoint that would decode it best as things are. So one comparison decides between the
+halves and a whole, by predicted seconds and promises, and never by a threshold.
+"""
+
+import math
+
+import msgspec
+import numpy as np
+
+from scheduler.fleet import Fleet
+from scheduler.legs import Legs
+from scheduler.room import Offer, Room
+from scheduler.state import Bools, Floats, Ticket
+from scheduler.transfer import Transfer
+
+
+class Onward:
+    """Made for one step, and used up with its room."""
+
+    def __init__(
+        self, room: Room, fleet: Fleet, legs: Legs, transfer: Transfer, step_s: Floats
+    ) -> None:
+        """Take from the room what is kept for others.
+
+        Args:
+            room: of the step.
+            fleet: who has which role.
+            legs: what is kept and pledged.
+            transfer: what fetching costs.
+            step_s: float64[n_slots], a decode step with one more in it.
+        """
+        self.is_prefill: Bools = fleet.is_prefill
+        "Which slots take prefill legs, and nothing else."
+        self._room = room
+        self._closed_s = np.where(fleet.is_decode, 0.0, np.inf)
+        self._transfer = transfer
+        self._step_s = step_s
+        self._ahead = np.zeros(len(step_s))
+        "Bytes that are being fetched by each."
+        self._link: Floats = np.minimum(
+            transfer.links, transfer.links[self.is_prefill].max(initial=0.0)
+        )
+        self._targets: dict[str, tuple[int, float]] = {}
+        self._sources: dict[str, int] = {}
+        room.withhold(legs.kept_kv(fleet))
+        for kept in legs.kept.values():
+            target = fleet.endpoints.get(kept.target)
+            if target is not None:
+                self._ahead[target.slot] += kept.tokens * transfer.token_bytes[target.slot]
+
+    def hold(self, legs: Legs) -> None:
+        """Keep the places that are pledged, once those who are through with prefill have theirs."""
+        for pledge in legs.pledges.values():
+            self._room.pledge(pledge.slot, pledge.kv)
+
+    def reach(self, offer: Offer) -> Offer:
+        """The same request, with all that follows a prefill leg added to it."""
+        join_s = self._room.open_s + self.join_s(offer)
+        join_s[self._room.kv < np.minimum(offer.kv, self._room.kv_max)] = math.inf
+        target = self._best(offer, join_s)
+        self._targets[offer.ticket.id] = target, float(join_s[target])
+        service_s = offer.service_s.copy()
+        service_s[self.is_prefill] += join_s[target]
+        return msgspec.structs.replace(offer, service_s=service_s)
+
+    def target(self, ticket: Ticket) -> tuple[int, float]:
+        """Where its answer would be decoded, as things are, and how long after its prefill it would begin."""
+        return self._targets[ticket.id]
+
+    def second_leg(self, offer: Offer, source: int) -> Offer:
+        """What is left of a request whose KV is at `source`: no work, but the fetching."""
+        self._sources[offer.ticket.id] = source
+        service_s = self.join_s(offer, source)
+        service_s[~np.isfinite(offer.service_s)] = math.inf
+        return msgspec.structs.replace(
+            offer, work_s=np.zeros(len(service_s)), service_s=service_s, is_second=True
+        )
+
+    def join_s(self, offer: Offer, source: int | None = None) -> Floats:
+        """Seconds from the end of its prefill to its first token, but for the line there; `inf` where none is decoded."""
+        bytes_each = self._transfer.token_bytes * self._fetched(offer)
+        join_s: Floats = self._closed_s + self._transfer.seconds(
+            bytes_each, self._ahead, self._step_s, self._link_from(source)
+        )
+        join_s[offer.prompt > self._room.length_max] = math.inf
+        return join_s
+
+    def features(self, offer: Offer, slot: int) -> tuple[str, ...]:
+        """What the predictor of transfers saw of a second leg."""
+        source = self._sources[offer.ticket.id]
+        return self._transfer.features(
+            own=float((self._transfer.token_bytes * self._fetched(offer))[slot]),
+            ahead=float(self._ahead[slot]),
+            step_s=float(self._step_s[slot]),
+            link=float(self._link_from(source)[slot]),
+        )
+
+    def _fetched(self, offer: Offer) -> Floats:
+        """KV tokens that each would have to fetch: what its own cache has not."""
+        fetched: Floats = np.full(len(self._step_s), offer.prompt)
+        if offer.cached is not None:
+            fetched -= np.minimum(offer.cached, offer.prompt - 1.0)
+        return fetched
+
+    def _best(self, offer: Offer, join_s: Floats) -> int:
+        """The earliest, of those where its pace would be kept if there are any."""
+        promised_s = offer.ticket.promise.tpot_s
+        if promised_s is not None:
+            kv = np.minimum(offer.kv, self._room.kv_max)
+            kept: Bools = self._room.decodes.pace_s(kv) <= promised_s
+            kept_s = np.where(kept, join_s, np.inf)
+            slot = int(kept_s.argmin())
+            if kept_s[slot] < math.inf:
+                return slot
+        return int(np.argmin(join_s))
+
+    def _link_from(self, source: int | None) -> Floats:
+        if source is None:
+            return self._link
+        slower: Floats = np.minimum(self._transfer.links, self._transfer.links[source])
+        return slower
