@@ -62,27 +62,25 @@ class Delivery:
         return replies
 
     async def _send(self, calls: Sequence[Call]) -> list[object]:
-        replies: list[object] = [None] * len(calls)
-        unsaid = list(range(len(calls)))
+        replies = await self._ask(calls)
         tries = 0
-        while True:
+        while unsaid := [at for at, reply in enumerate(replies) if _is_passing(reply)]:
+            self._on_wait()
+            tries = await wait_out(str(replies[unsaid[0]]), tries)
             answers = await self._ask([calls[at] for at in unsaid])
             for at, answer in zip(unsaid, answers, strict=True):
                 replies[at] = answer
-            if dispatch.FENCED in answers:
-                raise FencedError("a newer leader exists")
-            unsaid = [at for at, answer in zip(unsaid, answers, strict=True) if _is_passing(answer)]
-            if not unsaid:
-                return replies
-            self._on_wait()
-            tries = await wait_out(str(replies[unsaid[0]]), tries)
+        return replies
 
     async def _ask(self, calls: Sequence[Call]) -> list[object]:
         self.round_trips += 1
         try:
-            return list(await self._connection.batch(calls))
+            replies = await self._connection.batch(calls)
         except StreamError as error:
             return [_Away(str(error))] * len(calls)
+        if dispatch.FENCED in replies:
+            raise FencedError("a newer leader exists")
+        return list(replies)
 
 
 async def wait_out(reason: str, tries: int) -> int:
@@ -101,6 +99,6 @@ class _Away(StreamError):
 
 
 def _is_passing(answer: object) -> bool:
-    if isinstance(answer, _Away):
-        return True
-    return isinstance(answer, StreamError) and any(word in str(answer) for word in PASSING)
+    if not isinstance(answer, StreamError):
+        return False
+    return isinstance(answer, _Away) or any(word in str(answer) for word in PASSING)

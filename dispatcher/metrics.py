@@ -6,7 +6,7 @@ The loop counts in plain numbers; nothing is formatted before somebody asks. Nam
 import contextlib
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -59,7 +59,7 @@ PLAN_SIZE = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 "Hand-overs in one turn."
 
 REMEMBERED_MAX = 200_000
-"Living requests whose objective is remembered; beyond that the oldest count as unnamed."
+"Living requests whose named objective is remembered; beyond that the oldest count as unnamed."
 
 
 class Histogram:
@@ -149,7 +149,7 @@ class Meter:
         self.e2e = Histogram(E2E_S)
         self.decide = Histogram(DECIDE_S)
         self.plan = Histogram(PLAN_SIZE)
-        self.slack: dict[str, Histogram] = {}
+        self.slack: dict[str, Histogram] = defaultdict(lambda: Histogram(SLACK_S))
         self._objectives: dict[str, str] = {}
 
     def beat(self) -> None:
@@ -203,7 +203,7 @@ class Meter:
 
     def _decided(self, decision: Decision) -> None:
         if decision.slack_s is not None:
-            self.slack.setdefault(decision.kind, Histogram(SLACK_S)).add(decision.slack_s)
+            self.slack[decision.kind].add(decision.slack_s)
 
     def _reward(self, reward: Reward, now: float) -> None:
         if reward.finished_at is not None:
@@ -224,6 +224,8 @@ class Meter:
             self.e2e.add(reward.finished_at - reward.enqueued_at)
 
     def _remember(self, event: Arrived | Recovered) -> None:
+        if not event.request.objective:
+            return
         self._objectives[event.request.id] = event.request.objective
         if len(self._objectives) > REMEMBERED_MAX:
             del self._objectives[next(iter(self._objectives))]

@@ -3,6 +3,8 @@
 All of a pool's keys share one hash tag, so a Cluster keeps them in one slot and every move stays atomic.
 """
 
+from functools import cached_property
+
 import msgspec
 
 from scheduler.errors import SettingsError
@@ -11,8 +13,8 @@ DISPATCHER_GROUP = "dispatcher"
 WORKER_GROUP = "worker"
 
 
-class Keys(msgspec.Struct, frozen=True):
-    """Key names of one pool.
+class Keys(msgspec.Struct, frozen=True, dict=True):
+    """Key names of one pool; each that bears no further name is put together once.
 
     >>> Keys("hg", "chat").jobs("a100-0")
     'hg:{chat}:jobs:a100-0'
@@ -26,57 +28,57 @@ class Keys(msgspec.Struct, frozen=True):
             if not name or not all(c.isalnum() or c in "._-" for c in name):
                 raise SettingsError(f"{what} is {name!r}, wanted letters, digits, '.', '_' or '-'")
 
-    @property
+    @cached_property
     def root(self) -> str:
         """What every key of the pool begins with."""
         return f"{self.prefix}:{{{self.pool}}}:"
 
-    @property
+    @cached_property
     def requests(self) -> str:
         """Ingress stream. An entry stays pending in its group until the request is terminal."""
         return self.root + "requests"
 
-    @property
+    @cached_property
     def controls(self) -> str:
         """Stream of people's wishes: cancel a request, drain or resume an endpoint."""
         return self.root + "controls"
 
-    @property
+    @cached_property
     def beats(self) -> str:
         """Heartbeats and progress of the endpoints."""
         return self.root + "beats"
 
-    @property
+    @cached_property
     def rewards(self) -> str:
         """What each leg cost, with the decision's features."""
         return self.root + "rewards"
 
-    @property
+    @cached_property
     def results(self) -> str:
         """Terminal records of requests that name no `reply_to`."""
         return self.root + "results"
 
-    @property
+    @cached_property
     def decisions(self) -> str:
         """Every decision, for explain, replay and off-policy evaluation."""
         return self.root + "decisions"
 
-    @property
+    @cached_property
     def dead(self) -> str:
         """What could not be read, or failed for good."""
         return self.root + "dead"
 
-    @property
+    @cached_property
     def waiting(self) -> str:
         """Sorted set of waiting ids by deadline, for people and autoscalers."""
         return self.root + "waiting"
 
-    @property
+    @cached_property
     def leader(self) -> str:
         """Hash with the leader's lease: node, epoch, until."""
         return self.root + "leader"
 
-    @property
+    @cached_property
     def snapshot(self) -> str:
         """The learner's warm-start state."""
         return self.root + "snapshot"

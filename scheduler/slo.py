@@ -20,6 +20,9 @@ NO_PROMISE = math.inf
 "When a request without promise is due."
 
 
+_UNNAMED = Objective()
+
+
 class Promise(msgspec.Struct, frozen=True, kw_only=True):
     """One request's promise, in seconds and moments."""
 
@@ -55,24 +58,18 @@ def promise(request: Request, enqueued_at: float, objectives: Mapping[str, Objec
     if request.objective and request.objective not in objectives:
         known = ", ".join(sorted(objectives)) or "none is set"
         raise WireError(f"field 'objective' is {request.objective!r}, wanted one of: {known}")
-    named = objectives.get(request.objective) or Objective()
+    named = objectives.get(request.objective, _UNNAMED)
     deadline_s = _first(request.deadline_s, _seconds(named.deadline_ms))
-    ends = [
-        moment
-        for moment in (
-            request.deadline_at,
-            None if deadline_s is None else enqueued_at + deadline_s,
-        )
-        if moment is not None
-    ]
-    queues = [s for s in (request.max_queue_s, _seconds(named.max_queue_ms)) if s is not None]
+    queue_s = _earlier(request.max_queue_s, _seconds(named.max_queue_ms))
     return Promise(
         ttft_s=_first(request.ttft_s, _seconds(named.ttft_ms)),
         tpot_s=_first(request.tpot_s, _seconds(named.tpot_ms)),
-        deadline_at=min(ends, default=None),
+        deadline_at=_earlier(
+            request.deadline_at, None if deadline_s is None else enqueued_at + deadline_s
+        ),
         priority=named.priority if request.priority is None else request.priority,
         weight=named.weight,
-        refuse_at=enqueued_at + min(queues) if queues else None,
+        refuse_at=None if queue_s is None else enqueued_at + queue_s,
     )
 
 
@@ -85,12 +82,10 @@ def due_at(kept: Promise, enqueued_at: float, decode_s: float) -> float:
         decode_s: predicted seconds from the first token to the last. At most half of a deadline is set apart
             for it, so that a poor guess of the length cannot make a young request look lost.
     """
-    moments = []
-    if kept.ttft_s is not None:
-        moments.append(enqueued_at + kept.ttft_s)
-    if kept.deadline_at is not None:
-        moments.append(kept.deadline_at - min(decode_s, 0.5 * (kept.deadline_at - enqueued_at)))
-    return min(moments, default=NO_PROMISE)
+    due_at = NO_PROMISE if kept.ttft_s is None else enqueued_at + kept.ttft_s
+    if kept.deadline_at is None:
+        return due_at
+    return min(due_at, kept.deadline_at - min(decode_s, 0.5 * (kept.deadline_at - enqueued_at)))
 
 
 def prompt_tokens(request: Request, usual: int) -> int:
@@ -102,6 +97,12 @@ def prompt_tokens(request: Request, usual: int) -> int:
 
 def _first(explicit: float | None, named: float | None) -> float | None:
     return named if explicit is None else explicit
+
+
+def _earlier(one: float | None, other: float | None) -> float | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
 
 
 def _seconds(milliseconds: float | None) -> float | None:

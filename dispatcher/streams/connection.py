@@ -122,10 +122,12 @@ class Connection:
         if not calls:
             return []
         replies = await self._batch(calls)
-        if any(_is_unknown_function(reply) for reply in replies):
-            await (
-                self._load_functions()
-            )  # the server was restarted empty; every call may be said again
+        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        if not errors:
+            return replies
+        if any(_is_unknown_function(error) for error in errors):
+            # The server was restarted empty; every call may be said again.
+            await self._load_functions()
             replies = await self._batch(calls)
         return [_as_stream_error(reply, self.shown) for reply in replies]
 
