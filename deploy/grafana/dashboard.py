@@ -30,7 +30,7 @@ class Panel(NamedTuple):
 
 
 def quantiles(metric: str, by: str = "pool") -> list[tuple[str, str]]:
-    """The usual three of a histogram."""
+    """The usual three of a pool's histogram, else one a label."""
     where = f"{{{POOL}}}" if by == "pool" else ""
     return [
         (
@@ -61,6 +61,23 @@ def worker(metric: str) -> list[tuple[str, str]]:
     return [(f"max by (endpoint) (headgate_worker_{metric})", "{{endpoint}}")]
 
 
+def door(metric: str, *, by: str = "", legend: str = "") -> tuple[str, str]:
+    """A door's counter's growth a second; doors know no pool but their own."""
+    grouped = f" by ({by})" if by else ""
+    return f"sum{grouped} (rate(headgate_door_{metric}_total[$__rate_interval]))", legend
+
+
+def at_the_door(metric: str, legend: str) -> list[tuple[str, str]]:
+    """The usual three of a door's histogram."""
+    return [
+        (
+            f"histogram_quantile({q}, sum by (le) (rate(headgate_door_{metric}_bucket[$__rate_interval])))",
+            f"{legend} p{q * 100:g}",
+        )
+        for q in QUANTILES
+    ]
+
+
 ROWS: dict[str, list[Panel]] = {
     "Promises": [
         Panel(
@@ -80,6 +97,41 @@ ROWS: dict[str, list[Panel]] = {
             unit="reqps",
             width=6,
             stacked=True,
+        ),
+    ],
+    "Door": [
+        Panel(
+            "Answers by status",
+            [door("requests", by="status", legend="{{status}}")],
+            unit="reqps",
+            stacked=True,
+        ),
+        Panel(
+            "Refusals by reason",
+            [
+                (
+                    'sum by (reason) (rate(headgate_door_requests_total{reason!=""}[$__rate_interval]))',
+                    "{{reason}}",
+                ),
+                door("streams_broken", by="reason", legend="in mid-stream: {{reason}}"),
+            ],
+            unit="reqps",
+        ),
+        Panel(
+            "Open, and gone before the end",
+            [
+                ("sum(headgate_door_open_requests)", "open"),
+                door("disconnects", legend="clients gone, a second"),
+                door("cancels", legend="cancelled for that, a second"),
+            ],
+        ),
+        Panel("First byte", at_the_door("time_to_first_byte_seconds", "first byte"), unit="s"),
+        Panel("Whole answer", at_the_door("request_seconds", "whole"), unit="s"),
+        Panel(
+            "Hand-in",
+            at_the_door("hand_in_seconds", "hand-in"),
+            unit="s",
+            about="From understanding a request to its being in Redis: what Redis costs a client.",
         ),
     ],
     "What waits": [

@@ -24,7 +24,8 @@ user() { # name, rules
   printf 'user %s on #%s resetchannels -@all %s\n' "$1" "$(hash "$(cat "$directory/$1")")" "$2"
 }
 
-speak='+@connection +info +time +cluster|slots +cluster|shards +cluster|nodes +fcall'
+# Talk to the server, but not of others' connections: CLIENT KILL and its like are dangerous and stay out.
+speak='+@connection -@dangerous +info +time +cluster|slots +cluster|shards +cluster|nodes +fcall'
 work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@blocking'
 
 {
@@ -32,7 +33,10 @@ work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@block
   # The only one that may load functions: they run with their caller's rights, so who loads them is trusted.
   user dispatcher "~hg:{*}:* $work $speak +xread +xreadgroup +function|load"
   user worker "$(keys 'jobs:*' 'request:*' 'endpoint:*' 'body:*' 'tokens:*' requests waiting results 'results:*' dead rewards beats) $work $speak +xread +xreadgroup"
-  user client "$(keys requests 'request:*' 'body:*' 'tokens:*' waiting controls results 'results:*') $work $speak +xread"
+  asks=$(keys requests 'request:*' 'body:*' 'tokens:*' waiting controls results 'results:*')
+  user client "$asks $work $speak +xread"
+  # A client for others, that also hears from the endpoints which models are served.
+  user door "$asks %R~hg:{*}:beats $work $speak +xread"
   # People who look after a pool: status, explain, cancel, drain, dead requeue.
   user operator "%R~hg:{*}:*$(keys requests 'request:*' controls dead) $work $speak +xread"
   # Probes and autoscalers: they look and change nothing. KEDA counts by a script, whose key must be writable,

@@ -11,6 +11,7 @@ import time
 
 import composed
 import jsonschema
+import openai
 import promql_parser
 import pytest
 from composed import ROOT, Composed, is_ours
@@ -63,6 +64,7 @@ class Stack(Composed):
                 "HEADGATE_SECRETS": str(secrets),
                 "HEADGATE_TIME_SCALE": "50",
                 "HEADGATE_WORKER_DRAIN_S": "2",
+                "HEADGATE_DOOR_DRAIN_S": "2",
             },
         )
 
@@ -188,11 +190,16 @@ class TestFile:
         assert all((ROOT / secret["file"]).is_file() for secret in file["secrets"].values())
 
     def test_stopping_takes_no_longer_than_it_is_given(self, file):
-        """A worker's grace covers its drain and its last words; else Docker kills it in the middle."""
+        """A role's grace covers its drain and its last words; else Docker kills it in the middle."""
+        drained = set()
         for name, service in file["services"].items():
-            drain_s = service.get("environment", {}).get("HEADGATE_WORKER_DRAIN_S")
-            if drain_s:
-                assert float(service["stop_grace_period"].rstrip("s")) >= float(drain_s) + 10, name
+            for variable, drain_s in service.get("environment", {}).items():
+                if variable.endswith("_DRAIN_S"):
+                    grace_s = float(service["stop_grace_period"].rstrip("s"))
+                    assert grace_s >= float(drain_s) + 10, name
+                    drained.add(service["command"][0])
+
+        assert drained == {"worker", "door"}
 
     def test_every_worker_stands_beside_an_engine(self, file):
         """What --engine names is a service of the file, and a port that it has."""
@@ -221,7 +228,9 @@ class TestFile:
             if is_ours(service) and "tools" not in service.get("profiles", ()):
                 host = service.get("network_mode", "").removeprefix("service:") or name
                 ports = composed.container_ports(service) or {9464}
-                assert {(host, port) for port in ports} <= seen, name
+                # Beside /metrics a door has its own port, which is its clients'.
+                shown = {9464} & ports or ports
+                assert {(host, port) for port in shown} <= seen, name
 
 
 class TestImage:
@@ -269,7 +278,7 @@ class TestUsers:
         assert {path.name: path.read_text() for path in (tmp_path / "s").iterdir()} == first
         rules = first.pop("users.acl")
         assert all(len(secret) == 48 and secret not in rules for secret in first.values())
-        assert len(set(first.values())) == len(first) == 6
+        assert len(set(first.values())) == len(first) == 7
         assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o700
 
 
@@ -284,6 +293,21 @@ class TestSystem:
         record = json.loads(done.stdout)
         assert (record["outcome"], record["output_tokens"]) == ("completed", 5)
 
+    def test_the_door_speaks_openai(self, stack):
+        """What any OpenAI client asks of its published port is answered by an engine, word by word."""
+        host, port = stack.address("door", 8080)
+        with openai.OpenAI(
+            base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0
+        ) as ai:
+            models = [model.id for model in ai.models.list()]
+            stream = ai.completions.create(
+                model="emulated", prompt="hello", max_tokens=5, stream=True
+            )
+            reasons = [chunk.choices[0].finish_reason for chunk in stream]
+
+        assert models == ["emulated"]
+        assert reasons[-1] == "length"
+
     def test_every_target_of_prometheus_answers(self, stack):
         """Each role shows its metrics exactly where Prometheus' settings look for them."""
         jobs = set()
@@ -294,7 +318,7 @@ class TestSystem:
             assert (status, "# TYPE" in text) == (200, True), f"{job} {host}:{port}"
             jobs.add(job)
 
-        assert jobs == {"headgate-dispatcher", "headgate-worker", "engine"}
+        assert jobs == {"headgate-dispatcher", "headgate-door", "headgate-worker", "engine"}
 
     def test_redis_keeps_what_it_accepted(self, stack):
         """An append-only file, and no key is ever thrown away."""
@@ -359,7 +383,9 @@ class TestSystem:
 
         denied = {(row[b"username"].decode(), row[b"object"].decode()) for row in rows}
 
-        assert denied <= {(user, "function|load") for user in ("client", "worker", "operator")}
+        assert denied <= {
+            (user, "function|load") for user in ("client", "door", "worker", "operator")
+        }
 
 
 class TestWatching:
@@ -432,6 +458,13 @@ class TestRights:
             pytest.param(
                 "client", ["XRANGE", "hg:{default}:decisions", "-", "+"], id="client pries"
             ),
+            pytest.param(
+                "client", ["CLIENT", "KILL", "TYPE", "normal"], id="client cuts others off"
+            ),
+            pytest.param("door", ["FUNCTION", "LOAD", "x"], id="door plants code"),
+            pytest.param("door", ["XADD", "hg:{default}:beats", "*", "a", "b"], id="door beats"),
+            pytest.param("door", ["XRANGE", "hg:{default}:rewards", "-", "+"], id="door pries"),
+            pytest.param("door", ["XREAD", "STREAMS", "hg:{default}:jobs:a", "0"], id="door works"),
             pytest.param("worker", ["FUNCTION", "LOAD", "x"], id="worker plants code"),
             pytest.param("worker", ["SET", "hg:{default}:snapshot", "x"], id="worker teaches"),
             pytest.param("dispatcher", ["FLUSHALL"], id="dispatcher empties"),

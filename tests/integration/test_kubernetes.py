@@ -141,22 +141,43 @@ class TestFits:
             for item in volume["secret"]["items"]
         }
 
-        assert {"dispatcher", "worker", "users.acl"} <= wanted <= made
+        assert {"dispatcher", "door", "worker", "users.acl"} <= wanted <= made
 
     def test_who_needs_redis_is_let_through_to_it(self, built):
-        """The network policy's label is on the dispatchers and on every pod with a worker."""
+        """The network policy's label is on the dispatchers, the doors and every pod with a worker."""
         [rule] = one(built, "NetworkPolicy", "headgate-redis")["spec"]["ingress"]
         wanted = rule["from"][0]["podSelector"]["matchLabels"].items()
         found = pods(built)
         assert all(
             wanted <= found[name]["metadata"]["labels"].items()
-            for name in ("headgate-dispatcher", "vllm")
+            for name in ("headgate-dispatcher", "headgate-door", "vllm")
         )
+
+    def test_who_may_knock_at_the_door_says_so(self, built):
+        """Its API is for pods with the label, its metrics for whoever scrapes; it reaches Redis and names only."""
+        policy = one(built, "NetworkPolicy", "headgate-door")["spec"]
+        api, metrics = policy["ingress"]
+        assert api["from"] == [
+            {"podSelector": {"matchLabels": {"headgate.io/door-client": "true"}}}
+        ]
+        assert [p["port"] for p in api["ports"]] == ["http"]
+        assert [p["port"] for p in metrics["ports"]] == ["metrics"]
+        assert [p["port"] for rule in policy["egress"] for p in rule["ports"]] == ["redis", 53, 53]
+
+    def test_a_door_has_the_time_to_end(self, built):
+        """Its hook, its drain and its last cancellations fit into what Kubernetes gives it."""
+        spec = pods(built)["headgate-door"]["spec"]
+        [door] = spec["containers"]
+        hook_s = float(door["lifecycle"]["preStop"]["exec"]["command"][1])
+        drain_s = float(named(door)["HEADGATE_DOOR_DRAIN_S"])
+
+        assert spec["terminationGracePeriodSeconds"] >= hook_s + drain_s + 10
 
     def test_our_pods_are_locked_down(self, built):
         """No root, nothing to write to, no privileges, no token of the cluster."""
         found = pods(built)
-        ours = [*containers(found["headgate-redis"]), *containers(found["headgate-dispatcher"])]
+        own = [found[name] for name in ("headgate-redis", "headgate-dispatcher", "headgate-door")]
+        ours = [container for pod in own for container in containers(pod)]
         [sidecar] = found["vllm"]["spec"]["initContainers"]
         for container in [*ours, sidecar]:
             rules = container["securityContext"]
@@ -164,20 +185,21 @@ class TestFits:
             assert not rules["allowPrivilegeEscalation"], container["name"]
             assert rules["capabilities"] == {"drop": ["ALL"]}, container["name"]
             assert container["resources"]["limits"]["memory"], container["name"]
-        for pod in (found["headgate-redis"], found["headgate-dispatcher"]):
+        for pod in own:
             assert pod["spec"]["securityContext"]["runAsNonRoot"]
         assert all(pod["spec"]["automountServiceAccountToken"] is False for pod in found.values())
 
     def test_settings_are_accepted(self, built):
         """The file that the roles will read, with the variables that they will find, has no unknown name."""
         [config] = [r for r in built if r["metadata"]["name"].startswith("headgate-settings-")]
-        for pod in (pods(built)["headgate-dispatcher"], pods(built)["vllm"]):
+        for name in ("headgate-dispatcher", "headgate-door", "vllm"):
+            pod = pods(built)[name]
             for container in containers(pod):
                 environ = {k: v for k, v in named(container).items() if v is not None}
                 settings = parse(config["data"]["headgate.toml"], environ | {"HEADGATE_POOL": "p"})
                 assert settings.redis.url == "redis://headgate-redis:6379/0"
 
-    @pytest.mark.parametrize("pod", ["headgate-dispatcher", "vllm"])
+    @pytest.mark.parametrize("pod", ["headgate-dispatcher", "headgate-door", "vllm"])
     def test_commands_exist(self, built, pod):
         """Each role's command is one of ours, with options that it has."""
         [ours] = [
