@@ -92,10 +92,19 @@ def address(url: str) -> Address:
 class Connection:
     """One connection: opens, authenticates and selects on entry, then answers `call` after `call`."""
 
-    def __init__(self, url: str, *, timeout_s: float | None, ca_file: str = "") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float | None,
+        ca_file: str = "",
+        cert_file: str = "",
+        key_file: str = "",
+    ) -> None:
+        """Say where; the files are for TLS, the last two for a server that wants a certificate of us."""
         self.address = address(url)
         self._timeout_s = timeout_s
-        self._ca_file = ca_file
+        self._ca_file, self._cert_file, self._key_file = ca_file, cert_file, key_file
         self._unread = b""
 
     def __enter__(self) -> Self:
@@ -164,6 +173,8 @@ class Connection:
         if not to.is_tls:
             return plain
         context = ssl.create_default_context(cafile=self._ca_file or None)
+        if self._cert_file:
+            context.load_cert_chain(self._cert_file, self._key_file)
         return context.wrap_socket(plain, server_hostname=to.host)
 
     def _greet(self) -> None:

@@ -273,10 +273,7 @@ class Stack:
     async def _await_beats(self) -> None:
         """Return when every endpoint has beaten as ready, and somebody leads."""
         names = {engine.name for engine in self._endpoints}
-        where = Where(
-            url=self.settings.redis.login_url,
-            tls_ca_file=self._settings.redis.tls_ca_file or None,
-        )
+        where = Where.of(self.settings.redis, url=self.settings.redis.login_url)
         connection = await Connection.connect(where)
         keys = Keys(self._settings.redis.prefix, self._settings.pool)
         try:

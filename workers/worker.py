@@ -13,7 +13,7 @@ import structlog
 from dispatcher.streams.connection import Connection, Where
 from scheduler.errors import FencedError, SettingsError
 from scheduler.keys import Keys
-from scheduler.settings import EngineAddress, RedisSettings, Settings
+from scheduler.settings import EngineAddress, Settings
 from workers import metrics
 from workers.endpoint import Endpoint
 from workers.engine import checked
@@ -58,7 +58,8 @@ class Worker:
             FencedError: newer workers have joined in every name of ours.
         """
         settings = self._settings
-        connection = await Connection.connect(where(settings.redis))
+        redis = settings.redis
+        connection = await Connection.connect(Where.of(redis, url=redis.login_url))
         try:
             keys = Keys(settings.redis.prefix, settings.pool)
             meter = Meter()
@@ -146,16 +147,6 @@ async def serve(settings: Settings, ready: Callable[[Worker], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.stop)
     await worker.run(lambda: ready(worker))
-
-
-def where(redis: RedisSettings) -> Where:
-    """How to reach the pool's Redis."""
-    return Where(
-        url=redis.url,
-        username=redis.username or None,
-        password=redis.password or None,
-        tls_ca_file=redis.tls_ca_file or None,
-    )
 
 
 def address(text: str) -> EngineAddress:

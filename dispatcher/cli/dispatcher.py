@@ -47,9 +47,7 @@ async def dispatcher(
 
     Prints one line of JSON when it runs. SIGTERM: resigns at once and exits 0.
     """
-    where = Where(
-        url=local.known_url(settings.redis), tls_ca_file=settings.redis.tls_ca_file or None
-    )
+    where = Where.of(settings.redis, url=local.known_url(settings.redis))
     connection = await Connection.connect(where)
     try:
         own = name or node.own_name()

@@ -37,8 +37,14 @@ def redis(
 ) -> None:
     """Talk to Redis by hand, on machines without redis-cli."""
     show = in_json if as_json else (dressed if sys.stdout.isatty() else bare)
-    url = local.known_url(settings.redis)
-    with Connection(url, timeout_s=None, ca_file=settings.redis.tls_ca_file) as connection:
+    own = settings.redis
+    with Connection(
+        local.known_url(own),
+        timeout_s=None,
+        ca_file=own.tls_ca_file,
+        cert_file=own.tls_cert_file,
+        key_file=own.tls_key_file,
+    ) as connection:
         if words:
             is_good = _ask(connection, words, show)
             raise typer.Exit(0 if is_good else 1)

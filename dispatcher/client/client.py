@@ -82,9 +82,7 @@ class Client:
     @classmethod
     def from_settings(cls, settings: Settings, *, name: str | None = None) -> Self:
         """A client for the pool that these settings describe; a private server that runs is found."""
-        where = Where(
-            url=local.known_url(settings.redis), tls_ca_file=settings.redis.tls_ca_file or None
-        )
+        where = Where.of(settings.redis, url=local.known_url(settings.redis))
         return cls(
             redis=where,
             pool=settings.pool,

@@ -138,8 +138,7 @@ class _Reader:
         delay_s = RETRY_FIRST_S
         while self._living():
             try:
-                async with asyncio.timeout(None) as self._waiting:
-                    await self._turn()
+                await self._turn()
             except TimeoutError:
                 continue  # the share is another
             except StreamError as error:
@@ -148,8 +147,6 @@ class _Reader:
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
             else:
                 delay_s = RETRY_FIRST_S
-            finally:
-                self._waiting = None
 
     def _break_off(self, after_s: float) -> None:
         """End the wait under way, if it has not ended by then; the reader looks at its share anew."""
@@ -161,6 +158,13 @@ class _Reader:
         return self.share
 
     async def _turn(self) -> None:
+        try:
+            async with asyncio.timeout(None) as self._waiting:
+                await self._wait()
+        finally:
+            self._waiting = None
+
+    async def _wait(self) -> None:
         open_ones = [one for one in self.share if one.room.is_set()]
         if not open_ones:
             await _any_room(self.share)

@@ -1,7 +1,7 @@
 """Where a Redis is and how redis-py reaches it: one server, TLS, a unix socket, Sentinel or a Cluster."""
 
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import redis.asyncio as aioredis
@@ -9,6 +9,8 @@ from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff, NoBackoff
+
+from scheduler.settings import RedisSettings
 
 REPLY_TIMEOUT_S = 5.0
 "The longest wait for an answer that does not block on the server."
@@ -36,6 +38,21 @@ class Where(msgspec.Struct, frozen=True, kw_only=True):
     tls_ca_file: str | None = None
     "CA bundle for TLS; the system's where None."
 
+    tls_cert_file: str | None = None
+    "Our own certificate, for a server that wants one; it goes with a key."
+
+    tls_key_file: str | None = None
+
+    @classmethod
+    def of(cls, redis: RedisSettings, *, url: str) -> Self:
+        """This URL, which may hold its own login, with the certificates of the settings."""
+        return cls(
+            url=url,
+            tls_ca_file=redis.tls_ca_file or None,
+            tls_cert_file=redis.tls_cert_file or None,
+            tls_key_file=redis.tls_key_file or None,
+        )
+
 
 def client(where: Where, *, is_reader: bool = False) -> Any:
     """A client for the URL; the reader's waits without a timeout and never repeats."""
@@ -53,8 +70,13 @@ def client(where: Where, *, is_reader: bool = False) -> Any:
     if where.password is not None:
         options["password"] = where.password
     is_secure = url.scheme.startswith("rediss")
-    if is_secure and where.tls_ca_file is not None:
-        options["ssl_ca_certs"] = where.tls_ca_file
+    if is_secure:
+        files = {
+            "ssl_ca_certs": where.tls_ca_file,
+            "ssl_certfile": where.tls_cert_file,
+            "ssl_keyfile": where.tls_key_file,
+        }
+        options |= {name: file for name, file in files.items() if file is not None}
     kind = url.scheme.removeprefix("rediss").removeprefix("redis")
     if kind in ("+sentinel", "+cluster"):
         several = _sentinel if kind == "+sentinel" else _cluster
@@ -93,7 +115,8 @@ def _hosts(netloc: str) -> tuple[dict[str, str], list[tuple[str, int]]]:
     """User and password, and the hosts, of `user:password@host:port,host:port`."""
     login, _, rest = netloc.rpartition("@")
     user, _, password = login.partition(":")
-    auth = {key: word for key, word in (("username", user), ("password", password)) if word}
+    said = (("username", user), ("password", password))
+    auth = {key: unquote(word) for key, word in said if word}
     hosts = []
     for part in rest.split(","):
         host, _, port = part.rpartition(":")

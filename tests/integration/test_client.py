@@ -11,6 +11,7 @@ from played import Played
 
 from dispatcher.client import BlockingClient, Client, follower
 from dispatcher.client.completion import completion
+from dispatcher.local import Server
 from scheduler.errors import (
     RequestCancelled,
     RequestFailed,
@@ -317,6 +318,21 @@ class TestWeather:
         await played.finish(played.held[0])
 
         assert (await handle).text == "x "
+
+    async def test_leaving_while_redis_is_away(self, tmp_path, pool, caplog):
+        """Readers between two tries end like any other."""
+        with Server(directory=tmp_path) as server:
+            async with Client(redis=server.url, pool=pool) as client:
+                handle = await client.submit(says("x"), stream=True)
+                following = asyncio.create_task(anext(aiter(handle)))
+                server.stop()
+                async with asyncio.timeout(20):
+                    while "cannot read replies" not in caplog.text:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                following.cancel()
+
+                with pytest.raises(asyncio.CancelledError):
+                    await following
 
 
 class TestBlocking:

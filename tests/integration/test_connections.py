@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from byhand import PlayedWorker
+from certificates import Authority
 from servers import BINARIES
 
 from dispatcher.node import Node
@@ -156,24 +157,17 @@ class TestWays:
 @pytest.mark.parametrize("kind", [kind for kind, binary in BINARIES.items() if has_tls(binary)])
 async def test_tls(kind, tmp_path, pool):
     """With an authority of one's own; without it the server is not trusted."""
-    crt, key = certificate(tmp_path)
-    flags = (f"tls-cert-file {crt}", f"tls-key-file {key}", f"tls-ca-cert-file {crt}")
+    authority = Authority(tmp_path)
+    crt, key = authority.issue("server")
+    ca = authority.ca_file
+    flags = (f"tls-cert-file {crt}", f"tls-key-file {key}", f"tls-ca-cert-file {ca}")
     secure = free_port() + 3
     more = (f"tls-port {secure}", "tls-auth-clients no")
     with serving(BINARIES[kind], tmp_path, *flags, *more):
         url = f"rediss://127.0.0.1:{secure}"
-        await hand_over(Where(url=url, tls_ca_file=str(crt)), pool)
+        await hand_over(Where(url=url, tls_ca_file=str(ca)), pool)
         with pytest.raises(StreamError, match="certificate verify failed"):
             await Connection.connect(Where(url=url))
-
-
-def certificate(directory: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
-    crt, key = directory / "tls.crt", directory / "tls.key"
-    words = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=headgate"
-    more = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(crt)]
-    subprocess.run([*words.split(), *more], check=True, capture_output=True)
-    return crt, key
 
 
 async def info(redis: Connection) -> bytes:

@@ -5,12 +5,12 @@ import contextlib
 import json
 import shutil
 import ssl
-import subprocess
 from functools import partial
 
 import aiohttp
 import openai
 import pytest
+from certificates import Authority
 from played import ENDPOINT, Played
 
 from dispatcher.client import Client
@@ -400,18 +400,13 @@ class TestWhoComesIn:
 
     async def test_tls(self, redis_url, pool, tmp_path):
         """With a certificate it speaks HTTPS and nothing else; one file of the two stops the start."""
-        openssl = shutil.which("openssl")
-        if openssl is None:
+        if not shutil.which("openssl"):
             pytest.skip("no openssl here to make a certificate with")
-        made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-        files = ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
-        name = ["-addext", "subjectAltName=IP:127.0.0.1"]
-        subprocess.run(  # noqa: ASYNC221  nothing else runs yet
-            [openssl, *made.split(), *name, *files], check=True, capture_output=True
-        )
-        door = {"tls_cert_file": str(tmp_path / "cert"), "tls_key_file": str(tmp_path / "key")}
+        authority = Authority(tmp_path)
+        crt, key = authority.issue("door")
+        door = {"tls_cert_file": str(crt), "tls_key_file": str(key)}
         async with opened(redis_url, pool, **door) as front:
-            trust = ssl.create_default_context(cafile=tmp_path / "cert")
+            trust = ssl.create_default_context(cafile=authority.ca_file)
             url = front.url.replace("http:", "https:")
             async with front.session.get(f"{url}/v1/models", ssl=trust) as answer:
                 assert answer.status == 200
