@@ -11,13 +11,14 @@ import asyncio
 import os
 import socket
 import time
+from collections.abc import Sequence
 from importlib import metadata
 
 import msgspec
 import numpy as np
 import structlog
 
-from dispatcher import journal
+from dispatcher import journal, plugins
 from dispatcher.delivery import Delivery
 from dispatcher.intake import Intake
 from dispatcher.journal import Core, Journal, Recorder
@@ -34,6 +35,8 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.errors import FencedError, SettingsError, StreamError
 from scheduler.keys import Keys
 from scheduler.policies import Policy, Urgency
+from scheduler.profile import profile as profiles
+from scheduler.profile.parts import Part
 from scheduler.settings import Settings
 from scheduler.view import View
 
@@ -222,10 +225,13 @@ def core_settings(settings: Settings) -> CoreSettings:
     """The core's part of the settings.
 
     Raises:
-        SettingsError: the policy is unknown or misses a setting of its own.
+        SettingsError: the policy, or a part of the profile, is unknown or misses a setting of its own.
     """
+    found = plugins.chosen(settings.policy, settings.profile)
+    parts = [kind for kind in found if issubclass(kind, Part)]
     return CoreSettings(
-        policy=_policy(settings.policy),
+        policy=_policy(settings.policy, [kind for kind in found if issubclass(kind, Policy)]),
+        profile=profiles.decode(settings.profile, parts) if settings.profile else None,
         objectives=settings.objectives,
         fairness=settings.fairness,
         lease_s=settings.lease.worker_s,
@@ -233,11 +239,11 @@ def core_settings(settings: Settings) -> CoreSettings:
     )
 
 
-def _policy(table: dict[str, object]) -> Policy:
+def _policy(table: dict[str, object], plug_ins: Sequence[type[Policy]]) -> Policy:
     if not table:
         return Urgency()
     try:
-        return msgspec.convert(table, policies.union())
+        return msgspec.convert(table, policies.union(tuple(plug_ins)))
     except msgspec.ValidationError as error:
         raise SettingsError(f"policy is {table!r}: {error}") from None
 

@@ -5,14 +5,15 @@
 
 Whoever waits in the lowest band goes first, and within a band the most urgent. So urgency decides among tenants who
 have had about the same, and none can buy a place with promises or priorities once it is a quantum ahead. What one
-leaves unused the others get, and it is no debt of theirs later: a tenant that comes back starts no lower than the
-lowest who waits.
+leaves unused the others get, and it is no debt of theirs later: a tenant that comes back starts one quantum below the
+lowest who waited, no lower. So who asks for less than its share goes before all who ask for more.
 
 After the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). We differ in
-three things: accounts are compared in bands, as wide as a quantum of deficit round robin (Shreedhar and Varghese,
+four things: accounts are compared in bands, as wide as a quantum of deficit round robin (Shreedhar and Varghese,
 1995), so that deadlines have a say; the whole answer is charged when a request is handed over, by prediction, and
 corrected by what the engine reports; and a lead ends at `LEAD_MAX` bands, so that nobody pays for ever for an hour
-in which the others could not use the fleet.
+in which the others could not use the fleet. And a tenant keeps up to a quantum of what it left unused, where theirs
+keeps nothing: otherwise whoever waits seldom would be in no lower band than those who always do.
 """
 
 from scheduler.settings import FairnessSettings
@@ -21,7 +22,7 @@ LEAD_MAX = 100
 "Bands that a tenant can be ahead of the lowest who waits: what it took beyond is forgiven."
 
 IDLE_MAX = 10_000
-"Accounts kept, with those of tenants who have nothing here; a forgotten one begins at the floor, as a newcomer's."
+"Accounts kept, with those of tenants who have nothing here; a forgotten one begins as a newcomer's."
 
 
 class Accounts:
@@ -33,7 +34,7 @@ class Accounts:
         self._settings = settings
         self._had: dict[str, float] = {}
         self._floor = 0.0
-        "Where newcomers begin: the lower edge of the lowest band in which anybody waited; never falls."
+        "The lower edge of the lowest band in which anybody waited; never falls."
 
     def __len__(self) -> int:
         return len(self._had)
@@ -44,7 +45,7 @@ class Accounts:
 
     def had(self, tenant: str) -> float:
         """What it has had, in tokens over its weight."""
-        return self._had.get(tenant, self._floor)
+        return self._had.get(tenant, self._start)
 
     def after(self, tenant: str, had: float, service: float) -> float:
         """What it would have had with so much more."""
@@ -55,8 +56,8 @@ class Accounts:
         return int(had // self._settings.quantum_tokens)
 
     def join(self, tenant: str) -> None:
-        """It begins to wait: what it did not use while it had nothing here is gone."""
-        self._had[tenant] = max(self.had(tenant), self._floor)
+        """It begins to wait: what it did not use while it had nothing here is gone, but for a quantum."""
+        self._had[tenant] = max(self.had(tenant), self._start)
         if len(self._had) > IDLE_MAX:
             self._forget()
 
@@ -70,9 +71,14 @@ class Accounts:
         had = self.after(tenant, self.had(tenant), service)
         self._had[tenant] = max(0.0, min(had, highest))
 
+    @property
+    def _start(self) -> float:
+        """Where newcomers begin."""
+        return max(0.0, self._floor - self._settings.quantum_tokens)
+
     def _forget(self) -> None:
-        """Drop the accounts that say no more than the floor does; one with a lead goes only where none else can."""
-        kept = {tenant: had for tenant, had in self._had.items() if had > self._floor}
+        """Drop the accounts that say no more than a newcomer's; one with a lead goes only where none else can."""
+        kept = {tenant: had for tenant, had in self._had.items() if had > self._start}
         for tenant in list(kept)[: max(0, len(kept) - IDLE_MAX)]:
             del kept[tenant]
         self._had = kept

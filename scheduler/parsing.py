@@ -24,7 +24,7 @@ def parse(text: str, environ: Mapping[str, str]) -> Settings:
     r"""The settings that this TOML gives, overridden by `HEADGATE_…` variables.
 
     A variable is the path in capitals, joined by `__`; where no table's key is free (everywhere but in
-    `objectives` and `policy`) a single `_` does as well.
+    `objectives`, `fairness.weights`, `policy` and `profile`) a single `_` does as well.
 
     >>> parse("[loop]\nread_max = 9", {"HEADGATE_POOL": "chat"}).loop.read_max
     9

@@ -360,7 +360,14 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log: LogSettings = LogSettings()
 
     policy: dict[str, object] = {}
-    "What decides, by name, and its own settings."
+    "What decides who goes first, by name, and its own settings."
+
+    profile: dict[str, object] = {}
+    """
+    How an endpoint is chosen, where not by the plan itself: tables of fetchers, filters and scorers, and a picker.
+
+    docs/PLUGINS.md lists them.
+    """
 
     objectives: dict[str, Objective] = {}
     "Named promises: [objectives.chat] serves requests that say `objective chat`."

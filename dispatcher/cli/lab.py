@@ -13,6 +13,7 @@ from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dispatcher.cli import contender
 from dispatcher.cli.download import FileError
 from scheduler.errors import SettingsError
 from scheduler.sim import fleet as fleets
@@ -42,7 +43,7 @@ PolicyOption = Annotated[
     typer.Option(
         "--policy",
         metavar="P[,P...]",
-        help="Each NAME or NAME:FIELD=VALUE. Names: " + ", ".join(policy.BY_NAME),
+        help="Each NAME or NAME:FIELD=VALUE; the core's also :profile=FILE. Names: " + ", ".join(policy.BY_NAME),
     ),
 ]
 SloOption = Annotated[
@@ -164,7 +165,7 @@ def labels(text: str) -> list[str]:
     if not found:
         raise SettingsError(f"policy is {text!r}, wanted one of: {', '.join(policy.BY_NAME)}")
     for label in found:
-        policy.named(label)
+        contender.named(label)
     return found
 
 
@@ -255,7 +256,7 @@ def _bounds(seed: int, rate_rps: float) -> Bounds:
 
 def _run(cell: Cell) -> Report:
     found, world = _held().run(
-        policy.named(cell.label),
+        contender.named(cell.label),
         label=cell.label,
         seed=cell.seed,
         rate_rps=cell.rate_rps,

@@ -15,6 +15,7 @@ from scheduler.errors import SettingsError
 from scheduler.plan import PlanSettings
 from scheduler.policies import Edf, Fcfs, Urgency
 from scheduler.policies import Policy as CorePolicy
+from scheduler.profile.profile import Profile
 from scheduler.settings import FairnessSettings, Objective
 from scheduler.sim.baselines import affinity, finish, load, lodestar, orders
 from scheduler.sim.baselines.desk import Asked, Bound, Desk, Lined, Order, Router
@@ -70,6 +71,8 @@ class _Core(LabPolicy, frozen=True):
     fill: float = PlanSettings().fill
     pace_worth: float = PlanSettings().pace_worth
     quantum_tokens: int = 0
+    profile: Profile | None = None
+    "How it chooses an endpoint; None: by seconds."
 
     @property
     def is_open(self) -> bool:
@@ -90,6 +93,7 @@ class _Core(LabPolicy, frozen=True):
                 fill=self.fill,
                 pace_worth=self.pace_worth,
             ),
+            profile=self.profile,
             lease_s=stage.delays.lease_s,
         )
         return Scheduler(settings, stage.rng)
