@@ -190,6 +190,26 @@ class TestFinish:
         chosen = [router.choose(asked(f"z{at}"), [0, 1], 12.0) for at in range(20)]
         assert chosen == [1] * 20
 
+    def test_lodestar_is_not_thrown_by_what_it_has_never_seen(self):
+        """Whoever learned while nobody waited anywhere still prefers the fast endpoint when somebody does."""
+        for seed in range(10):
+            made = desk(2)
+            router = lodestar.Lodestar(
+                made.account, made.scrapes, made.prefixes, round_s=10.0, least_answers=50,
+                rng=np.random.default_rng(seed),
+            )  # fmt: skip
+            for at in range(200):
+                one = asked(str(at), prompt=1000 + at)
+                seconds = (1.0, 0.1)[router.choose(one, [0, 1], 0.0)]
+                reward = Reward(
+                    id=one.id, endpoint="", epoch=1, attempt=1, outcome="completed", ttft_s=seconds
+                )
+                router.learn(reward, 11.0 if at == 199 else 0.0)
+            for slot in (0, 1):
+                made.hear(beat(slot, queued=8, running=16), 12.0)
+
+            assert router.choose(asked("z"), [0, 1], 12.0) == 1
+
 
 def served(order, waiting, now=0.0):
     for one in waiting:

@@ -16,10 +16,21 @@ from scheduler.wire import Reward
 
 FEATURES = 9
 HIDDEN = 32
-EPOCHS = 8
+STEPS = 480
+"Batches a round learns from, however few answers there are yet: with fewer the first networks route by chance."
+
 BATCH = 64
 STEP = 0.005
 "Adam's."
+
+SPREAD_MIN = 0.1
+"""
+The least spread that a feature is divided by; all are made to be about 1 when an endpoint is busy.
+
+Nothing waits anywhere while a fleet is young, so that feature's own spread is 0. Divided by next to nothing, the first
+line of waiting requests drove every unit into saturation, and all requests to one endpoint until the round was over:
+mean times to first token of 0.2 to 15 s from seed to seed, where now they are 0.20 to 0.23 (A1, load 0.5).
+"""
 
 KEPT = 4000
 "Answers that a round learns from."
@@ -28,12 +39,13 @@ KEPT = 4000
 class Perceptron:
     """FEATURES -> HIDDEN (tanh) -> 1, trained by Adam on squared error."""
 
-    def __init__(self, rng: np.random.Generator, n_inputs: int) -> None:
+    def __init__(self, rng: np.random.Generator, n_inputs: int, *, mean: float = 0.0) -> None:
+        """Random weights; `mean` is what it predicts on average before it has learned."""
         self._weights: list[Floats] = [
             rng.normal(0.0, n_inputs**-0.5, (n_inputs, HIDDEN)),
             np.zeros(HIDDEN),
             rng.normal(0.0, HIDDEN**-0.5, HIDDEN),
-            np.zeros(1),
+            np.full(1, mean),
         ]
         self._mean = [np.zeros_like(w) for w in self._weights]
         self._square = [np.zeros_like(w) for w in self._weights]
@@ -130,12 +142,11 @@ class Lodestar:
         kept = [(features, target) for features, target in self._answers if len(features) == width]
         inputs = np.array([features for features, _ in kept])
         targets = np.array([target for _, target in kept])
-        self._shift, self._scale = inputs.mean(axis=0), inputs.std(axis=0) + 1e-3
+        self._shift = inputs.mean(axis=0)
+        self._scale = np.maximum(inputs.std(axis=0), SPREAD_MIN)
         inputs = (inputs - self._shift) / self._scale
         # From scratch each round: the standardisation has moved.
-        self._network = Perceptron(self._rng, width)
-        for _ in range(EPOCHS):
-            order = self._rng.permutation(len(targets))
-            for at in range(0, len(order), BATCH):
-                rows = order[at : at + BATCH]
-                self._network.learn(inputs[rows], targets[rows])
+        self._network = Perceptron(self._rng, width, mean=float(targets.mean()))
+        for _ in range(STEPS):
+            rows = self._rng.integers(len(targets), size=BATCH)
+            self._network.learn(inputs[rows], targets[rows])
