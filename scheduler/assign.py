@@ -86,6 +86,7 @@ def _job(
         prefill_s=choice.total_s - choice.onward_s,
         features=features,
         traceparent=request.traceparent,
+        blocks=request.blocks if "kv_events" in endpoint.beat.features else (),
         kv_params=b"" if kept is None else kept.params,
         kv_until_at=None if kept is None else kept.until_at,
     )

@@ -181,6 +181,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     "How much of it the dispatcher believes to be in the endpoint's prefix cache."
 
+    blocks: tuple[str, ...] = ()
+    "The request's prefix blocks, for an engine that tells of its cache; for others they need not travel."
+
     expected_tokens: int | None = None
     "How long the answer will be, as the request said; absent: nobody knows."
 

@@ -97,7 +97,7 @@ def post(job: Job, body: Body, written: Written = NOTHING, *, by_priority: bool 
     ready["stream_options"] = {"include_usage": True, "continuous_usage_stats": job.stream}
     if by_priority:
         ready["priority"] = -job.priority  # vLLM's order is the other way round: lower first
-    if job.stream and _is_ids(body.get("prompt")):
+    if job.stream and is_ids(body.get("prompt")):
         ready["return_token_ids"] = True
     is_spent = False
     if written.pieces:
@@ -116,6 +116,11 @@ def max_tokens(body: Body) -> int | None:
         if isinstance(limit, int):
             return limit
     return None
+
+
+def is_ids(prompt: object) -> bool:
+    """Whether it is one prompt of token ids."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
 
 
 def _continue(ready: Body, job: Job, written: Written) -> None:
@@ -152,7 +157,7 @@ def _obstacle(body: Body, written: Written) -> str:
     if isinstance(shape, dict) and shape.get("type", "text") != "text":
         return f"the request asks for {shape.get('type')!r}"
     prompt = body.get("prompt")
-    if _is_ids(prompt):
+    if is_ids(prompt):
         return "" if written.ids else "the ids of the tokens written are unknown"
     if prompt is not None and not isinstance(prompt, str):
         return "the request has several prompts"
@@ -188,7 +193,3 @@ def _reduce(ready: Body, used: int) -> bool:
             return True
     limit = max_tokens(ready)
     return limit is not None and limit <= 0
-
-
-def _is_ids(prompt: object) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)

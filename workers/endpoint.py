@@ -30,6 +30,7 @@ from workers.engine import Engine
 from workers.health import Health, is_broken
 from workers.holdings import Holdings, following
 from workers.inbox import Arrival, Inbox
+from workers.kv_binder import Binder
 from workers.kv_feed import Feed
 from workers.kv_mirror import Mirror
 from workers.metrics import Gaps, Meter
@@ -80,6 +81,7 @@ class Endpoint:
         )
         self._mirror = Mirror()
         self._feed = Feed(self._mirror, name=self.name)
+        self._binder = Binder(self._engine, self._mirror)
         self._said = Holdings()
         self._said_tick = float("-inf")
         self.health = Health(self._engine, address, settings, clock=connection.now)
@@ -139,7 +141,7 @@ class Endpoint:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 tasks = (self._read, self._tend, self._pulse.run, self._watch, self._adopt)
-                for task in (*tasks, self._feed.run):
+                for task in (*tasks, self._feed.run, self._binder.run):
                     group.create_task(task(), name=f"{self.name} {task.__qualname__}")
         except* FencedError as fenced:
             log.debug("fenced", endpoint=self.name, reason=str(fenced.exceptions[0]))
@@ -415,6 +417,7 @@ class Endpoint:
         elif error is None:
             self.health.succeeded()
             self.rhythm.said(attempt.output_tokens)
+            self._binder.computed(attempt.job, attempt.body)
             self._ending.finish(attempt, "completed")
         else:
             self._failed(attempt, error)

@@ -12,7 +12,7 @@ import msgspec
 from scheduler.errors import EngineError, SettingsError
 from scheduler.settings import EngineAddress
 from workers.answer import Answer, fault_in, refusal
-from workers.body import Post
+from workers.body import Body, Post
 from workers.scrape import Load, parse
 
 ERROR_BYTES = 64 * 1024
@@ -23,6 +23,17 @@ READ_BYTES = 256 * 1024
 
 SCRAPE_BYTES = 8 * 2**20
 "The longest /metrics that is read; vLLM's is some 50 KB."
+
+
+TOKENIZED = (
+    *("model", "prompt", "messages", "tools", "add_special_tokens", "add_generation_prompt"),
+    *("continue_final_message", "chat_template", "chat_template_kwargs"),
+)
+"What of a body makes its prompt."
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
 
 
 class Card(msgspec.Struct):
@@ -155,6 +166,29 @@ class Engine:
             raise EngineError(f"no token within {self._probe_timeout.total:g} s") from None
         answer.check()
         return answer
+
+    async def tokens(self, body: Body) -> list[int]:
+        """What the engine's tokenizer makes of a prompt.
+
+        Raises:
+            EngineError: it has no tokenizer, or will not take this prompt.
+        """
+        asked = {key: body[key] for key in TOKENIZED if key in body}
+        try:
+            async with self._http.post(
+                self._root + "/tokenize",
+                data=msgspec.json.encode(asked),
+                headers={"Content-Type": "application/json"},
+                timeout=self._probe_timeout,
+            ) as response:
+                found = await _read(response, SCRAPE_BYTES)
+                if response.status != 200:
+                    raise refusal(response.status, fault_in(found[:ERROR_BYTES]))
+                return msgspec.json.decode(found, type=_Tokens).tokens
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _weather(error) from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise EngineError(f"/tokenize is no JSON of tokens: {error}") from None
 
     async def page(self, path: str) -> bytes:
         """What the engine shows there; empty where it has no such page.

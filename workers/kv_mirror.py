@@ -55,6 +55,8 @@ class Mirror:
         """Nothing is known and nothing told."""
         self._nodes: dict[Hash, _Node] = {}
         self._by_content: dict[tuple[Hash | None, bytes], Hash] = {}
+        self._block_tokens = 1
+        "Of the engine's blocks."
         self._counts: dict[str, int] = {}
         "How many of the engine's blocks end each block of the wire: two requests may have computed the same."
         self._epoch = self._seq = 0
@@ -109,7 +111,11 @@ class Mirror:
         self._listing = dict.fromkeys(self._counts)
         self._account = None
 
-    def bind(self, blocks: Sequence[str], tokens: Sequence[int], block_tokens: int) -> None:
+    def knows(self, blocks: Sequence[str]) -> bool:
+        """Whether every block is, but the last: that may end where none of the engine's does."""
+        return all(block in self._counts for block in blocks[:-1])
+
+    def bind(self, blocks: Sequence[str], tokens: Sequence[int], *, prompt_tokens: int) -> None:
         """These tokens are what the engine made of a prompt whose blocks on the wire are these.
 
         The blocks of a text are spread evenly over its tokens: each ends where its share of them does.
@@ -117,16 +123,18 @@ class Mirror:
         Args:
             blocks: the request's, first block first.
             tokens: the prompt as the engine read it.
-            block_tokens: the engine's block size.
+            prompt_tokens: its length as the blocks were cut, which for text is an estimate.
         """
-        share = len(tokens) / len(blocks) if blocks else 0.0
+        share = BLOCK_TOKENS * len(tokens) / max(prompt_tokens, BLOCK_TOKENS * len(blocks), 1)
         parent: Hash | None = None
-        at = 0
-        for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
-            found = self._by_content.get((parent, _packed(tokens[start : start + block_tokens])))
+        at = start = 0
+        while at < len(blocks):
+            content = (parent, _packed(tokens[start : start + self._block_tokens]))
+            found = self._by_content.get(content)
             if found is None:
                 return
             node, parent = self._nodes[found], found
+            start = node.depth
             while at < len(blocks) and (at + 1) * share <= node.depth:
                 self._name(node, blocks[at])
                 at += 1
@@ -166,7 +174,7 @@ class Mirror:
         size = event.block_tokens
         if parent is None or size < 1 or len(event.token_ids) != size * len(event.hashes):
             return  # what it follows is not known: neither is what it holds
-        before = event.parent
+        before, self._block_tokens = event.parent, size
         for at, name in enumerate(event.hashes):
             tokens = event.token_ids[at * size : (at + 1) * size]
             node = self._nodes.get(name)

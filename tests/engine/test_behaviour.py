@@ -339,6 +339,22 @@ class TestCache:
             assert reply.usage["prompt_tokens_details"]["cached_tokens"] == 0
 
 
+class TestTokenizer:
+    async def test_it_counts_a_prompt_as_its_answer_does(self, server):
+        """Text and chat; `/tokenize` takes what makes the prompt."""
+        messages = [{"role": "user", "content": "the river rises " * 40}]
+        for path, body in (
+            ("/v1/completions", {"prompt": "the river rises " * 40}),
+            (CHAT, {"messages": messages}),
+        ):
+            status, text = await server.post("/tokenize", {"model": MODEL, **body})
+            answer = await server.ask(path, max_tokens=1, **body)
+
+            found = json.loads(text)
+            assert status == 200
+            assert found["count"] == len(found["tokens"]) == answer.usage["prompt_tokens"]
+
+
 class TestKvEvents:
     """`--kv-events-config`: what is said of the cache is what it then finds."""
 
@@ -394,6 +410,25 @@ class TestKvEvents:
             found = again.usage["prompt_tokens_details"]["cached_tokens"]
             assert left < 7
             assert left == found // BLOCK_TOKENS
+
+    async def test_a_text_is_found_by_its_tokens(self, server):
+        """The blocks of a text, cut by the byte, end where its tokens do: known as stored, and as evicted."""
+        text = "".join(f"chapter {n}, in which the river rises; " for n in range(100))
+        body = {"messages": [{"role": "user", "content": text}]}
+        names = blocks(text)
+        async with self.heard(server) as mirror:
+            answer = await server.ask(CHAT, max_tokens=1, **body)
+            said = json.loads((await server.post("/tokenize", {"model": MODEL, **body}))[1])
+            await self.until_held(mirror, said["tokens"], answer.usage["prompt_tokens"] // 128)
+
+            mirror.bind(names, said["tokens"], prompt_tokens=len(text.encode()) // 4)
+            assert mirror.knows(names)
+            assert mirror.blocks.issuperset(names[:-1])
+
+            for n in range(8):
+                await server.ask(prompt=prompt_of(40 + n, 1000), max_tokens=1)
+            await self.until_held(mirror, said["tokens"], 0)
+            assert mirror.blocks.isdisjoint(names)
 
     async def test_a_reset_is_told(self, server):
         """With the next step: nothing is there any more."""

@@ -149,6 +149,19 @@ def understand(
     )
 
 
+def tokens(raw: bytes) -> list[int]:
+    """The token ids of a prompt, as /tokenize has them.
+
+    Raises:
+        RefusedError: 400 for a bad body.
+    """
+    try:
+        body = _decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RefusedError(400, str(error), kind="Bad Request") from error
+    return (_chat_context(body) if body.messages else _completion_context(body)).ids
+
+
 def error_body(status: int, message: str, *, kind: str, param: str | None = None) -> bytes:
     """An error in vLLM's shape, as a body or as a chunk inside a stream."""
     return msgspec.json.encode(

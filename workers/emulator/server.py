@@ -19,7 +19,7 @@ from scheduler.errors import SettingsError
 from scheduler.sim.step import QueueFullError
 from workers.emulator import faults
 from workers.emulator.answer import DONE, ENGINE_DEAD, Answer, framed_event
-from workers.emulator.protocol import Kind, RefusedError, error_body, understand
+from workers.emulator.protocol import Kind, RefusedError, error_body, tokens, understand
 from workers.emulator.service import PauseMode, Service
 from workers.emulator.settings import EmulatorSettings
 
@@ -166,6 +166,7 @@ class Emulator:
                 web.post("/v1/completions", self._completions),
                 web.post("/v1/chat/completions", self._chat),
                 web.get("/v1/models", self._models),
+                web.post("/tokenize", self._tokenize),
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
                 web.get("/load", self._load),
@@ -322,6 +323,15 @@ class Emulator:
             "max_model_len": self.service.max_model_len,
         }
         return _json(msgspec.json.encode({"object": "list", "data": [card]}))
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        try:
+            ids = tokens(await request.read())
+        except RefusedError as error:
+            return _json(error.body(), status=error.status)
+        limit = self.service.max_model_len
+        found = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None}
+        return _json(msgspec.json.encode(found))
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=503 if self.service.life == "dead" else 200)

@@ -1,0 +1,164 @@
+"""What an engine says of its prefix cache reaches the decisions: dispatcher, worker and emulated engine, over Redis.
+
+The engine is also asked behind the dispatcher's back, so that beliefs alone must be wrong.
+"""
+
+import asyncio
+import contextlib
+
+import aiohttp
+import pytest
+from hand import until
+
+from dispatcher.client import Client
+from dispatcher.node import Node
+from dispatcher.streams.connection import Connection, Where
+from scheduler import codec
+from scheduler.prefix import BLOCK_TOKENS
+from scheduler.settings import (
+    EngineAddress,
+    LeaseSettings,
+    RedisSettings,
+    Settings,
+    WorkerSettings,
+)
+from scheduler.sim.arguments import EngineSettings
+from scheduler.wire import Beat, Decision
+from workers import kv_feed
+from workers.emulator.server import Emulator
+from workers.emulator.settings import EmulatorSettings
+from workers.worker import Worker
+
+MODEL = "emulated"
+ROOM = 4096
+"KV tokens of the engine: four prompts."
+
+
+def text(seed):
+    """A thousand tokens that begin as no other."""
+    return f"{seed:06d}, " + "the river rises, " * 235
+
+
+def chat(seed):
+    return {"model": MODEL, "max_tokens": 2, "messages": [{"role": "user", "content": text(seed)}]}
+
+
+def completion(seed):
+    return {"model": MODEL, "max_tokens": 2, "prompt": text(seed)}
+
+
+def ids(seed):
+    return {"model": MODEL, "max_tokens": 2, "prompt": [seed * 1000 + n for n in range(1000)]}
+
+
+@pytest.fixture
+async def engine():
+    """One that publishes."""
+    settings = EmulatorSettings(
+        time_scale=20.0,
+        kv_events=True,
+        engine=EngineSettings(kv_tokens=ROOM, block_size=32),
+        max_model_len=2048,
+    )
+    async with Emulator(settings) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+async def client(engine, redis_url, pool):
+    """A client of the whole, which runs while the test does."""
+    settings = Settings(
+        pool=pool,
+        redis=RedisSettings(url=redis_url),
+        lease=LeaseSettings(leader_s=3.0, worker_s=2.0, beat_s=0.1),
+        worker=WorkerSettings(
+            engines=(EngineAddress(name="e0", url=engine.url),), probe_s=0.1, drain_s=1.0
+        ),
+    )
+    connection = await Connection.connect(Where(url=redis_url))
+    worker = Worker(settings)
+    tasks = [
+        asyncio.create_task(Node(connection, settings, name="d").run()),
+        asyncio.create_task(worker.run(lambda: None)),
+    ]
+    async with Client(redis=redis_url, pool=pool) as one:
+        yield one
+    worker.stop()
+    await tasks[1]
+    tasks[0].cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await tasks[0]
+    await connection.close()
+
+
+async def behind(engine, body):
+    """Asked of the engine directly."""
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    async with aiohttp.ClientSession() as session, session.post(engine.url + path, json=body) as it:
+        assert it.status == 200
+
+
+async def accounts(client):
+    """All that was told of the cache."""
+    beats = [codec.decode(Beat, f) for _, f in await client.connection.entries(client.keys.beats)]
+    return [beat for beat in beats if beat.kv_epoch]
+
+
+async def served(client, body):
+    """What was believed cached when it was decided, and what was found."""
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    answer = await (await client.submit(body, path=path))
+    log = await client.connection.entries(client.keys.decisions)
+    decisions = [codec.decode(Decision, fields) for _, fields in log]
+    [decision] = [d for d in decisions if d.id == answer.record.id and d.kind == "assigned"]
+    return decision.cached_tokens, answer.record.cached_tokens
+
+
+@pytest.mark.parametrize("body", [chat, completion, ids])
+async def test_an_evicted_prefix_is_no_longer_believed(engine, client, body):
+    """What the dispatcher sent there once, others have pushed out since."""
+    assert await served(client, body(1)) == (0, 0)
+    await until(lambda: _told(client, "kv_stored"))
+    believed, found = await served(client, body(1))
+    assert believed == 7 * BLOCK_TOKENS
+    assert found >= believed
+
+    for seed in range(2, 7):
+        await behind(engine, body(seed))
+    await until(lambda: _told(client, "kv_removed", 7))
+
+    believed, found = await served(client, body(1))
+    assert found == 0
+    assert believed == 0
+
+
+async def test_a_prefix_that_others_brought_is_known(engine, client):
+    """The dispatcher never saw the prompt, and counts on it."""
+    await served(client, ids(1))
+    await behind(engine, ids(2))
+    await until(lambda: _told(client, "kv_stored", 14))
+
+    believed, found = await served(client, ids(2))
+
+    assert believed == 7 * BLOCK_TOKENS
+    assert found >= believed
+
+
+async def test_all_is_told_anew_for_who_missed_some(engine, client, monkeypatch):
+    """From time to time, without being asked."""
+    monkeypatch.setattr(kv_feed, "LIST_S", 0.2)
+    await served(client, ids(1))
+    await until(lambda: _told(client, "kv_stored", 7))
+
+    async def listed_twice():
+        told = await accounts(client)
+        return max((beat.kv_epoch for beat in told), default=0) >= 3
+
+    await until(listed_twice)
+    last = (await accounts(client))[-1].kv_epoch
+    listing = [beat for beat in await accounts(client) if beat.kv_epoch == last - 1]
+    assert sum(len(beat.kv_stored) for beat in listing) == 7
+
+
+async def _told(client, field, count=1):
+    return sum(len(getattr(beat, field)) for beat in await accounts(client)) >= count
