@@ -104,6 +104,13 @@ def stage(found: Story, objectives: dict[str, Objective], *, name: str, lease_s:
     if not found.beats:
         raise SettingsError(f"{name}: holds no beat of any endpoint, wanted at least one")
     start_at = min(at for _, at in found.requests.values())
+    promised = work(found, objectives, start_at)
+    if not promised.arrivals:
+        known = ", ".join(sorted(objectives)) or "none"
+        raise SettingsError(
+            f"{name}: its requests name objectives that its settings do not know ({known}); "
+            "copy it with the dispatcher's own --config"
+        )
     return Lab(
         fleet=Fleet(
             name="recorded",
@@ -111,7 +118,7 @@ def stage(found: Story, objectives: dict[str, Objective], *, name: str, lease_s:
             delays=Delays(lease_s=lease_s),
             faults=faults(found, start_at, lease_s=lease_s),
         ),
-        work=work(found, objectives, start_at),
+        work=promised,
         trace=name,
         machines=machines(found),
     )
