@@ -263,6 +263,21 @@ local function tokens(keys, args)
   return 1
 end
 
+-- What is told of a death, and behind it the request as its client wrote it: a worker knows only what its job says.
+local function buried(requests, entry, dead)
+  local own = #dead > 0 and redis.call('XRANGE', requests, entry, entry)[1]
+  if not own then return dead end
+  local fields = {}
+  for i = 1, 10 do fields[i] = dead[i] end -- dead_stream, dead_entry, dead_reason, dead_outcome and id
+  for i = 1, #own[2], 2 do
+    if own[2][i] ~= 'id' then
+      fields[#fields + 1] = own[2][i]
+      fields[#fields + 1] = own[2][i + 1]
+    end
+  end
+  return fields
+end
+
 -- KEYS request jobs requests waiting reply body tokens dead rewards
 -- ARGV endpoint attempt job worker_group group id entry outcome ttl_ms is_private keep result last dead reward
 -- -> 1; 0 no longer yours: nothing but the stale job's acknowledgement was written
@@ -279,6 +294,7 @@ local function finish(keys, args)
   how.result, next = take(args, 12)
   how.last, next = take(args, next)
   how.dead, next = take(args, next)
+  how.dead = buried(keys[3], how.entry, how.dead)
   terminal(keys[1], keys[3], keys[4], keys[5], keys[6], keys[7], keys[8], how)
   add(keys[9], (take(args, next)), tonumber(args[11]))
   return 1

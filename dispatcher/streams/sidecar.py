@@ -144,7 +144,7 @@ def hand_back(keys: Keys, held: Held, reward: Reward) -> Call:
 
 
 def _dead_fields(keys: Keys, held: Held, result: Result) -> dict[str, str | bytes]:
-    """The dead request's own fields as a client would write them, so that a requeue can."""
+    """What is told of its death, and its fields as the job knows them, should its own entry be gone."""
     job = held.job
     dead = Dead(
         dead_stream=keys.requests,

@@ -193,10 +193,11 @@ class TestDispatch:
             await until(lambda: nothing_pending(redis, keys))
 
     async def test_the_dead_come_back(self, redis_url, settings, redis, keys):
-        """A request that failed for good and is enqueued again under its id is served again."""
+        """A request that failed for good and is enqueued again under its id is served again, as it was promised."""
         worker = PlayedWorker(redis, keys)
         async with dispatching(redis_url, settings), worker.beating():
-            await enqueue(redis, keys, "phoenix", max_attempts=1)
+            promised = {"ttft_s": 9.0, "tpot_s": 0.5, "deadline_s": 90.0, "blocks": ("a", "b")}
+            await enqueue(redis, keys, "phoenix", max_attempts=1, **promised)
             [held] = await worker.jobs()
             result = Result(id="phoenix", outcome="failed", reason="engine said no")
             reward = worker.reward(held, "failed", redis.now())
@@ -208,7 +209,11 @@ class TestDispatch:
             call = producer.requeue(keys, dead_entry, "phoenix", own)
             await redis.call(call.function, call.keys, call.args)
 
-            await worker.finish(await worker.jobs())
+            [again] = await worker.jobs()
+            assert (again.job.ttft_s, again.job.tpot_s) == (9.0, 0.5)
+            assert again.job.deadline_at == pytest.approx(again.job.enqueued_at + 90.0)
+            assert own["blocks"] == b"a b"
+            await worker.finish([again])
             outcomes = await redis.entries(keys.results)
             assert [f[b"outcome"] for _, f in outcomes] == [b"failed", b"completed"]
 
