@@ -71,6 +71,19 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
                 f"no prompt of trace {self.trace} fits"
             )
 
+    def admit(self, chosen: LabPolicy) -> None:
+        """Refuse a policy that does not know this kind of fleet.
+
+        Raises:
+            SettingsError: the fleet parts prefill from decode, and the policy's source does not.
+        """
+        if self.fleet.is_disaggregated and not chosen.parts:
+            known = ", ".join(name for name, kind in policy.BY_NAME.items() if kind().parts)
+            raise SettingsError(
+                f"policy {chosen.label!r} does not part prefill from decode, as fleet "
+                f"{self.fleet.name} does; wanted one of: {known}"
+            )
+
     def capacity_rps(self, seed: int) -> float:
         """Completions a second in deep overload under earliest-finish, on this seed's machines."""
         made = self._made(seed)
@@ -100,6 +113,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         timer: Timer | None = None,
     ) -> tuple[Report, World]:
         """One cell with one seed."""
+        self.admit(chosen)
         made = self._made(seed)
         rows = world.rows(self._arriving(rate_rps), self.work.weights, self.work.objectives)
         run = self._world(rows, made, chosen, timer)
@@ -169,6 +183,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         return Stage(
             rng=np.random.default_rng([seed, 2]),
             delays=self.fleet.delays,
+            is_parted=self.fleet.is_disaggregated,
             objectives=self.work.known,
             tenants=self.work.tenants,
         )

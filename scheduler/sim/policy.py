@@ -17,7 +17,7 @@ from scheduler.policies import Edf, Fcfs, Urgency
 from scheduler.policies import Policy as CorePolicy
 from scheduler.profile.profile import Profile
 from scheduler.settings import FairnessSettings, Objective
-from scheduler.sim.baselines import affinity, finish, load, lodestar, orders
+from scheduler.sim.baselines import affinity, finish, load, lodestar, orders, parted
 from scheduler.sim.baselines.desk import Asked, Bound, Desk, Lined, Order, Router
 from scheduler.sim.baselines.finish import Truth
 from scheduler.sim.fleet import Delays
@@ -32,6 +32,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
     rng: np.random.Generator
     delays: Delays
+    is_parted: bool = False
+    "Whether some endpoints only prefill."
     objectives: dict[str, Objective] = {}
     tenants: dict[str, float] = {}
 
@@ -53,6 +55,11 @@ class LabPolicy(
     @property
     def scrapes(self) -> bool:
         """Whether it reads engines' own figures."""
+        return False
+
+    @property
+    def parts(self) -> bool:
+        """Whether it has a form for fleets that part prefill from decode."""
         return False
 
     def dispatch(self, stage: Stage) -> Dispatch:
@@ -77,6 +84,10 @@ class _Core(LabPolicy, frozen=True):
     @property
     def is_open(self) -> bool:
         return False
+
+    @property
+    def parts(self) -> bool:
+        return True
 
     def order(self) -> CorePolicy:
         raise NotImplementedError
@@ -139,12 +150,24 @@ class _Lined(LabPolicy, frozen=True):
     window_s: float = 0.1
     "An endpoint takes its next when its prefill is predicted to be done within this."
 
+    @property
+    def parts(self) -> bool:
+        return True
+
     def order(self, desk: Desk) -> Order:
         raise NotImplementedError
 
+    def second(self, desk: Desk, rng: np.random.Generator) -> Router:
+        """Who decodes what is prefilled: whoever holds the fewest KV tokens."""
+        return parted.LeastKv(desk.account, rng)
+
     def dispatch(self, stage: Stage) -> Dispatch:
         desk = Desk(lease_s=stage.delays.lease_s, prefix_blocks=PREFIX_BLOCKS, learns=True)
-        return Lined(desk, self.order(desk), self.window_s)
+        first = Lined(desk, self.order(desk), self.window_s)
+        if not stage.is_parted:
+            return first
+        desk.first_legs = parted.PREFILL
+        return parted.Parted(desk, first, self.second(desk, stage.rng))
 
 
 def _service_s(desk: Desk) -> Callable[[Asked], float]:
@@ -240,6 +263,9 @@ class Kairos(_Skipping, frozen=True, tag="kairos"):
     def order(self, desk: Desk) -> Order:
         return orders.UrgencyFirst(self.finish_s(desk))
 
+    def second(self, desk: Desk, rng: np.random.Generator) -> Router:  # noqa: ARG002
+        return parted.Slack(desk)
+
 
 # Routers that bind at arrival.
 
@@ -255,12 +281,31 @@ class _Bound(LabPolicy, frozen=True):
     def router(self, desk: Desk, rng: np.random.Generator) -> Router:
         raise NotImplementedError
 
+    def pair(self, desk: Desk, rng: np.random.Generator) -> tuple[Router, Router]:
+        """Who computes prompts and who decodes, where those are parted."""
+        raise NotImplementedError
+
     def dispatch(self, stage: Stage) -> Dispatch:
         desk = Desk(lease_s=stage.delays.lease_s, prefix_blocks=PREFIX_BLOCKS, learns=self.learns)
-        return Bound(desk, self.router(desk, stage.rng))
+        if not stage.is_parted:
+            return Bound(desk, self.router(desk, stage.rng))
+        desk.first_legs = parted.PREFILL
+        first, second = self.pair(desk, stage.rng)
+        return parted.Parted(desk, Bound(desk, first), second)
 
 
-class RoundRobin(_Bound, frozen=True, tag="round-robin"):
+class _Paired(_Bound, frozen=True):
+    """One of them that also serves in two legs: the same router for each, unless it says otherwise."""
+
+    @property
+    def parts(self) -> bool:
+        return True
+
+    def pair(self, desk: Desk, rng: np.random.Generator) -> tuple[Router, Router]:
+        return self.router(desk, rng), self.router(desk, rng)
+
+
+class RoundRobin(_Paired, frozen=True, tag="round-robin"):
     """One after the other."""
 
     def router(self, desk: Desk, rng: np.random.Generator) -> Router:  # noqa: ARG002
@@ -274,7 +319,7 @@ class Random(_Bound, frozen=True, tag="random"):
         return load.Random(rng)
 
 
-class LeastRequest(_Bound, frozen=True, tag="least-request"):
+class LeastRequest(_Paired, frozen=True, tag="least-request"):
     """Fewest requests in flight; AIBrix `least-request`, vLLM production-stack and many others."""
 
     def router(self, desk: Desk, rng: np.random.Generator) -> Router:
@@ -330,12 +375,14 @@ class Sglang(_Bound, frozen=True, tag="sglang-cache-aware"):
         )
 
 
-class LlmdWeighted(_Bound, frozen=True, tag="llm-d-weighted"):
-    """llm-d's default profile (Aug 2026): queue 2, KV 2, prefix 3."""
+class LlmdWeighted(_Paired, frozen=True, tag="llm-d-weighted"):
+    """llm-d's default profile (Aug 2026): queue 2, KV 2, prefix 3; in two legs with its decider by uncached tokens."""
 
     queue: float = 2.0
     kv: float = 2.0
     prefix: float = 3.0
+    uncached_tokens: int = 16
+    "Its `nonCachedTokens`: with fewer the prompt is computed where it is decoded. 0 would never part them."
 
     @property
     def scrapes(self) -> bool:
@@ -344,6 +391,12 @@ class LlmdWeighted(_Bound, frozen=True, tag="llm-d-weighted"):
     def router(self, desk: Desk, rng: np.random.Generator) -> Router:
         weights = (self.queue, self.kv, self.prefix)
         return affinity.LlmdWeighted(desk.scrapes, desk.prefixes, weights=weights, rng=rng)
+
+    def pair(self, desk: Desk, rng: np.random.Generator) -> tuple[Router, Router]:
+        kept = parted.Kept(desk.account, rng)
+        scored = self.router(desk, rng)
+        uncached = self.uncached_tokens
+        return parted.LlmdPair(desk, kept, scored, uncached_tokens=uncached), kept
 
 
 class LlmdSticky(_Bound, frozen=True, tag="llm-d-sticky"):
@@ -377,7 +430,7 @@ class Lmetric(_Bound, frozen=True, tag="lmetric"):
         return finish.Lmetric(desk.account, desk.prefixes, rng)
 
 
-class Dynamo(_Bound, frozen=True, tag="dynamo"):
+class Dynamo(_Paired, frozen=True, tag="dynamo"):
     """NVIDIA Dynamo's KV router (ai-dynamo/dynamo, lib/kv-router selector), temperature 0."""
 
     overlap_weight: float = 1.0
@@ -387,12 +440,20 @@ class Dynamo(_Bound, frozen=True, tag="dynamo"):
             desk.account, desk.prefixes, overlap_weight=self.overlap_weight, rng=rng
         )
 
+    def pair(self, desk: Desk, rng: np.random.Generator) -> tuple[Router, Router]:
+        """Its prefill router; and for decoding the fewest KV blocks, since overlap is switched off there."""
+        return self.router(desk, rng), parted.LeastKv(desk.account, rng)
 
-class Mooncake(_Bound, frozen=True, tag="mooncake"):
+
+class Mooncake(_Paired, frozen=True, tag="mooncake"):
     """Mooncake's Algorithm 1 (FAST 2025): earliest first token by an offline fit, refused when over its promise."""
 
     def router(self, desk: Desk, rng: np.random.Generator) -> Router:  # noqa: ARG002
         return finish.Mooncake(desk)
+
+    def pair(self, desk: Desk, rng: np.random.Generator) -> tuple[Router, Router]:
+        kept = parted.Kept(desk.account, rng)
+        return parted.MooncakePair(desk, kept), kept
 
 
 class Lodestar(_Bound, frozen=True, tag="lodestar"):
@@ -416,7 +477,7 @@ class Lodestar(_Bound, frozen=True, tag="lodestar"):
         )
 
 
-class EarliestFinish(_Bound, frozen=True, tag="earliest-finish"):
+class EarliestFinish(_Paired, frozen=True, tag="earliest-finish"):
     """The earliest predicted first token by the cost model that ships."""
 
     @property
@@ -425,6 +486,9 @@ class EarliestFinish(_Bound, frozen=True, tag="earliest-finish"):
 
     def router(self, desk: Desk, rng: np.random.Generator) -> Router:  # noqa: ARG002
         return finish.EarliestFinish(desk.costs, desk.prefixes)
+
+    def pair(self, desk: Desk, rng: np.random.Generator) -> tuple[Router, Router]:
+        return self.router(desk, rng), parted.LeastKv(desk.account, rng)
 
 
 class Oracle(LabPolicy, frozen=True, tag="oracle"):

@@ -21,7 +21,7 @@ from scheduler.ledger import Ledger, Line
 from scheduler.predict import Predictor
 from scheduler.prefix import BLOCK_TOKENS, Index
 from scheduler.state import Bools, Floats
-from scheduler.wire import Beat, Decision, Job, Request, Result, Reward
+from scheduler.wire import Beat, Decision, Job, Leg, Request, Result, Reward
 
 NEVER = float("inf")
 
@@ -184,15 +184,39 @@ class Desk:
         self._attempts: dict[str, int] = {}
         self._reclaims: list[Command] = []
         self._usual_tokens = 256.0
+        self.first_legs: frozenset[str] = frozenset()
+        "Roles of endpoints that new requests are sent to; empty: all."
 
-    def living(self, asked: Asked, now: float) -> list[int]:
-        """Slots that were heard from within the lease and can hold this prompt."""
+    def living(self, asked: Asked, now: float, roles: frozenset[str] = frozenset()) -> list[int]:
+        """Slots that were heard from within the lease, can hold this prompt, and have one of these roles.
+
+        Args:
+            asked: whose prompt.
+            now: seconds of the run.
+            roles: of the leg in question; empty: those that new requests are sent to.
+        """
         return [
             slot
             for slot, seen_at in enumerate(self._seen_at)
             if now - seen_at <= self._lease_s
             and asked.prompt_tokens < self.beats[slot].max_model_len
+            and self._has_role(slot, roles or self.first_legs)
         ]
+
+    def takes_first(self) -> Bools:
+        """Which slots new requests are sent to."""
+        found: Bools = np.array(
+            [self._has_role(slot, self.first_legs) for slot in range(len(self.beats))]
+        )
+        return found
+
+    def _has_role(self, slot: int, roles: frozenset[str]) -> bool:
+        return not roles or not roles.isdisjoint(self.beats[slot].roles)
+
+    def asked(self, request_id: str) -> Asked | None:
+        """What was sent under this id and has not been answered."""
+        held = self._held.get(request_id)
+        return None if held is None else held[1]
 
     def is_heard(self, now: float) -> Bools:
         """Which slots were heard from within the lease."""
@@ -203,21 +227,47 @@ class Desk:
         """Whether any endpoint ever seen could hold this prompt."""
         return any(asked.prompt_tokens < beat.max_model_len for beat in self.beats)
 
-    def send(self, asked: Asked, slot: int, now: float, predicted_s: float = 0.0) -> Assign:
-        """Enter it in the books and write the command."""
+    def send(
+        self,
+        asked: Asked,
+        slot: int,
+        now: float,
+        predicted_s: float = 0.0,
+        *,
+        kv_params: bytes = b"",
+    ) -> Assign:
+        """Enter it in the books and write the command; with `kv_params` it is a decode leg."""
+        leg = self._leg(slot, kv_params)
         cached = self.prefixes.match(asked)[slot] if self._has_prefixes else 0
         tokens = float(max(1, asked.prompt_tokens - cached))
         pairs = tokens * (asked.prompt_tokens - 0.5 * tokens)
-        kv = float(asked.prompt_tokens) + (asked.request.expected_tokens or self._usual_tokens)
+        answer = asked.request.expected_tokens or self._usual_tokens
+        kv = float(asked.prompt_tokens) + (answer if leg != "prefill" else 0.0)
         features = self._features(slot, tokens, pairs, now) if self._learns else ()
+        if leg == "decode":
+            tokens, pairs, features = 0.0, 0.0, ()
         self.ledger.commit(slot, asked.id, Line(tokens=tokens, pairs=pairs, kv=kv), now)
+        if leg == "decode":
+            self.ledger.first_token(slot, asked.id, now)
         if self._has_prefixes:
             self.prefixes.insert(slot, asked)
         self._held[asked.id] = (slot, asked)
         self._attempts[asked.id] = self._attempts.get(asked.id, 0) + 1
         return self._command(
-            asked, slot, cached=cached, predicted_s=predicted_s, features=features, now=now
+            asked,
+            slot,
+            cached=cached,
+            predicted_s=predicted_s,
+            features=features,
+            leg=leg,
+            kv_params=kv_params,
+            now=now,
         )
+
+    def _leg(self, slot: int, kv_params: bytes) -> Leg:
+        if kv_params:
+            return "decode"
+        return "prefill" if "prefill" in self.beats[slot].roles else "whole"
 
     def _features(self, slot: int, tokens: float, pairs: float, now: float) -> tuple[str, ...]:
         """What the predictor is to learn from when the answer has passed."""
@@ -240,6 +290,8 @@ class Desk:
         cached: int,
         predicted_s: float,
         features: tuple[str, ...],
+        leg: Leg,
+        kv_params: bytes,
         now: float,
     ) -> Assign:
         request, beat = asked.request, self.beats[slot]
@@ -249,6 +301,7 @@ class Desk:
             entry=asked.entry,
             attempt=self._attempts[asked.id],
             epoch=beat.epoch,
+            leg=leg,
             model=request.model,
             path=request.path,
             enqueued_at=asked.enqueued_at,
@@ -264,6 +317,7 @@ class Desk:
             decided_at=now,
             prefill_s=predicted_s,
             features=features,
+            kv_params=kv_params,
         )
         decision = Decision(id=asked.id, kind="assigned", at=now, endpoint=beat.endpoint)
         return Assign(endpoint=beat.endpoint, job=job, decision=decision)
@@ -314,6 +368,8 @@ class Desk:
             self.predictor.learn(reward, slot)
         if self._held.pop(reward.id, None) is not None:
             self.ledger.release(slot, reward.id, now)
+        if reward.outcome in ("prefilled", "returned"):
+            return
         self._attempts.pop(reward.id, None)
         self._usual_tokens = round(0.98 * self._usual_tokens + 0.02 * reward.output_tokens)
 
@@ -398,6 +454,10 @@ class Bound:
                 commands.append(self._desk.send(asked, chosen, now))
         return commands
 
+    def take_back(self, asked: Asked) -> None:
+        """An endpoint has handed it back."""
+        self._new.append(asked)
+
     def wakeup_at(self) -> float | None:
         return self._desk.lapse_at()
 
@@ -447,6 +507,10 @@ class Lined:
         self._plan_wakeup(now)
         return commands
 
+    def take_back(self, asked: Asked) -> None:
+        """An endpoint has handed it back."""
+        self._order.add(asked)
+
     def _place(self, asked: Asked, now: float) -> Command | None:
         desk = self._desk
         living = desk.living(asked, now)
@@ -467,6 +531,7 @@ class Lined:
         seats = np.array([beat.max_num_seqs for beat in desk.beats])
         kv = np.array([beat.kv_tokens for beat in desk.beats])
         roomy = (desk.ledger.seats < seats) & ((desk.ledger.kv < kv) | (desk.ledger.seats == 0))
+        roomy &= desk.takes_first()
         found: Bools = roomy & desk.is_heard(now) & (desk.costs.backlog_s(now) <= self._window_s)
         return found
 
