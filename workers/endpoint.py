@@ -30,22 +30,18 @@ from workers.engine import Engine
 from workers.health import Health, is_broken
 from workers.holdings import Holdings, following
 from workers.inbox import Arrival, Inbox
-from workers.kv_binder import Binder
-from workers.kv_feed import Feed
-from workers.kv_mirror import Mirror
+from workers.kv_cache import KvCache
 from workers.metrics import Gaps, Meter
 from workers.pulse import Pulse
 from workers.rhythm import Rhythm
+from workers.vigil import Vigil
 from workers.writer import Writer
 
 TEND_S = 0.1
-"How often deadlines and silences are looked at, and the held tried again, while there is anything."
+"How often the held are tried again: what they promised weighs more the longer they wait."
 
 RETRY_S = 0.25
 "How long to wait before reading again while Redis is away."
-
-BLIND_S = 1.0
-"A worker that itself stood still for so long cannot say that the engine was silent."
 
 log = structlog.get_logger()
 
@@ -79,9 +75,7 @@ class Endpoint:
             beat=self._beat,
             arrived=self._beaten,
         )
-        self._mirror = Mirror()
-        self._feed = Feed(self._mirror, name=self.name)
-        self._binder = Binder(self._engine, self._mirror)
+        self._kv = KvCache(self._engine, self.name)
         self._said = Holdings()
         self._said_tick = float("-inf")
         self.health = Health(self._engine, address, settings, clock=connection.now)
@@ -100,7 +94,7 @@ class Endpoint:
         "Everything not gone, by request id."
         self._held: dict[str, Attempt] = {}
         self._running: dict[str, Attempt] = {}
-        self._tended_tick = 0.0
+        self._vigil = Vigil(settings, connection.now)
         self._doubting = asyncio.Lock()
         self._doubts = 0
         "Attempts that wait to hear whether the engine still lives; nothing is admitted meanwhile."
@@ -141,7 +135,7 @@ class Endpoint:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 tasks = (self._read, self._tend, self._pulse.run, self._watch, self._adopt)
-                for task in (*tasks, self._feed.run, self._binder.run):
+                for task in (*tasks, self._kv.run):
                     group.create_task(task(), name=f"{self.name} {task.__qualname__}")
         except* FencedError as fenced:
             log.debug("fenced", endpoint=self.name, reason=str(fenced.exceptions[0]))
@@ -203,14 +197,15 @@ class Endpoint:
                 await self._take()
 
     async def _tend(self) -> None:
-        """Admit when anything changes; look after deadlines and silences while there is anything."""
+        """Admit when anything changes; look after deadlines and silences when one may be over."""
         while True:
+            wait_s = min(self._vigil.due_s(), TEND_S if self._held else float("inf"))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TEND_S if self._attempts else None):
+                async with asyncio.timeout(None if wait_s == float("inf") else max(0.0, wait_s)):
                     await self._changed.wait()
             self._changed.clear()
-            self._end_the_late()
-            await self._end_the_stalled()
+            if self._vigil.due_s() <= 0:
+                await self._end_the_late()
             self._admit()
 
     async def _watch(self) -> None:
@@ -250,6 +245,7 @@ class Endpoint:
         )
         attempt.expect(self.rhythm.usual_tokens)
         self._attempts[job.id] = attempt
+        self._vigil.arrived(attempt)
         self._empty.clear()
         if len(self._attempts) >= self._settings.held_max:
             self._has_room.clear()
@@ -310,6 +306,7 @@ class Endpoint:
         attempt.stage = "running"
         attempt.admitted_at = self._connection.now()
         attempt.admitted_tick = attempt.last_tick = perf_counter()
+        self._vigil.began(attempt.last_tick)
         self._writer.send(
             attempt,
             sidecar.start(self._keys, attempt.held),
@@ -392,6 +389,7 @@ class Endpoint:
             attempt.first_tick = tick
             self._pulse.first_token(attempt.name, tick - attempt.admitted_tick)
             self.rhythm.first(attempt, tick)
+            self._vigil.spoke(tick)
             self._changed.set()
             if attempt.job.stream:
                 self._writer.note(attempt, is_urgent=True)
@@ -417,7 +415,7 @@ class Endpoint:
         elif error is None:
             self.health.succeeded()
             self.rhythm.said(attempt.output_tokens)
-            self._binder.computed(attempt.job, attempt.body)
+            self._kv.computed(attempt.job, attempt.body)
             self._ending.finish(attempt, "completed")
         else:
             self._failed(attempt, error)
@@ -449,41 +447,18 @@ class Endpoint:
             assert stop.kind == "expired"
             self._ending.finish(attempt, "expired", stop.reason)
 
-    def _end_the_late(self) -> None:
+    async def _end_the_late(self) -> None:
         """Past their deadline, or given up by an engine that has gone silent."""
-        now, tick = self._connection.now(), perf_counter()
-        for attempt in list(self._attempts.values()):
-            if attempt.stage not in ("held", "running"):
-                continue
-            deadline_at = attempt.job.deadline_at
-            if deadline_at is not None and now > deadline_at:
-                self._stop(attempt, Stop("expired", "its deadline has passed"))
-            elif attempt.stage == "running":
-                self._end_if_silent(attempt, tick)
-
-    def _end_if_silent(self, attempt: Attempt, tick: float) -> None:
-        has_begun = attempt.first_token_at is not None
-        limit_s = self._settings.gap_s if has_begun else self._settings.first_token_s
-        if tick - attempt.last_tick > limit_s:
-            what = "between two tokens" if has_begun else "before the first token"
-            attempt.halt(Stop("silent", f"the engine was silent for {limit_s:g} s {what}"))
-
-    async def _end_the_stalled(self) -> None:
-        """While answers are under way some token comes every step; none at all from anywhere is a frozen engine."""
-        tick = perf_counter()
-        was_blind = tick - self._tended_tick > BLIND_S
-        self._tended_tick = tick
-        stall_s = self._settings.stall_s
-        has_begun = any(a.first_token_at is not None for a in self._running.values())
-        if was_blind or not has_begun or tick - self.health.heard_tick <= stall_s:
-            return
-        reason = (
-            f"the engine sent nothing for {stall_s:g} s with {len(self._running)} answers under way"
-        )
-        if self.health.distrust(reason):
-            await self._turned()
-        for attempt in list(self._running.values()):
-            attempt.halt(Stop("silent", reason))
+        for attempt, stop in self._vigil.over(
+            list(self._attempts.values()), self.health.heard_tick
+        ):
+            self._stop(attempt, stop)
+        reason = self._vigil.stalled(self._running.values(), self.health.heard_tick)
+        if reason:
+            if self.health.distrust(reason):
+                await self._turned()
+            for attempt in list(self._running.values()):
+                attempt.halt(Stop("silent", reason))
 
     async def _turned(self) -> None:
         """The engine has gone or come back. The beat says so first: what is given back must not return at once."""
@@ -492,7 +467,7 @@ class Endpoint:
         if self.health.away:
             self._return_held(f"engine away: {self.health.away}")
         else:
-            self._feed.turn_to(self.health.features.kv_events)
+            self._kv.came(self.health.features.kv_events)
         self._changed.set()
 
     def _return_held(self, reason: str) -> None:
@@ -528,7 +503,7 @@ class Endpoint:
 
     def _beat(self, started: tuple[str, ...], first_tokens: tuple[str, ...]) -> Beat:
         health, load, address = self.health, self.health.load, self._address
-        kv = self._mirror.account()
+        kv = self._kv.account()
         says = self._says_what_it_holds()
         return Beat(
             endpoint=self.name,
@@ -575,8 +550,7 @@ class Endpoint:
         return True
 
     def _beaten(self, beat: Beat) -> None:
-        self._mirror.told(beat.kv_epoch, beat.kv_seq)
-        if self._mirror.has_news:
+        if self._kv.told(beat.kv_epoch, beat.kv_seq):
             self._pulse.hurry()
 
 
