@@ -49,6 +49,10 @@ def command(
         waiting=waiting,
         propensity=choice.propensity,
         candidates=tuple([f"{_name(by_slot[slot])}={s:.4g}" for slot, s in choice.candidates]),
+        weighed=tuple(
+            f"{_name(by_slot[slot])}={chance:.4g},{start_s:.4g},{cached},{used:.3g}"
+            for slot, chance, start_s, cached, used in choice.weighed
+        ),
         features=features,
         reason=_reason(choice, endpoint, slack_s),
     )

@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from scheduler import explore
 from scheduler.ledger import Line, chain
 from scheduler.legs import Pledge
 from scheduler.onward import Onward
@@ -79,6 +80,16 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tie: float = 0.02
     "Endpoints whose predicted first token differs by less than this part are taken as equal: chance decides."
 
+    explore: float = 0.0
+    """
+    Scale of a draw on the predicted log seconds of those that could start now; 0: only equals are drawn.
+
+    0.05 to 0.1 is what predictions do not know anyway. Every chance is then logged, for `headgate evaluate`.
+    """
+
+    explore_paid: float = 0.0
+    "With `explore`: of the requests with slack, the part that takes any endpoint which makes it with room."
+
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """A request and the endpoint that the plan gives it now."""
@@ -104,6 +115,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     candidates: tuple[tuple[int, float], ...]
     "Slots and predicted seconds to the first token, best first."
     why: str
+    weighed: tuple[tuple[int, float, float, int, float], ...] = ()
+    "Where chance decided: slots, each one's chance, predicted wait, cached tokens and part of its KV in use."
     leg: Leg = "whole"
     onward_s: float = 0.0
     "Of a prefill leg, what of the seconds to its first token comes after it."
@@ -177,6 +190,8 @@ class Planner:
         "Who is to be set aside, and who after all is not."
         self.is_cut = False
         "Whether it stopped only because it had set enough aside for one step."
+        self._chances: Floats | None = None
+        "Of the draw that the next hand-over follows from; None: nothing was drawn."
         self._blocked = 0
         "How many were found no place in which they gain more than they break."
         self.is_exhausted = False
@@ -318,11 +333,52 @@ class Planner:
             score_s[total_s > max(left_s, float(total_s[best]))] = math.inf
         cheapest = int(score_s.argmin())
         why = "earliest first token" if cheapest == best else "a little later, where more is free"
+        if self.settings.explore > 0:
+            slot, propensity = self._explored(total_s, score_s, cheapest, left_s)
+            return slot, propensity, f"{why}, drawn" if propensity < 1 else why
         near = (score_s <= score_s[cheapest] * (1.0 + self.settings.tie)).nonzero()[0]
         if len(near) == 1:
             return cheapest, 1.0, why
         drawn = int(self.rng.random() * len(near))
         return int(near[drawn]), 1.0 / len(near), f"{why}, one of {len(near)} equals"
+
+    def _explored(
+        self, total_s: Floats, score_s: Floats, cheapest: int, left_s: float
+    ) -> tuple[int, float]:
+        """A draw among the nearest that could start now: whoever must wait is drawn again until it need not."""
+        window_s = self.settings.commit_window_s
+        open_ = np.zeros(len(total_s), dtype=bool)
+        near = total_s.argsort(kind="stable")[:CANDIDATES]
+        open_[near] = self.room.start_s[near] <= window_s
+        if not open_[cheapest]:
+            return cheapest, 1.0
+        chances = explore.chances(np.where(open_, score_s, np.inf), scale=self.settings.explore)
+        chances = explore.paid(
+            chances, total_s, open_, left_s=left_s, share=self.settings.explore_paid
+        )
+        self._chances = chances
+        slot = explore.drawn(chances, self.rng.random())
+        return slot, float(chances[slot])
+
+    def _weighed(
+        self, offer: Offer, candidates: Sequence[tuple[int, float]]
+    ) -> tuple[tuple[int, float, float, int, float], ...]:
+        """What an off-policy estimate wants to know of each candidate; nothing where nothing was drawn."""
+        chances, self._chances = self._chances, None
+        if chances is None:
+            return ()
+        used = self._used(offer)
+        cached = np.zeros(len(used)) if offer.cached is None else offer.cached
+        return tuple(
+            (
+                slot,
+                float(chances[slot]),
+                float(self.room.start_s[slot]),
+                int(cached[slot]),
+                float(used[slot]),
+            )
+            for slot, _ in candidates
+        )
 
     def _used(self, offer: Offer) -> Floats:
         """The part of KV given away where its answer would be decoded."""
@@ -356,6 +412,7 @@ class Planner:
             open_to_it = offer.cached[np.isfinite(offer.service_s)]
             best_cached = min(float(open_to_it.max()), offer.prompt - 1.0)
         work_s = float(offer.work_s[slot])
+        candidates = _best(total_s)
         self.choices.append(
             Choice(
                 ticket=offer.ticket,
@@ -369,7 +426,8 @@ class Planner:
                 ahead_tokens=float(self.room.tokens[slot]),
                 ahead_pairs=float(self.room.pairs[slot]),
                 propensity=propensity,
-                candidates=_best(total_s),
+                candidates=candidates,
+                weighed=self._weighed(offer, candidates),
                 why=why,
                 leg=leg,
                 onward_s=onward_s,

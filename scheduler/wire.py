@@ -549,6 +549,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     candidates: tuple[str, ...] = ()
     "`endpoint=seconds` to first token, best first."
 
+    weighed: tuple[str, ...] = ()
+    "Where an endpoint was drawn: `endpoint=chance,start_s,cached_tokens,kv_used` of each candidate."
+
     features: tuple[str, ...] = ()
     "What the predictor saw for the chosen endpoint."
 

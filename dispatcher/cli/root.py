@@ -50,6 +50,7 @@ COMMANDS = {
     "record": "Copy a pool's streams into a file, to ask later what others would have done.",
     "replay": "A recording through a fresh core: the same commands? Or: what would other policies have done?",
     "cells": "The evaluation's cells: list, run, set in tables.",
+    "evaluate": "What would another choice of endpoints have been worth, by the decision log alone?",
     "capacity": "The highest rate that keeps promises, or with --rate the smallest fleet for it.",
     "redis": "Talk to Redis by hand, on machines without redis-cli.",
     "version": "What is installed here.",
