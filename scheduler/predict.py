@@ -31,7 +31,7 @@ N = len(cost.FEATURES)
 START = "start"
 "Beside the features a job carries the predicted wait, which says how uncertain the prediction was."
 
-_ROW = (*cost.FEATURES, START)
+_PREFIXES = tuple(f"{name}=" for name in (*cost.FEATURES, START))
 
 SECONDS_MAX = 3600.0
 "No first token takes an hour: what says so is no measurement."
@@ -135,7 +135,8 @@ class Predictor:
         values = cost.features(
             hardware=self._at(slot).hardware, tokens=tokens, pairs=pairs, decode_kv=decode_kv
         )
-        return tuple([f"{n}={v:.6g}" for n, v in zip(_ROW, (*values, start_s), strict=True)])
+        named = zip(_PREFIXES, (*values, start_s), strict=True)
+        return tuple([f"{prefix}{value:.6g}" for prefix, value in named])
 
     def spread(self, backlog_s: Floats, part: float) -> Floats:
         """By what factor this part of the completions beat its prediction; 1 where `part` is 0."""
@@ -249,19 +250,12 @@ def measured_s(reward: Reward) -> float | None:
 
 def _parsed(features: Sequence[str]) -> list[float] | None:
     """The features as a row, and last the wait; None unless all are there as they were sent, each a sane number."""
-    if len(features) != len(_ROW):
+    named = zip(features, _PREFIXES, strict=True)
+    try:
+        row = [float(feature.removeprefix(prefix)) for feature, prefix in named]
+    except ValueError:  # one is missing, or still has another's name
         return None
-    row = []
-    for wanted, feature in zip(_ROW, features, strict=True):
-        name, _, text = feature.partition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            return None
-        if name != wanted or not 0 <= value <= SECONDS_MAX:  # nan fails it too
-            return None
-        row.append(value)
-    return row
+    return row if all([0 <= value <= SECONDS_MAX for value in row]) else None  # nan fails it too
 
 
 def _is_sound(learned: Learned) -> bool:

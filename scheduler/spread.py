@@ -1,6 +1,7 @@
 """How far predictions are off: running quantiles of log(actual / predicted), by what stood before the request."""
 
 import math
+from bisect import bisect_left
 
 import numpy as np
 
@@ -60,4 +61,4 @@ class Spread:
 
 
 def _bucket(start_s: float) -> int:
-    return sum(start_s > edge for edge in BUCKETS_S)
+    return bisect_left(BUCKETS_S, start_s)

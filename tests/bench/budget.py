@@ -10,6 +10,7 @@ microseconds a request. What `throughput.py` measures besides is the event loop 
 import argparse
 import gc
 import json
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -115,15 +116,17 @@ def request(number: int) -> dict[str, str | bytes]:
     return codec.encode(message)
 
 
-def reward(assign: Assign, now: float) -> dict[str, str | bytes]:
-    """As a worker writes it; nothing is left out that is learned from."""
+def reward(assign: Assign, now: float, noise: float) -> dict[str, str | bytes]:
+    """As a worker writes it, so that all is learned from: the engine is slower than declared, and never the same."""
     job = assign.job
+    prefill_s = (0.02 + (job.prompt_tokens - job.cached_tokens) / 5_000) * noise
+    admitted_at = now - 0.05 - prefill_s
     message = Reward(
         id=job.id, endpoint=assign.endpoint, epoch=1, attempt=1, outcome="completed", model="m", hardware="a100",
-        decided_at=job.decided_at, pulled_at=now - 0.013, admitted_at=now - 0.0125, first_token_at=now - 0.0025,
-        finished_at=now, enqueued_at=job.enqueued_at, prefill_s=0.01, predicted_s=job.prefill_s, ttft_s=0.02,
-        tpot_s=0.0005, gap_max_s=0.001, prompt_tokens=140, output_tokens=5, cached_tokens=0, on_time=True,
-        features=job.features,
+        decided_at=job.decided_at, pulled_at=admitted_at - 0.0005, admitted_at=admitted_at,
+        first_token_at=admitted_at + prefill_s, finished_at=now, enqueued_at=job.enqueued_at, prefill_s=prefill_s,
+        predicted_s=job.prefill_s, ttft_s=prefill_s + 0.002, tpot_s=0.0125 * noise, gap_max_s=0.02, prompt_tokens=140,
+        output_tokens=5, cached_tokens=job.cached_tokens, on_time=True, features=job.features,
     )  # fmt: skip
     return codec.encode(message)
 
@@ -150,6 +153,7 @@ def _resp(value: bytes | list) -> Iterator[bytes]:
 def one_pass(turn: int, turns: int, endpoints: int) -> dict[str, float]:
     """Microseconds a request by stage, of the median turn."""
     made, now, number = Dispatcher(endpoints), 1_000.0, 0
+    chance = random.Random(0)
     rewards: list[tuple[str, dict[str, str | bytes]]] = []
     by_turn: list[dict[str, float]] = []
     for _ in range(WARM + turns):
@@ -163,7 +167,8 @@ def one_pass(turn: int, turns: int, endpoints: int) -> dict[str, float]:
         )
         assert len(assigned) == turn, f"{len(assigned)} of {turn} were handed over"
         rewards = [
-            (f"{stamp}-{i}", reward(one, now + turn / RATE)) for i, one in enumerate(assigned)
+            (f"{stamp}-{i}", reward(one, now + turn / RATE, chance.lognormvariate(0, 0.1)))
+            for i, one in enumerate(assigned)
         ]
         by_turn.append(clock.spent)
     counted = by_turn[WARM:]

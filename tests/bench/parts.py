@@ -126,7 +126,7 @@ class Endpoint:
         )
         reward = Reward(
             id="-", endpoint=self.name, epoch=self.epoch, attempt=1, outcome="completed", model="m", hardware="a100",
-            decided_at=0.0, prefill_s=0.01, ttft_s=0.02, prompt_tokens=100, output_tokens=5, cached_tokens=0,
+            decided_at=0.0, prefill_s=0.01, ttft_s=0.02, tpot_s=0.01, prompt_tokens=140, output_tokens=5, cached_tokens=0,
         )  # fmt: skip
         self.call = sidecar.finish(
             self.keys, Held(self.name, job, "0-0"), result, reward, pieces=0, ttl_s=60
@@ -153,6 +153,8 @@ class Endpoint:
             "admitted_at": moment,
             "first_token_at": moment,
             "finished_at": moment,
+            "predicted_ms": fields[b"prefill_ms"],
+            "cached_tokens": fields[b"cached_tokens"],
             "features": fields[b"features"],
         }  # fmt: skip
         names = (
