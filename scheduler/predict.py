@@ -138,9 +138,9 @@ class Predictor:
         named = zip(_PREFIXES, (*values, start_s), strict=True)
         return tuple([f"{prefix}{value:.6g}" for prefix, value in named])
 
-    def spread(self, backlog_s: Floats, part: float) -> Floats:
-        """By what factor this part of the completions beat its prediction; 1 where `part` is 0."""
-        return self._spread.factor(backlog_s, part)
+    def odds(self, start_s: float, log_ratio: float) -> float:
+        """The part of completions behind so many predicted seconds whose log(actual / predicted) is no more."""
+        return self._spread.odds(start_s, log_ratio)
 
     def learn(self, reward: Reward, slot: int) -> None:
         """Learn from one attempt; whatever is no measurement teaches nothing."""
@@ -255,7 +255,7 @@ def _parsed(features: Sequence[str]) -> list[float] | None:
         row = [float(feature.removeprefix(prefix)) for feature, prefix in named]
     except ValueError:  # one is missing, or still has another's name
         return None
-    return row if all([0 <= value <= SECONDS_MAX for value in row]) else None  # nan fails it too
+    return row if all(0 <= value <= SECONDS_MAX for value in row) else None  # nan fails it too
 
 
 def _is_sound(learned: Learned) -> bool:
