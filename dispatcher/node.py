@@ -34,6 +34,7 @@ from scheduler import policies
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.errors import FencedError, SettingsError, StreamError
 from scheduler.keys import Keys
+from scheduler.plan import PlanSettings
 from scheduler.policies import Policy, Urgency
 from scheduler.profile import profile as profiles
 from scheduler.profile.parts import Part
@@ -232,6 +233,7 @@ def core_settings(settings: Settings) -> CoreSettings:
     return CoreSettings(
         policy=_policy(settings.policy, [kind for kind in found if issubclass(kind, Policy)]),
         profile=profiles.decode(settings.profile, parts) if settings.profile else None,
+        plan=_plan(settings.plan),
         objectives=settings.objectives,
         fairness=settings.fairness,
         lease_s=settings.lease.worker_s,
@@ -246,6 +248,13 @@ def _policy(table: dict[str, object], plug_ins: Sequence[type[Policy]]) -> Polic
         return msgspec.convert(table, policies.union(tuple(plug_ins)))
     except msgspec.ValidationError as error:
         raise SettingsError(f"policy is {table!r}: {error}") from None
+
+
+def _plan(table: dict[str, object]) -> PlanSettings:
+    try:
+        return msgspec.convert(table, PlanSettings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"plan is {table!r}: {error}") from None
 
 
 def _leaves(group: BaseExceptionGroup[Exception]) -> list[BaseException]:

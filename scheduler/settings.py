@@ -362,6 +362,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     policy: dict[str, object] = {}
     "What decides who goes first, by name, and its own settings."
 
+    plan: dict[str, object] = {}
+    "How far the plan looks, how early it binds and what it explores: `commit_window_s`, `fill`, `tie`, `explore`, ..."
+
     profile: dict[str, object] = {}
     """
     How an endpoint is chosen, where not by the plan itself: tables of fetchers, filters and scorers, and a picker.
