@@ -1,7 +1,8 @@
 """`headgate explain`: one request's life in order, with why it went where it went."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -11,6 +12,7 @@ from rich.table import Table
 from dispatcher.cli import output
 from dispatcher.cli.output import seconds
 from dispatcher.client import Client
+from dispatcher.client.standing import Standing
 from scheduler import codec
 from scheduler.errors import UnknownRequestError
 from scheduler.settings import Settings
@@ -22,6 +24,9 @@ M = TypeVar("M", bound=msgspec.Struct)
 
 PAGE = 2000
 "Log entries read in one command, in search of this request's."
+
+AFTER_END_MS = 1_000
+"So long after its terminal record the logs are still searched; its reward is written in the same move."
 
 CANDIDATES_SHOWN = 6
 
@@ -75,10 +80,10 @@ async def told(client: Client, request_id: str) -> Story:
         UnknownRequestError: they know nothing.
     """
     standing = await client.status(request_id)
-    since = f"{int(standing.enqueued_at * 1e3)}-0"
-    keys = client.keys
-    decisions = [d async for d in _of(client, keys.decisions, since, request_id, Decision)]
-    rewards = [r async for r in _of(client, keys.rewards, since, request_id, Reward)]
+    decisions, rewards = await asyncio.gather(
+        _of(client, client.keys.decisions, standing, Decision),
+        _of(client, client.keys.rewards, standing, Reward),
+    )
     result = None
     if standing.state == "terminal":
         with contextlib.suppress(UnknownRequestError):
@@ -86,16 +91,17 @@ async def told(client: Client, request_id: str) -> Story:
     return Story(request_id, standing.state, standing.enqueued_at, decisions, rewards, result)
 
 
-async def _of(
-    client: Client, stream: str, since: str, request_id: str, kind: type[M]
-) -> AsyncIterator[M]:
-    """This request's entries of a log."""
-    wanted = request_id.encode()
-    while page := await client.connection.entries(stream, since, count=PAGE):
-        for entry in page:
-            if entry[1].get(b"id") == wanted:
-                yield codec.decode(kind, entry[1])
+async def _of(client: Client, stream: str, standing: Standing, kind: type[M]) -> list[M]:
+    """This request's entries of a log: from its enqueue to its end, or to now."""
+    wanted = standing.id.encode()
+    since, until = standing.entry.partition("-")[0] or "-", "+"
+    if standing.result_entry:
+        until = str(int(standing.result_entry.partition("-")[0]) + AFTER_END_MS)
+    found: list[M] = []
+    while page := await client.connection.entries(stream, since, until, count=PAGE):
+        found += [codec.decode(kind, fields) for _, fields in page if fields.get(b"id") == wanted]
         since = f"({page[-1][0]}"
+    return found
 
 
 def lines(story: Story) -> Iterator[Line]:

@@ -307,11 +307,17 @@ class Connection:
         return _plain_streams(reply)
 
     async def _check_version(self) -> None:
-        with _Weather(self.shown):
-            info = await self._client.info("server")
-        info = (
-            next(iter(info.values())) if "redis_version" not in info else info
-        )  # a cluster answers by node
+        try:
+            with _Weather(self.shown):
+                info = await self._client.info("server")
+        except StreamError as error:
+            if _is_without_hello(str(error)):
+                raise StreamError(
+                    f"redis at {self.shown} does not know HELLO, so it is older than 6.0; wanted 7.0 or newer"
+                ) from None
+            raise
+        # A cluster answers by node.
+        info = next(iter(info.values())) if "redis_version" not in info else info
         found = str(info["redis_version"])
         if tuple(int(part) for part in found.split(".")[:2]) < FLOOR:
             raise StreamError(f"redis at {self.shown} is {found}, wanted 7.0 or newer")
@@ -365,6 +371,11 @@ def _trouble(shown: str) -> Iterator[None]:
 def _times_cancelled() -> int:
     task = asyncio.current_task()
     return task.cancelling() if task is not None else 0
+
+
+def _is_without_hello(complaint: str) -> bool:
+    lowered = complaint.lower()
+    return "unknown command" in lowered and "hello" in lowered
 
 
 def _is_unknown_function(reply: Any) -> bool:

@@ -177,3 +177,17 @@ async def info(redis: Connection) -> bytes:
         if isinstance(said, bytes)
         else b"\n".join(b"%s:%s" % (str(k).encode(), str(v).encode()) for k, v in said.items())
     )
+
+
+async def test_a_server_older_than_hello():
+    """Redis 5 refuses the first word that is said to it; whoever reads the error learns what is wanted."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readline():
+            writer.write(b"-ERR unknown command `HELLO`, with args beginning with: `3`, \r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(StreamError, match=r"older than 6\.0; wanted 7\.0 or newer"):
+            await Connection.connect(Where(url=f"redis://127.0.0.1:{port}"))
