@@ -2,7 +2,7 @@
 
 Each is a frozen Struct: its tag is its name, its fields are its settings (`name:field=value` on the command line),
 its docstring says whose it is. `dispatch` makes the thing that the world drives. What a policy may read follows from
-what it hands to its router: see `baselines.desk`. Only the oracle asks for the truth, and says so by its base.
+what it hands to its router: see `baselines.senses`. Only the oracle asks for the truth, and says so by its base.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +18,10 @@ from scheduler.policies import Policy as CorePolicy
 from scheduler.profile.profile import Profile
 from scheduler.settings import FairnessSettings, Objective
 from scheduler.sim.baselines import affinity, finish, load, lodestar, orders, parted
-from scheduler.sim.baselines.desk import Asked, Bound, Desk, Lined, Order, Router
+from scheduler.sim.baselines.binding import Bound, Lined, Order, Router
+from scheduler.sim.baselines.desk import Desk
 from scheduler.sim.baselines.finish import Truth
+from scheduler.sim.baselines.senses import Asked
 from scheduler.sim.fleet import Delays
 from scheduler.sim.world import Dispatch
 
@@ -77,6 +79,8 @@ class _Core(LabPolicy, frozen=True):
     tie: float = PlanSettings().tie
     fill: float = PlanSettings().fill
     pace_worth: float = PlanSettings().pace_worth
+    explore: float = PlanSettings().explore
+    explore_paid: float = PlanSettings().explore_paid
     quantum_tokens: int = 0
     profile: Profile | None = None
     "How it chooses an endpoint; None: by seconds."
@@ -103,6 +107,8 @@ class _Core(LabPolicy, frozen=True):
                 tie=self.tie,
                 fill=self.fill,
                 pace_worth=self.pace_worth,
+                explore=self.explore,
+                explore_paid=self.explore_paid,
             ),
             profile=self.profile,
             lease_s=stage.delays.lease_s,
@@ -114,6 +120,7 @@ class Plan(_Core, frozen=True, tag="plan"):
     """Headgate as it ships: `urgency` on the rolling plan, each part of which can be switched off here."""
 
     odds_min: float = Urgency().odds_min
+    price: float = Urgency().price
     stretch: float = Urgency().stretch
     aside_share: float = Urgency().aside_share
     best_fit_slack_s: float = Urgency().best_fit_slack_s
@@ -121,6 +128,7 @@ class Plan(_Core, frozen=True, tag="plan"):
     def order(self) -> CorePolicy:
         return Urgency(
             odds_min=self.odds_min,
+            price=self.price,
             stretch=self.stretch,
             aside_share=self.aside_share,
             best_fit_slack_s=self.best_fit_slack_s,

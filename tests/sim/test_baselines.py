@@ -10,7 +10,8 @@ from scheduler.errors import SettingsError
 from scheduler.events import Arrived
 from scheduler.sim import policy
 from scheduler.sim.baselines import affinity, finish, load, lodestar, orders
-from scheduler.sim.baselines.desk import Asked, Desk
+from scheduler.sim.baselines.desk import Desk
+from scheduler.sim.baselines.senses import Asked
 from scheduler.sim.engine import Engine
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays

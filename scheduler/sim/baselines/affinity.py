@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from scheduler import cost
-from scheduler.sim.baselines.desk import Account, Asked, Desk, Prefixes, Scrapes
+from scheduler.sim.baselines.desk import Desk
 from scheduler.sim.baselines.load import least
+from scheduler.sim.baselines.senses import Account, Asked, Prefixes, Scrapes
 
 
 def aibrix(

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from scheduler import cost
-from scheduler.sim.baselines.desk import Account, Asked, Costs, Desk, Prefixes
+from scheduler.sim.baselines.desk import Desk
 from scheduler.sim.baselines.load import least
+from scheduler.sim.baselines.senses import Account, Asked, Costs, Prefixes
 
 DYNAMO_BLOCK = 16
 "Tokens of a block in Dynamo's cost; any other would scale both terms alike."

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scheduler.sim.baselines.desk import Account, Asked
+from scheduler.sim.baselines.senses import Account, Asked
 
 
 def least(values: Sequence[float], slots: Sequence[int], rng: np.random.Generator) -> int:

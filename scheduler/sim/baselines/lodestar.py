@@ -9,8 +9,8 @@ from collections import deque
 
 import numpy as np
 
-from scheduler.sim.baselines.desk import Account, Asked, Prefixes, Scrapes
 from scheduler.sim.baselines.load import least
+from scheduler.sim.baselines.senses import Account, Asked, Prefixes, Scrapes
 from scheduler.state import Floats
 from scheduler.wire import Reward
 

@@ -7,7 +7,7 @@ Predicted seconds of a waiting request are those of its whole prompt on the mean
 from collections.abc import Callable
 from heapq import heappop, heappush, nsmallest
 
-from scheduler.sim.baselines.desk import Asked
+from scheduler.sim.baselines.senses import Asked
 
 Service = Callable[[Asked], float]
 "Predicted seconds of prefill."

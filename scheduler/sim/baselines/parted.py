@@ -12,8 +12,10 @@ import numpy as np
 from scheduler import cost
 from scheduler.events import Command, Event
 from scheduler.sim.baselines import finish, load
-from scheduler.sim.baselines.desk import Account, Asked, Bound, Desk, Lined, Router
+from scheduler.sim.baselines.binding import Bound, Lined, Router
+from scheduler.sim.baselines.desk import Desk
 from scheduler.sim.baselines.load import least
+from scheduler.sim.baselines.senses import Account, Asked
 from scheduler.wire import Reward
 
 DECODE = frozenset({"decode", "both"})
