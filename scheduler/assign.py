@@ -79,6 +79,7 @@ def _job(
         tpot_s=promise.tpot_s,
         deadline_at=promise.deadline_at,
         priority=promise.priority,
+        weight=promise.weight,
         tenant=request.tenant,
         session=request.session,
         reply_to=request.reply_to,

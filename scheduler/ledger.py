@@ -74,6 +74,9 @@ class Line(msgspec.Struct, frozen=True):
     tpot_s: float = math.inf
     "The seconds per token that it was promised and may expect there; `inf`: it binds nobody."
 
+    weight: float = 1.0
+    "What that promise is worth."
+
     blocks: tuple[str, ...] = ()
     "Its prefix chain, no longer than `kv`: what others there hold as well is held once."
 
@@ -121,7 +124,7 @@ class Ledger:
         self.kv[slot] += line.kv - shared * BLOCK_TOKENS
         self.read_kv[slot] += line.kv
         if line.tpot_s < math.inf:
-            self.promised[slot] += 1
+            self.promised[slot] += line.weight
             bisect.insort(self._promises[slot], line.tpot_s)
             self.tightest_s[slot] = self._promises[slot][0]
 
@@ -144,8 +147,9 @@ class Ledger:
         self.read_kv[slot] -= line.kv
         if line.tpot_s < math.inf:
             promises = self._promises[slot]
-            self.promised[slot] -= 1
             del promises[bisect.bisect_left(promises, line.tpot_s)]
+            # Weights are any numbers: what their differences leave is taken away with the last.
+            self.promised[slot] = self.promised[slot] - line.weight if promises else 0.0
             self.tightest_s[slot] = promises[0] if promises else math.inf
 
     def backlog(self, rates: Rates, now: float) -> Backlog:

@@ -517,7 +517,7 @@ class Planner:
         return worth
 
     def _harm(self, work_s: Floats | float, offer: Offer, kv: Floats, pace_s: Floats) -> Floats:
-        """How many promises per token of those who are there it would break, with so many seconds of prefill."""
+        """What the promises per token of those who are there are worth that it would break, with so many seconds of prefill."""
         decodes = self.room.decodes
         added_s = decodes.load.sequence_s + decodes.load.token_s * kv
         added_s = added_s + work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
@@ -543,6 +543,7 @@ class Planner:
             pairs=tokens * (prompt - 0.5 * tokens),
             kv=kv,
             tpot_s=own_s if own_s is not None and keeps else math.inf,
+            weight=offer.ticket.promise.weight,
             blocks=chain(offer.ticket.request.blocks, kv),
         )
 

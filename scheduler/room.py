@@ -26,7 +26,7 @@ class Decodes:
         Args:
             make_load: what decoding costs now.
             tightest_s: float64[n_slots], the shortest seconds per token promised to somebody there.
-            promised: float64[n_slots], how many there were promised any.
+            promised: float64[n_slots], what the promises per token made there are worth together.
         """
         self._make_load = make_load
         self._load: Load | None = None
@@ -60,7 +60,7 @@ class Decodes:
         self.expect(slot, line.kv)
         if line.tpot_s < math.inf:
             self.tightest_s[slot] = min(self.tightest_s[slot], line.tpot_s)
-            self.promised[slot] += 1
+            self.promised[slot] += line.weight
             self.is_bound = True
 
 

@@ -163,6 +163,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     "Higher first."
 
+    weight: float = 1.0
+    "What keeping its promise is worth beside others'."
+
     tenant: str = ""
     "Whose it is."
 

@@ -143,6 +143,7 @@ class Attempt:
             due_at=due_at,
             held_at=self.pulled_at,
             priority=job.priority,
+            weight=job.weight,
         )
 
     def member(self, tick: float) -> Member:

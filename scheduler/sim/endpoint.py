@@ -592,6 +592,7 @@ def _candidate(attempt: Attempt) -> Candidate:
         due_at=math.inf if job.ttft_s is None else job.enqueued_at + job.ttft_s,
         held_at=attempt.pulled_at,
         priority=job.priority,
+        weight=job.weight,
     )
 
 

@@ -294,3 +294,40 @@ class TestFill:
 
         assert served(made) == [("r", 0)]
         assert (made.choices[0].cached_tokens, made.choices[0].best_cached_tokens) == (0, 900)
+
+
+class TestWeight:
+    def test_promises_of_more_worth_are_broken_for_nobody_of_less(self):
+        """One promise of weight 8 there counts as eight would: the same newcomer is not put beside it."""
+        light = decoding([1.0, 0.0], [0.049, 0.2])
+        heavy = decoding([8.0, 0.0], [0.049, 0.2])
+
+        for made in (light, heavy):
+            made.serve([paced("r")])
+
+        assert (served(light), served(heavy)) == ([("r", 0)], [])
+
+    def test_a_newcomer_of_more_worth_is_put_where_a_lesser_is_not(self):
+        """What it gains counts by its own weight."""
+        lesser, greater = paced("r"), paced("r")
+        greater.promise = msgspec.structs.replace(greater.promise, weight=20.0)
+        found = []
+        for one in (lesser, greater):
+            made = decoding([8.0, 8.0], [0.049, 0.049])
+            made.serve([one])
+            found.append(len(served(made)))
+
+        assert found == [0, 1]
+
+    def test_the_ledger_adds_up_what_promises_are_worth(self):
+        """And leaves no dust when the last is gone."""
+        book = Ledger()
+        book.open(0)
+        for name, weight in (("a", 0.1), ("b", 0.2), ("c", 0.7)):
+            book.commit(0, name, Line(tokens=1, pairs=1, kv=1, tpot_s=0.05, weight=weight), 0.0)
+        assert book.promised[0] == pytest.approx(1.0)
+
+        for name in "abc":
+            book.release(0, name, 1.0)
+
+        assert book.promised[0] == 0.0

@@ -1,11 +1,14 @@
 """What a promise is made of."""
 
+import numpy as np
 import pytest
 
 from scheduler import slo
+from scheduler.core import CoreSettings, Scheduler
 from scheduler.errors import WireError
+from scheduler.events import Arrived, Assign
 from scheduler.settings import Objective
-from scheduler.wire import Request
+from scheduler.wire import Beat, Request
 
 CHAT = {"chat": Objective(priority=2, ttft_ms=500.0, deadline_ms=9000.0)}
 
@@ -76,3 +79,17 @@ def test_the_shorter_queue_holds(own_s, objective, expected):
     request = Request(model="m", objective=objective, max_queue_s=own_s)
 
     assert slo.promise(request, 100.0, named).refuse_at == expected
+
+
+def test_a_weight_reaches_whoever_admits():
+    """Named in an objective, it rides in the job: the worker's batch counts it too."""
+    core = Scheduler(
+        CoreSettings(objectives={"gold": Objective(weight=3.0)}), np.random.default_rng(0)
+    )
+    core.receive(Beat(endpoint="e", epoch=1, models=("m",)), 0.0)
+    request = Request(id="r", model="m", prompt_tokens=10, objective="gold")
+    core.receive(Arrived(request=request, entry="1-0", enqueued_at=0.0), 0.0)
+
+    [job] = [c.job for c in core.decide(0.0) if isinstance(c, Assign)]
+
+    assert job.weight == 3.0
