@@ -3,7 +3,7 @@
     room  = for each endpoint, when it could begin something new, and what seats and KV it has left
     for each request, most urgent first:
         the endpoint where its first token comes earliest, by prediction
-        too unlikely to be on time even there?     set aside
+        too unlikely to be on time even there, for what its time is worth?   set aside
         would it start within the commit window?   hand it over
         else                                       keep the place for it, bind it later
     what the plan leaves idle takes a short one of those set aside
@@ -27,6 +27,7 @@ from scheduler.onward import Onward
 from scheduler.pace import Noise
 from scheduler.policies import Terms
 from scheduler.prefix import BLOCK_TOKENS
+from scheduler.price import Usual
 from scheduler.profile.casting import Casting
 from scheduler.room import Offer, Room
 from scheduler.state import Bools, Floats, Kept, Ticket
@@ -49,6 +50,9 @@ PACE_TIE = 0.1
 
 SHORT_ANSWER = 16
 "The fewest tokens over which a stall for prefill is thought to be spread."
+
+FIT = 0.8
+"The patient take no endpoint where more than this part of the time that is left would pass."
 
 CANDIDATES = 5
 "How many of the endpoints a decision's record names."
@@ -138,8 +142,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
 Pricer = Callable[[Ticket], tuple[Floats | None, Floats]]
 "A request's cached tokens on every slot (None: nobody has any), and its barrier: 0 where it may go, `inf` where not."
 
-Spread = Callable[[Floats], Floats]
-"By what factor the lucky `odds_min` part of requests beats its prediction, given the seconds before it on each slot."
+Odds = Callable[[float, float], float]
+"The chance that log(actual / predicted) is no more than the second, for one that stands behind the first in seconds."
 
 
 class Planner:
@@ -152,7 +156,8 @@ class Planner:
         now: float,
         settings: PlanSettings,
         terms: Terms,
-        spread: Spread,
+        odds: Odds,
+        usual: Usual,
         pricer: Pricer,
         noise: Callable[[], Noise],
         rng: np.random.Generator,
@@ -166,7 +171,8 @@ class Planner:
             now: unix seconds.
             settings: how far and how early.
             terms: what the policy asks.
-            spread: how much luckier than predicted a request may be; asked once, if ever.
+            odds: how far predictions are off.
+            usual: the size of requests, to price one by.
             pricer: prefix cache and eligibility of a request.
             noise: how far off the predicted pace may be; asked once, if ever.
             rng: decides between equals.
@@ -183,7 +189,9 @@ class Planner:
         if casting is not None:
             casting.worth = self._worth
         self.onward = onward
-        self._ask_spread = spread
+        self.odds = odds
+        self.usual = usual
+        self._asking: Sequence[Ticket] = ()
         self._ask_noise = noise
         self.choices: list[Choice] = []
         self.turns: list[Turn] = []
@@ -198,9 +206,9 @@ class Planner:
         "Whether all of the line was considered: what is idle then, nobody urgent wants."
 
     @functools.cached_property
-    def spread(self) -> Floats:
-        """By what factor the lucky `odds_min` part of requests beats its prediction; float64[n_slots]."""
-        return self._ask_spread(self.room.backlog_s)
+    def waits(self) -> float:
+        """How much waits for each endpoint, in requests of the usual size."""
+        return self.usual.waits(self._asking, self.room)
 
     @functools.cached_property
     def noise(self) -> Noise:
@@ -209,6 +217,7 @@ class Planner:
 
     def serve(self, line: Sequence[Ticket]) -> None:
         """Plan these, most urgent first, until nothing more could start within the window."""
+        self._asking = line
         for ticket in line:
             if self._blocked >= BLOCKED_MAX and ticket.promise.tpot_s is not None:
                 continue
@@ -295,7 +304,7 @@ class Planner:
         if total_s[best] == math.inf:
             self._wait_for_room(offer)
             return
-        can_make_it = self._can_make_it(offer.ticket, total_s)
+        can_make_it = self._can_make_it(offer, total_s, best)
         worthy = self._worthy(offer)
         if worthy is not None and not worthy.all():
             worthy_s = np.where(worthy, total_s, np.inf)
@@ -322,8 +331,7 @@ class Planner:
         """The slot, with what chance it was taken, and why."""
         left_s = offer.ticket.due_at - self.now
         if left_s - float(total_s[best]) > self.terms.best_fit_slack_s:
-            fits = np.where(total_s / self.spread <= left_s, total_s, -np.inf)
-            fits[~np.isfinite(total_s)] = -np.inf
+            fits = np.where(total_s <= FIT * left_s, total_s, -np.inf)
             return int(fits.argmax()), 1.0, "patient: the slowest endpoint that makes it"
         if self.casting is not None:
             return self.casting.pick(offer, total_s < math.inf, self.rng)
@@ -474,11 +482,24 @@ class Planner:
         if offer.service_s[slot] < math.inf:
             self.room.shut(slot)
 
-    def _can_make_it(self, ticket: Ticket, total_s: Floats) -> bool:
-        """Whether its chance to be on time on its best endpoint is at least the policy's `odds_min`."""
-        if self.terms.odds_min <= 0 or ticket.due_at == math.inf:
+    def _can_make_it(self, offer: Offer, total_s: Floats, best: int) -> bool:
+        """Whether its chance to be on time on its best endpoint is worth that endpoint's time."""
+        ticket, terms = offer.ticket, self.terms
+        if terms.odds_min <= 0 or ticket.due_at == math.inf:
             return True
-        return bool(np.minimum.reduce(total_s * self.spread) <= ticket.due_at - self.now)
+        left_s = ticket.due_at - self.now
+        if left_s <= 0:
+            return False
+        predicted_s = float(total_s[best])
+        odds = self.odds(float(self.room.backlog_s[best]), math.log(left_s / predicted_s))
+        if odds < terms.odds_min:
+            return False
+        if terms.price <= 0:
+            return True
+        promised_s = ticket.due_at - ticket.enqueued_at
+        others = self.waits - self.usual.share(ticket, self.room)
+        asked = terms.price * others * float(offer.work_s[best]) / promised_s
+        return odds * ticket.promise.weight >= asked
 
     def _worthy(self, offer: Offer, candidates: Bools | None = None) -> Bools | None:
         """Where it gains more than it breaks, and nearly as much as anywhere; None: nobody asks.

@@ -7,6 +7,7 @@ from scheduler.memory import Memory
 from scheduler.onward import Onward
 from scheduler.plan import Choice, Planner
 from scheduler.prefix import BLOCK_TOKENS
+from scheduler.price import Usual
 from scheduler.profile.casting import Assembly, Casting
 from scheduler.room import Decodes, Room
 from scheduler.state import Floats, Ticket
@@ -47,6 +48,7 @@ class Planning:
         self._rng = rng
         profile = memory.settings.profile
         self._assembly = None if profile is None else Assembly(profile)
+        self._usual = Usual()
         self._aside_credit_s = 0.0
         self._room_at: float | None = None
         self._rested_at: float | None = None
@@ -135,7 +137,8 @@ class Planning:
             now=now,
             settings=self._settings,
             terms=self._terms,
-            spread=lambda ahead_s: self._memory.predictor.spread(ahead_s, self._terms.odds_min),
+            odds=self._memory.predictor.odds,
+            usual=self._usual,
             pricer=self._price,
             noise=self._memory.predictor.pace.noise,
             rng=self._rng,
@@ -210,6 +213,7 @@ class Planning:
         if choice.pledge is not None:
             legs.pledges[ticket.id] = choice.pledge
         ticket.cached_tokens = choice.cached_tokens
+        self._usual.learn(choice.work_s, ticket.prompt_tokens)
         memory.predictor.pace.prefill(choice.slot, choice.work_s, memory.now)
         ticket.pace = memory.pace_row(choice.slot)
         memory.prefixes.insert(choice.slot, ticket.request.blocks)

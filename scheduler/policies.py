@@ -26,6 +26,9 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     odds_min: float = 0.0
     "Below this chance to be on time on its best endpoint a request is set aside; 0: never."
 
+    price: float = 0.0
+    "How much more than that is asked of it in overload, the more the longer it takes; 0: nothing."
+
     aside_share: float = 0.0
     "Of the seconds handed out, the part kept for the longest set aside."
 
@@ -82,11 +85,15 @@ class Edf(Policy, frozen=True, tag="edf"):
 class Urgency(Policy, frozen=True, tag="urgency"):
     """Earliest due first among those who can still make it, with priorities; the rest are set aside, reversibly."""
 
-    odds_min: Share = 0.8
-    """
-    Below this chance to be on time on its best endpoint a request is set aside; 0: never.
+    odds_min: Share = 0.5
+    "Below this chance to be on time on its best endpoint a request is set aside; 0: never, whatever the price."
 
-    In overload the place of one who probably fails is worth more to one who probably does not.
+    price: Annotated[float, Meta(ge=0)] = 0.5
+    """
+    In overload the place of one who probably fails, or takes long, is worth more to others; 0: to nobody.
+
+    The chance asked of a request is this much, times the seconds that wait for each endpoint over the seconds
+    promised, times its own work over the usual work; its weight counts for it.
     """
 
     patience_s: Positive = 60.0
@@ -103,12 +110,12 @@ class Urgency(Policy, frozen=True, tag="urgency"):
     band_s: Positive = 5.0
     "Seconds of deadline that one level of priority is worth."
 
-    aside_share: Share = 0.05
+    aside_share: Share = 0.01
     """
     Of the seconds handed out, the part kept for the longest set aside.
 
-    It is what keeps an overload from starving them: 0.05 costs at most that much of the urgent work. 0 lets
-    them wait for an idle endpoint, however long.
+    It is what keeps an endless overload from starving them. 0.05 serves them five times as fast and costs up to
+    that much of the urgent work; 0 lets them wait for an idle endpoint, however long.
     """
 
     best_fit_slack_s: Positive = math.inf
@@ -123,6 +130,7 @@ class Urgency(Policy, frozen=True, tag="urgency"):
         """Its own fields."""
         return Terms(
             odds_min=self.odds_min,
+            price=self.price,
             aside_share=self.aside_share,
             best_fit_slack_s=self.best_fit_slack_s,
         )

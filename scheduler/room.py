@@ -91,6 +91,10 @@ class Room:
         "The same now, with the places kept for the more urgent."
         self.open_s = self.start_s + np.where(seats > 0, wanted_s, np.inf)
         "The same; `inf` where nothing more may go."
+        self.usable = wanted_s < np.inf
+        "Which may take something of what waits, once there is room."
+        self.count = max(1, int(np.count_nonzero(self.usable)))
+        "How many those are."
         self.tokens = backlog.tokens
         self.pairs = backlog.pairs
         self.seats = seats

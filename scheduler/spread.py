@@ -3,21 +3,19 @@
 import math
 from bisect import bisect_left
 
-import numpy as np
-
-from scheduler.state import Floats
 from scheduler.window import Window
 
 BUCKETS_S = (1e-3, 0.2)
 "Predictions are as uncertain as what stands before them: nothing, a little, more."
-
-_EDGES_S = np.array(BUCKETS_S)
 
 SIZE, LEAST = 300, 30
 "Completions a bucket remembers, and how many make its quantiles worth believing."
 
 COLD_SIGMA = 0.3
 "Until then: the log error of a data sheet's prediction, roughly a normal one."
+
+LOGISTIC = 1.702
+"The logistic curve so much steeper is within 0.01 of the normal distribution."
 
 
 class Spread:
@@ -35,13 +33,13 @@ class Spread:
         """The quantile of log(actual / predicted), from what was seen, else a normal guess."""
         return self._quantile(self._windows[_bucket(start_s)], part)
 
-    def factor(self, start_s: Floats, part: float) -> Floats:
-        """By what factor this part of the completions beat its prediction; 1 where `part` is 0."""
-        if part <= 0:
-            return np.ones(len(start_s))
-        factors = np.exp([self._quantile(window, part) for window in self._windows])
-        chosen: Floats = factors[_EDGES_S.searchsorted(start_s)]
-        return chosen
+    def odds(self, start_s: float, log_ratio: float) -> float:
+        """The part of completions behind so many predicted seconds whose log(actual / predicted) is no more."""
+        seen = self._windows[_bucket(start_s)]
+        if len(seen) >= LEAST:
+            return seen.share(log_ratio)
+        steepness = LOGISTIC / COLD_SIGMA
+        return 1.0 / (1.0 + math.exp(-min(20.0, max(-20.0, steepness * log_ratio))))
 
     def export(self) -> dict[str, tuple[float, ...]]:
         """Every window by name, oldest value first."""
@@ -57,7 +55,7 @@ class Spread:
         if len(seen) >= LEAST:
             return seen.quantile(part)
         # The logistic curve's quantile: within 4 % of the normal one from 2 % to 98 %.
-        return COLD_SIGMA * math.log(part / (1.0 - part)) / 1.702 if part < 1 else math.inf
+        return COLD_SIGMA * math.log(part / (1.0 - part)) / LOGISTIC if part < 1 else math.inf
 
 
 def _bucket(start_s: float) -> int:

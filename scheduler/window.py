@@ -1,6 +1,6 @@
 """Running quantiles over the most recent values, as plain numbers that a snapshot can hold."""
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -36,6 +36,10 @@ class Window:
             del ordered[bisect_left(ordered, recent[0])]
         recent.append(value)
         insort(ordered, value)
+
+    def share(self, value: float) -> float:
+        """What part of them does not exceed this value; there must be one."""
+        return bisect_right(self._sorted, value) / len(self._sorted)
 
     def quantile(self, part: float) -> float:
         """The value that this part of them does not exceed; there must be one."""

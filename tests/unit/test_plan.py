@@ -11,6 +11,7 @@ from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
 from scheduler.plan import ASIDE_MAX, Planner, PlanSettings
 from scheduler.policies import Terms
+from scheduler.price import Usual
 from scheduler.room import Decodes, Room
 from scheduler.slo import Promise
 from scheduler.state import Ticket
@@ -32,6 +33,12 @@ def ticket(name: str, tokens: int, due_at: float = math.inf) -> Ticket:
         rank=0.0,
         max_attempts=3,
     )
+
+
+def usual() -> Usual:
+    made = Usual()
+    made.learn(0.1, 100.0)
+    return made
 
 
 def planner(
@@ -67,7 +74,8 @@ def planner(
         now=0.0,
         settings=PlanSettings(commit_window_s=1.0, tie=0.0),
         terms=Terms(**terms),
-        spread=lambda _: np.ones(n),
+        odds=lambda _, log_ratio: float(log_ratio >= 0),
+        usual=usual(),
         noise=Noise,
         pricer=lambda _: (held, np.zeros(n)),
         rng=np.random.default_rng(0),
@@ -124,6 +132,28 @@ def test_the_hopeless_are_set_aside_for_those_who_can():
 
     assert [turn.ticket.id for turn in made.turns] == ["lost"]
     assert served(made) == [("can", 0)]
+
+
+def test_where_many_wait_the_dearest_gives_way():
+    """In overload a second is worth more to the short; with nobody behind it the long one is served (I10: price 0)."""
+    line = [ticket("long", 800, due_at=1.0), *(ticket(f"r{i}", 50, due_at=1.0) for i in range(8))]
+    for price, waiting, dropped in ((0.5, line, ["long"]), (0.5, line[:1], []), (0.0, line, [])):
+        made = planner([0.001], odds_min=0.5, price=price)
+        made.serve(waiting)
+
+        gave_way = [turn.ticket.id for turn in made.turns]
+        assert gave_way[:1] == dropped or (dropped == [] and "long" not in gave_way)
+
+
+def test_a_greater_worth_buys_dearer_time():
+    """Where the price sets the usual aside, who counts ten times as much is served."""
+    for weight, set_aside in ((1.0, True), (10.0, False)):
+        line = [ticket("r", 800, due_at=1.0), *(ticket(f"r{i}", 50, due_at=1.0) for i in range(8))]
+        line[0].promise = msgspec.structs.replace(FREE, weight=weight)
+        made = planner([0.001], odds_min=0.5, price=0.5)
+        made.serve(line)
+
+        assert ("r" in [turn.ticket.id for turn in made.turns]) == set_aside
 
 
 def test_one_step_sets_aside_a_bounded_number():

@@ -114,7 +114,7 @@ def test_the_bound_covers_what_it_says():
     serve(made, 0, lambda n: 0.012 + n / 16_000, 200, noise=0.2, seed=1)
 
     assert 0.75 <= made.coverage(0) <= 1.0
-    assert made.spread(np.zeros(1), 0.9)[0] == pytest.approx(math.exp(0.2 * 1.28), rel=0.2)
+    assert made.odds(0.0, 0.2 * 1.28) == pytest.approx(0.9, abs=0.07)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_snapshot_of_numbers_gives_the_same_predictions():
     fresh.open(0, Beat(endpoint="e0", epoch=2, hardware="a100"))
 
     assert fresh.rates(np.zeros(1)).token_s == pytest.approx(taught.rates(np.zeros(1)).token_s)
-    assert fresh.spread(np.zeros(1), 0.9) == pytest.approx(taught.spread(np.zeros(1), 0.9))
+    assert fresh.odds(0.0, 0.1) == taught.odds(0.0, 0.1)
 
 
 def test_other_hardware_under_the_same_name_starts_cold():
