@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from scheduler import cost
+from scheduler.guard import Guard
 from scheduler.ledger import Rates
 from scheduler.lengths import Lengths
 from scheduler.pace import Pace
@@ -83,6 +84,7 @@ class Predictor:
         self._spread = Spread()
         self.lengths = Lengths()
         self.pace = Pace()
+        self.guard = Guard()
         self.transfer = Transfer()
         self._remembered: dict[str, tuple[str, tuple[float, ...]]] = {}
 
@@ -100,6 +102,7 @@ class Predictor:
         self._speeds[slot] = speed
         self._log_speed[slot] = speed.log
         self.pace.open(slot, rates)
+        self.guard.open(slot)
         self.transfer.open(slot, beat)
         self._prior[:, slot] = rates.overhead_s, rates.token_s, rates.attention_s, rates.kv_s
 
@@ -117,11 +120,12 @@ class Predictor:
         weights, speed = self._regression.weights, np.exp(self._log_speed)
         decode_s = kv_s * decode_kv
         per_token_s = weights[1] * token_s + weights[4] * decode_s / cost.CHUNK_TOKENS
-        return Rates(
+        rates = Rates(
             overhead_s=speed * (weights[0] * overhead_s + weights[3] * decode_s),
             token_s=np.maximum(speed * per_token_s, RATE_FLOOR * token_s),
             pair_s=speed * weights[2] * pair_s,
         )
+        return self._guarded(rates, decode_s) if self.guard.is_on else rates
 
     def predict(self, features: Floats) -> Floats:
         """Seconds to first token: float64[n_slots, n_features] in, float64[n_slots] out."""
@@ -157,6 +161,9 @@ class Predictor:
         own_speed = math.exp(speed.log)
         predicted_s = self._bounded(own_speed, x)
         log_error = math.log(seconds / predicted_s)
+        # What plans are made with, which is what was learned unless something went wrong between.
+        planned = log_error - (float(self._log_speed[slot]) - speed.log)
+        self.guard.judge(slot, learned=planned, prior=math.log(seconds / max(1e-3, sum(x))))
         self._judge(speed, reward, start_s, seconds, predicted_s)
         scale_s = max(RELATIVE_FLOOR_S, 0.5 * (predicted_s + seconds) / own_speed)
         weight = min(1.0, 1.0 / max(1e-9, abs(log_error))) / scale_s**2
@@ -222,6 +229,16 @@ class Predictor:
         bound = self._spread.log_ratio(start_s, 0.9)
         speed.judge(log_ratio, is_covered=log_ratio <= bound)
         self._spread.add(start_s, log_ratio)
+
+    def _guarded(self, rates: Rates, decode_s: Floats) -> Rates:
+        """The same, but as declared where what was learned is not to be believed."""
+        overhead_s, token_s, pair_s, _ = self._prior
+        distrusted = self.guard.distrusted
+        return Rates(
+            overhead_s=np.where(distrusted, overhead_s + decode_s, rates.overhead_s),
+            token_s=np.where(distrusted, token_s + decode_s / cost.CHUNK_TOKENS, rates.token_s),
+            pair_s=np.where(distrusted, pair_s, rates.pair_s),
+        )
 
     def _bounded(self, speed: float, x: Sequence[float]) -> float:
         # Python's floats: for five of them numpy's calls would cost three times as much.
