@@ -5,10 +5,11 @@ from collections.abc import Callable
 import structlog
 
 from dispatcher.streams import sidecar
+from scheduler.errors import EngineError
 from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, WorkerSettings
 from scheduler.wire import Outcome
-from workers.attempt import Attempt
+from workers.attempt import Attempt, Stop
 from workers.metrics import Meter
 from workers.writer import Writer
 
@@ -31,6 +32,27 @@ class Ending:
     ) -> None:
         self._address, self._writer, self._keys = address, writer, keys
         self._settings, self._meter, self._clock, self._gone = settings, meter, clock, gone
+
+    def failed(self, attempt: Attempt, error: EngineError) -> None:
+        """The engine did not answer as it should: to be tried elsewhere, unless that is of no use."""
+        if error.retryable and attempt.job.attempt < attempt.job.max_attempts:
+            self.give_back(attempt, str(error))
+        else:
+            self.finish(attempt, "failed", str(error), status=error.status, is_dead=True)
+
+    def stopped(self, attempt: Attempt, stop: Stop) -> None:
+        """It was ended from outside the engine."""
+        match stop.kind:
+            case "fenced":
+                self._gone(attempt)
+            case "returned":
+                self.give_back(attempt, stop.reason)
+            case "cancelled":
+                self.finish(attempt, "cancelled", stop.reason or "cancelled")
+            case "expired":
+                self.finish(attempt, "expired", stop.reason)
+            case "silent":
+                raise AssertionError("an engine's silence is its failure")
 
     def finish(
         self,

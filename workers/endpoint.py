@@ -17,23 +17,23 @@ import structlog
 
 from dispatcher.streams import sidecar
 from dispatcher.streams.connection import Connection
-from scheduler import batch
-from scheduler.batch import Limits
 from scheduler.errors import EngineError, FencedError, StreamError, WireError
 from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
 from scheduler.wire import Beat, EndpointState
 from workers import body
+from workers.admission import Admission
 from workers.attempt import FENCED, Attempt, Stop
 from workers.ending import Ending
 from workers.engine import Engine
+from workers.hands import Hands
 from workers.health import Health, is_broken
-from workers.holdings import Holdings, following
 from workers.inbox import Arrival, Inbox
 from workers.kv_cache import KvCache
 from workers.metrics import Gaps, Meter
 from workers.pulse import Pulse
 from workers.rhythm import Rhythm
+from workers.telling import Telling
 from workers.vigil import Vigil
 from workers.writer import Writer
 
@@ -76,8 +76,7 @@ class Endpoint:
             arrived=self._beaten,
         )
         self._kv = KvCache(self._engine, self.name)
-        self._said = Holdings()
-        self._said_tick = float("-inf")
+        self._hands = Hands(settings.held_max)
         self.health = Health(self._engine, address, settings, clock=connection.now)
         self.rhythm = Rhythm(address.hardware, meter.gaps.setdefault(self.name, Gaps()))
         self._ending = Ending(
@@ -90,20 +89,26 @@ class Endpoint:
             gone=self._forget,
         )
         self._epoch = 0
-        self._attempts: dict[str, Attempt] = {}
-        "Everything not gone, by request id."
-        self._held: dict[str, Attempt] = {}
-        self._running: dict[str, Attempt] = {}
+        self._admission = Admission(
+            address,
+            settings,
+            health=self.health,
+            rhythm=self.rhythm,
+            hands=self._hands,
+            clock=connection.now,
+        )
         self._vigil = Vigil(settings, connection.now)
-        self._doubting = asyncio.Lock()
-        self._doubts = 0
-        "Attempts that wait to hear whether the engine still lives; nothing is admitted meanwhile."
-        self._doubted_tick = 0.0
+        self._telling = Telling(
+            address,
+            worker=worker,
+            beat_s=lease.beat_s,
+            health=self.health,
+            rhythm=self.rhythm,
+            hands=self._hands,
+            inbox=self._inbox,
+            kv=self._kv,
+        )
         self._changed = asyncio.Event()
-        self._has_room = asyncio.Event()
-        self._has_room.set()
-        self._empty = asyncio.Event()
-        self._empty.set()
         self._draining = ""
         self._group: asyncio.TaskGroup | None = None
 
@@ -147,15 +152,15 @@ class Endpoint:
         self._return_held(self._draining)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
-                await _either(self._empty, hurry)
-        for attempt in list(self._running.values()):
+                await _either(self._hands.empty, hurry)
+        for attempt in list(self._hands.running.values()):
             attempt.halt(Stop("returned", self._draining))
-        await self._empty.wait()
+        await self._hands.empty.wait()
 
     def show(self) -> None:
         """Bring the gauges up to date."""
-        self._meter.held.labels(self.name).set(len(self._held))
-        self._meter.running.labels(self.name).set(len(self._running))
+        self._meter.held.labels(self.name).set(len(self._hands.held))
+        self._meter.running.labels(self.name).set(len(self._hands.running))
         self._meter.is_ready.labels(self.name).set(self.state == "ready")
         self._meter.step_law(self.name, self.rhythm.step_time)
 
@@ -176,9 +181,9 @@ class Endpoint:
 
     async def _read(self) -> None:
         while True:
-            await self._has_room.wait()
+            await self._hands.has_room.wait()
             try:
-                await self._inbox.read(self._settings.held_max - len(self._attempts))
+                await self._inbox.read(self._hands.room)
                 await self._take()
             except StreamError as error:
                 log.debug("read_lost", endpoint=self.name, reason=str(error))
@@ -199,7 +204,7 @@ class Endpoint:
     async def _tend(self) -> None:
         """Admit when anything changes; look after deadlines and silences when one may be over."""
         while True:
-            wait_s = min(self._vigil.due_s(), TEND_S if self._held else float("inf"))
+            wait_s = min(self._vigil.due_s(), TEND_S if self._hands.held else float("inf"))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if wait_s == float("inf") else max(0.0, wait_s)):
                     await self._changed.wait()
@@ -219,19 +224,15 @@ class Endpoint:
     # Arriving.
 
     async def _take(self) -> None:
-        arrivals = await self._inbox.take(self._epoch, self._cancel, self._knows)
+        arrivals = await self._inbox.take(self._epoch, self._cancel, self._hands.knows)
         for arrival in arrivals:
             self._arrive(arrival)
         if arrivals:
             self._changed.set()
 
-    def _knows(self, request_id: str, attempt: int) -> bool:
-        known = self._attempts.get(request_id)
-        return known is not None and known.job.attempt == attempt
-
     def _arrive(self, arrival: Arrival) -> None:
         job = arrival.held.job
-        older = self._attempts.get(job.id)
+        older = self._hands.all.get(job.id)
         if older is not None:  # it was taken from us and has come back
             older.halt(FENCED)
             self._forget(older)
@@ -244,11 +245,8 @@ class Endpoint:
             arrival.held, parsed, pulled_at=self._connection.now(), written=arrival.written
         )
         attempt.expect(self.rhythm.usual_tokens)
-        self._attempts[job.id] = attempt
+        self._hands.take(attempt)
         self._vigil.arrived(attempt)
-        self._empty.clear()
-        if len(self._attempts) >= self._settings.held_max:
-            self._has_room.clear()
         if job.attempt > 1:
             self._meter.retries.labels(self.name).inc()
         if arrival.trouble:
@@ -261,49 +259,23 @@ class Endpoint:
         elif self._draining or self.health.away:
             self._ending.give_back(attempt, self._draining or f"engine away: {self.health.away}")
         else:
-            self._held[job.id] = attempt
+            self._hands.hold(attempt)
 
     def _cancel(self, request_id: str, reason: str) -> None:
-        attempt = self._attempts.get(request_id)
+        attempt = self._hands.all.get(request_id)
         if attempt is not None:
             self._stop(attempt, Stop("cancelled", reason))
 
     # Admitting.
 
     def _admit(self) -> None:
-        if not self._held or not self._may_admit:
+        if self._draining or self._pulse.has_lapsed:
             return
-        tick = perf_counter()
-        held = list(self._held.values())
-        chosen = batch.admit(
-            [attempt.member(tick) for attempt in self._running.values()],
-            [attempt.candidate() for attempt in held],
-            self.rhythm.step_time.law,
-            self._limits(),
-            self._connection.now(),
-        )
-        for index in chosen:
-            self._start(held[index])
-
-    @property
-    def _may_admit(self) -> bool:
-        is_engine_there = not self.health.away and not self._doubts
-        return is_engine_there and not self._draining and not self._pulse.has_lapsed
-
-    def _limits(self) -> Limits:
-        settings = self._settings
-        return Limits(
-            seats=self._address.max_num_seqs,
-            kv_tokens=self.health.load.kv_tokens or float("inf"),
-            step_s=settings.step_s or float("inf"),
-            margin=settings.margin,
-            patience_s=settings.patience_s,
-        )
+        for attempt in self._admission.chosen():
+            self._start(attempt)
 
     def _start(self, attempt: Attempt) -> None:
-        del self._held[attempt.job.id]
-        self._running[attempt.job.id] = attempt
-        attempt.stage = "running"
+        self._hands.start(attempt)
         attempt.admitted_at = self._connection.now()
         attempt.admitted_tick = attempt.last_tick = perf_counter()
         self._vigil.began(attempt.last_tick)
@@ -355,26 +327,12 @@ class Endpoint:
         except EngineError as error:
             has_turned = self.health.failed(error)
             if is_broken(error):
-                has_turned = await self._doubt() or has_turned
+                has_turned = await self.health.doubt() or has_turned
+                self._changed.set()
             if has_turned:
                 await self._turned()
             return error
         return None
-
-    async def _doubt(self) -> bool:
-        """Ask the engine before anything more is sent to it; True if it has turned out to be away."""
-        asked_tick = perf_counter()
-        self._doubts += 1
-        try:
-            async with self._doubting:
-                if self.health.away or self._doubted_tick > asked_tick:
-                    return False
-                await self.health.probe(is_doubted=True)
-                self._doubted_tick = perf_counter()
-                return bool(self.health.away)
-        finally:
-            self._doubts -= 1
-            self._changed.set()
 
     def _heard(self, attempt: Attempt, *, more: bool) -> None:
         """The engine has sent something for this attempt; the hot path, once a token."""
@@ -395,69 +353,51 @@ class Endpoint:
                 self._writer.note(attempt, is_urgent=True)
             return
         attempt.gap_max_s = max(attempt.gap_max_s, gap_s)
-        self.rhythm.gap(attempt, gap_s, tick, self._running.values())
+        self.rhythm.gap(attempt, gap_s, tick, self._hands.running.values())
         if attempt.job.stream:
             self._writer.note(attempt, is_urgent=False)
 
     def _served(self, attempt: Attempt, error: EngineError | None) -> None:
         stop = attempt.stop
-        if self._running.get(attempt.job.id) is attempt:
-            del self._running[attempt.job.id]
+        self._hands.leave(attempt)
         self._changed.set()
-        self.rhythm.left(attempt, is_empty=not self._running)
+        self.rhythm.left(attempt, is_empty=not self._hands.running)
         if stop is not None and stop.kind == "silent":
             error, stop = EngineError(stop.reason), None
             if self.health.failed(error):
                 assert self._group is not None
                 self._group.create_task(self._turned(), name=f"{self.name} turned")
         if stop is not None:
-            self._stopped(attempt, stop)
+            self._ending.stopped(attempt, stop)
         elif error is None:
             self.health.succeeded()
             self.rhythm.said(attempt.output_tokens)
             self._kv.computed(attempt.job, attempt.body)
             self._ending.finish(attempt, "completed")
         else:
-            self._failed(attempt, error)
+            self._ending.failed(attempt, error)
 
     # Ending.
-
-    def _failed(self, attempt: Attempt, error: EngineError) -> None:
-        if error.retryable and attempt.job.attempt < attempt.job.max_attempts:
-            self._ending.give_back(attempt, str(error))
-        else:
-            self._ending.finish(attempt, "failed", str(error), status=error.status, is_dead=True)
 
     def _stop(self, attempt: Attempt, stop: Stop) -> None:
         """End it from outside, wherever it stands."""
         if attempt.stage == "running":
             attempt.halt(stop)
         elif attempt.stage == "held":
-            self._held.pop(attempt.job.id, None)
-            self._stopped(attempt, stop)
-
-    def _stopped(self, attempt: Attempt, stop: Stop) -> None:
-        if stop.kind == "fenced":
-            self._forget(attempt)
-        elif stop.kind == "returned":
-            self._ending.give_back(attempt, stop.reason)
-        elif stop.kind == "cancelled":
-            self._ending.finish(attempt, "cancelled", stop.reason or "cancelled")
-        else:
-            assert stop.kind == "expired"
-            self._ending.finish(attempt, "expired", stop.reason)
+            self._hands.held.pop(attempt.job.id, None)
+            self._ending.stopped(attempt, stop)
 
     async def _end_the_late(self) -> None:
         """Past their deadline, or given up by an engine that has gone silent."""
         for attempt, stop in self._vigil.over(
-            list(self._attempts.values()), self.health.heard_tick
+            list(self._hands.all.values()), self.health.heard_tick
         ):
             self._stop(attempt, stop)
-        reason = self._vigil.stalled(self._running.values(), self.health.heard_tick)
+        reason = self._vigil.stalled(self._hands.running.values(), self.health.heard_tick)
         if reason:
             if self.health.distrust(reason):
                 await self._turned()
-            for attempt in list(self._running.values()):
+            for attempt in list(self._hands.running.values()):
                 attempt.halt(Stop("silent", reason))
 
     async def _turned(self) -> None:
@@ -471,25 +411,18 @@ class Endpoint:
         self._changed.set()
 
     def _return_held(self, reason: str) -> None:
-        for attempt in list(self._held.values()):
+        for attempt in list(self._hands.held.values()):
             self._stop(attempt, Stop("returned", reason))
 
     def _forget(self, attempt: Attempt) -> None:
-        attempt.stage = "gone"
-        self._held.pop(attempt.job.id, None)
+        self._hands.forget(attempt)
         self._writer.drop(attempt)
-        if self._attempts.get(attempt.job.id) is attempt:
-            del self._attempts[attempt.job.id]
-        if len(self._attempts) < self._settings.held_max:
-            self._has_room.set()
-        if not self._attempts:
-            self._empty.set()
 
     def _drop_all(self) -> None:
-        for attempt in list(self._attempts.values()):
+        for attempt in list(self._hands.all.values()):
             self._meter.fenced.inc()
             self._forget(attempt)
-        self._running.clear()
+        self._hands.running.clear()
 
     async def _is_forgotten(self) -> bool:
         """Whether Redis has lost our name (emptied, or failed over), rather than given it to another."""
@@ -502,52 +435,8 @@ class Endpoint:
     # Telling.
 
     def _beat(self, started: tuple[str, ...], first_tokens: tuple[str, ...]) -> Beat:
-        health, load, address = self.health, self.health.load, self._address
-        kv = self._kv.account()
-        says = self._says_what_it_holds()
-        return Beat(
-            endpoint=self.name,
-            epoch=self._epoch,
-            worker=self._worker,
-            state=self.state,
-            reason=self._draining or health.away,
-            roles=address.roles,
-            models=health.models,
-            hardware=address.hardware,
-            max_num_seqs=address.max_num_seqs,
-            kv_tokens=load.kv_tokens,
-            block_tokens=load.block_tokens,
-            max_model_len=health.max_model_len,
-            running=load.running,
-            queued=load.queued,
-            held=len(self._held),
-            kv_usage=load.kv_usage,
-            step_s=self.rhythm.step_s,
-            scraped_at=health.load_at,
-            engine=health.features.version,
-            features=health.features.names,
-            started=started,
-            first_tokens=first_tokens,
-            read_at=self._inbox.read_at if says else None,
-            holds=self._said.names if says else (),
-            holds_after=self._said.after if says else "",
-            holds_to=self._said.to if says else "",
-            kv_epoch=kv.epoch,
-            kv_seq=kv.seq,
-            kv_stored=kv.stored,
-            kv_removed=kv.removed,
-            kv_rest=kv.rest,
-            kv_was_empty=kv.was_empty,
-        )
-
-    def _says_what_it_holds(self) -> bool:
-        """Whether this beat does: one each `beat_s`, however many there are for the sake of news."""
-        tick = perf_counter()
-        if self._inbox.read_at is None or tick - self._said_tick < 0.9 * self._lease.beat_s:
-            return False
-        held = ((one.job.id, one.job.attempt) for one in self._attempts.values())
-        self._said, self._said_tick = following(held, self._said), tick
-        return True
+        reason = self._draining or self.health.away
+        return self._telling.beat(self._epoch, self.state, reason, started, first_tokens)
 
     def _beaten(self, beat: Beat) -> None:
         if self._kv.told(beat.kv_epoch, beat.kv_seq):

@@ -4,6 +4,7 @@ ready ──probe fails, paused, asleep──> away ──probe succeeds──> 
 ready ──several failures in a row────> away ──it makes one token──> ready
 """
 
+import asyncio
 from collections.abc import Callable
 from time import perf_counter
 
@@ -50,6 +51,10 @@ class Health:
         self.features = Features()
         "What it can do besides; looked at whenever it comes."
         self._failures = 0
+        self._doubting = asyncio.Lock()
+        self._doubts = 0
+        "How many wait to hear."
+        self._doubted_tick = 0.0
         self.heard_tick = float("-inf")
         "When it last sent anything of an answer."
 
@@ -94,6 +99,25 @@ class Health:
         if not trouble and self.away:
             trouble = await self._proof()
         self._turn(trouble)
+
+    @property
+    def is_doubted(self) -> bool:
+        """Whether somebody waits to hear if it still lives; nothing should be sent to it meanwhile."""
+        return self._doubts > 0
+
+    async def doubt(self) -> bool:
+        """Ask it before anything more is sent to it; True if it has turned out to be away."""
+        asked_tick = perf_counter()
+        self._doubts += 1
+        try:
+            async with self._doubting:
+                if self.away or self._doubted_tick > asked_tick:
+                    return False
+                await self.probe(is_doubted=True)
+                self._doubted_tick = perf_counter()
+                return bool(self.away)
+        finally:
+            self._doubts -= 1
 
     async def _trouble(self) -> str:
         trouble = await self._engine.probe()

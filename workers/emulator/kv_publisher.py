@@ -30,6 +30,8 @@ class KvPublisher:
     def __init__(self, block_size: int) -> None:
         """Publish blocks of so many tokens."""
         self._block_size = block_size
+        self._news: zmq.Socket[bytes]
+        self._past: zmq.asyncio.Socket
         self._events: list[dict[str, object]] = []
         self._sent: deque[tuple[int, bytes]] = deque(maxlen=BUFFER_STEPS)
         self._next = 0
