@@ -22,13 +22,22 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Forget, Reclaim
 from scheduler.plan import PlanSettings
 from scheduler.policies import BUILT_IN
-from scheduler.settings import Objective
+from scheduler.profile.filters import Pace, Saturation
+from scheduler.profile.pickers import WeightedRandom
+from scheduler.profile.profile import Profile
+from scheduler.profile.scorers import NoHitLru, PredictedLatency, PrefixCache, Queue
+from scheduler.settings import FairnessSettings, Objective
 from scheduler.wire import Beat, Control, Request, Reward
 
 SETTINGS = CoreSettings(
     objectives={"chat": Objective(ttft_ms=500.0, max_queue_ms=4000.0)},
     plan=PlanSettings(horizon=16),
     waiting_max=30,
+)
+PROFILES = (
+    None,
+    Profile(filters=(Pace(), Saturation(queue_max=1)), scorers=(Queue(), PrefixCache(weight=3.0))),
+    Profile(scorers=(PredictedLatency(), NoHitLru()), picker=WeightedRandom()),
 )
 MODELS = ("llama", "qwen")
 ENDPOINTS = ("e0", "e1", "e2")
@@ -65,10 +74,17 @@ class World(RuleBasedStateMachine):
         self.terminal: dict[str, str] = {}
         self.forgotten: set[str] = set()
 
-    @initialize(policy=st.sampled_from(BUILT_IN))
-    def choose(self, policy):
-        """Whatever the policy, the invariants are the same."""
-        chosen = msgspec.structs.replace(SETTINGS, policy=policy())
+    @initialize(
+        policy=st.sampled_from(BUILT_IN),
+        profile=st.sampled_from(PROFILES),
+        quantum_tokens=st.sampled_from([0, 3000]),
+    )
+    def choose(self, policy, profile, quantum_tokens):
+        """Whatever the policy, the profile and the shares, the invariants are the same."""
+        fairness = FairnessSettings(quantum_tokens=quantum_tokens, weights={"gold": 3.0})
+        chosen = msgspec.structs.replace(
+            SETTINGS, policy=policy(), profile=profile, fairness=fairness
+        )
         self.core = Scheduler(chosen, np.random.default_rng(0))
 
     def tell(self, event: Event) -> None:
@@ -88,8 +104,11 @@ class World(RuleBasedStateMachine):
         deadline_s=st.sampled_from([None, 0.5, 10.0]),
         priority=st.sampled_from([None, -1, 2]),
         attempts=st.sampled_from([None, 1]),
+        tenant=st.sampled_from(["", "gold", "lead"]),
     )
-    def arrive(self, prompt, said, model, objective, ttft_s, deadline_s, priority, attempts):
+    def arrive(
+        self, prompt, said, model, objective, ttft_s, deadline_s, priority, attempts, tenant
+    ):
         self.count += 1
         request = Request(
             id=f"r{self.count}",
@@ -101,6 +120,7 @@ class World(RuleBasedStateMachine):
             deadline_s=deadline_s,
             priority=priority,
             max_attempts=attempts,
+            tenant=tenant,
             blocks=tuple(f"b{i}" for i in range(prompt // 1000)),
         )
         self.entries[request.id] = f"{self.count}-0"
