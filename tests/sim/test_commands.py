@@ -110,6 +110,30 @@ class TestSimulate:
         assert found["n_completed"] == 40
         assert found["tpot_mean_s"] is None
 
+    def test_says_what_lengths_are_worth(self, trace, fleet, slo, tmp_path):
+        """Three runs that differ in nothing but what requests say of their answers."""
+        words = ("--rate", 40, "--policy", "plan", "--slo", slo, "--untimed", "--output-scale", 20)
+        found = {
+            lengths: simulated(trace, fleet, tmp_path / lengths, *words, "--lengths", lengths)[0]
+            for lengths in ("unknown", "predicted", "known")
+        }
+
+        assert {one["n_completed"] for one in found.values()} == {40}
+        assert found["unknown"]["ttft_mean_s"] != found["known"]["ttft_mean_s"]
+
+    def test_figures_by_tenant(self, trace, fleet, tmp_path):
+        """Each tenant that is named, and together they are all."""
+        slo = tmp_path / "tenants.toml"
+        slo.write_text(
+            '[[classes]]\nclient = "a"\ntenant = "gold"\nttft_ms = 100\n[[classes]]\ntenant = "iron"\n'
+        )
+        (found,) = simulated(trace, fleet, tmp_path / "out", "--rate", 2, "--slo", slo)
+
+        gold, iron = found["by_tenant"]["gold"], found["by_tenant"]["iron"]
+        assert gold["n"] == iron["n"] == 20
+        assert (gold["on_time"] + iron["on_time"]) / 2 == pytest.approx(found["on_time"])
+        assert gold["on_time"] < iron["on_time"] == 1.0
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
