@@ -17,6 +17,7 @@ from dispatcher.cli import compare, lab
 from dispatcher.cli.download import FileError
 from scheduler.sim import cells, contrast, policy, trace
 from scheduler.sim.cells import Cell
+from scheduler.sim.contrast import Standing
 from scheduler.sim.lab import Lab
 from scheduler.sim.report import Report
 from scheduler.sim.workload import Arrival
@@ -37,6 +38,8 @@ ListFile = Annotated[
 Traces = Annotated[
     Path, typer.Option(metavar="DIR", help="Where the traces lie, NAME.jsonl or NAME.jsonl.gz.")
 ]
+
+OURS = "plan"
 
 Draw = tuple[int, int]
 "Window, counted from 0, and seed."
@@ -105,18 +108,20 @@ def table(
     file: ListFile = None,
 ) -> None:
     """Every cell's tables as Markdown: medians, intervals, differences to the baseline, bounds."""
+    ran = []
     for name, cell in _chosen(names, file).items():
-        path = directory / f"{name}.jsonl"
-        reports = _read(path)
+        reports = _read(directory / f"{name}.jsonl")
         if not any(one.policy == cell.baseline for one in reports):
             typer.echo(f"{name}: {cell.baseline}, the baseline, was not run", err=True)
             continue
+        ran.append((cell.metrics[0], reports))
         typer.echo(f"### {name}: {cell.asks}\n")
         for metric in cell.metrics:
             rows = contrast.contrasts(reports, metric=metric, baseline=cell.baseline)
             typer.echo(compare.as_markdown(metric, rows, cell.baseline))
             for line in _bounds(reports, metric):
                 typer.echo(line)
+    typer.echo(_standings(contrast.standings(ran, ours=OURS)))
 
 
 def _chosen(names: list[str] | None, file: Path | None) -> dict[str, Cell]:
@@ -252,6 +257,19 @@ def _read(path: Path) -> list[Report]:
         return [msgspec.json.decode(line, type=Report) for line in lines]
     except msgspec.DecodeError as error:
         raise FileError(f"{str(path)!r} is not what `cells run` writes: {error}") from None
+
+
+def _standings(found: list[Standing]) -> str:
+    """Over all cells and loads, each cell by its first figure."""
+    lines = [
+        "### All of them\n",
+        f"| `{OURS}` against | overall | won | lost | places |",
+        "|---" * 5 + "|",
+    ]
+    for one in found:
+        overall = f"{one.overall:.3f} times" if one.is_ratio else f"{one.overall:+.1%}"
+        lines.append(f"| {one.other} | {overall} | {one.n_won} | {one.n_lost} | {one.n_places} |")
+    return "\n".join(lines)
 
 
 def _bounds(reports: list[Report], metric: str) -> Iterator[str]:

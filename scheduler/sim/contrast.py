@@ -13,6 +13,9 @@ Draw = tuple[str, int]
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_250_101
 
+WON_RATIO, WON_POINTS = 0.03, 0.01
+"How far apart two policies must be, beside being sure of it."
+
 LESS_IS_BETTER = ("_s", "wasted_tokens", "preemptions", "aborts")
 
 
@@ -96,6 +99,50 @@ def contrasts(reports: Sequence[Report], *, metric: str, baseline: str) -> list[
             )
         )
     return found_all
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy against another over all places of all cells where both ran."""
+
+    other: str
+    is_ratio: bool
+    overall: float
+    "The geometric mean of ratios, or the mean of differences: above 1 or 0 is better."
+    n_won: int
+    n_lost: int
+    n_places: int
+    "Won, lost and neither."
+
+
+def standings(cells: Sequence[tuple[str, Sequence[Report]]], *, ours: str) -> list[Standing]:
+    """How `ours` stands to every other policy, ratios first; each cell by the metric that comes with it.
+
+    A place (a cell at a load) is won where the interval leaves out "no difference" and the median is at least
+    `WON_RATIO` or `WON_POINTS` away from it.
+    """
+    found: dict[tuple[bool, str], list[Estimate]] = {}
+    for metric, reports in cells:
+        for other in dict.fromkeys(one.policy for one in reports if one.policy != ours):
+            for row in contrasts(reports, metric=metric, baseline=other):
+                if row.policy == ours and row.versus is not None:
+                    found.setdefault((row.is_ratio, other), []).append(row.versus)
+    return [
+        _standing(other, found[is_ratio, other], is_ratio=is_ratio)
+        for is_ratio, other in sorted(found, key=lambda key: not key[0])
+    ]
+
+
+def _standing(other: str, versus: Sequence[Estimate], *, is_ratio: bool) -> Standing:
+    even, enough = (1.0, WON_RATIO) if is_ratio else (0.0, WON_POINTS)
+    medians = np.array([one.median for one in versus])
+    return Standing(
+        other=other,
+        is_ratio=is_ratio,
+        overall=float(np.exp(np.log(medians).mean())) if is_ratio else float(medians.mean()),
+        n_won=sum(one.low > even and one.median >= even + enough for one in versus),
+        n_lost=sum(one.high < even and one.median <= even - enough for one in versus),
+        n_places=len(versus),
+    )
 
 
 def _versus(ours: float, theirs: float, *, is_ratio: bool) -> float:

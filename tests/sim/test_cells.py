@@ -2,12 +2,14 @@
 
 import json
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from dispatcher.cli import cells as command
 from scheduler.errors import HeadgateError
-from scheduler.sim import cells, policy, shape, workload
+from scheduler.sim import cells, contrast, policy, shape, workload
+from scheduler.sim.report import Report
 from scheduler.sim.workload import Arrival
 
 LIST = """
@@ -109,6 +111,31 @@ class TestRun:
         assert "### small: anything" in shown
         assert "| least-request | 0.5 | 4 |" in shown
         assert "Bound (median): " in shown
+        assert "### All of them" in shown
+
+    def test_a_win_must_be_sure_and_large_enough(self):
+        """Of three loads one is clearly better, one better by a hair, and one better only at times."""
+        reports = [
+            msgspec.convert(
+                dict.fromkeys(Report.__struct_fields__, 0)
+                | {"policy": name, "load": load, "seed": seed, "ttft_mean_s": value}
+                | {"window": "", "fleet": "", "trace": "", "by_tenant": {}, "curves": None}
+                | {"on_time_by_decile": []},
+                Report,
+            )
+            for seed in range(10)
+            for load, ours, theirs in (
+                (0.5, 1.0, 2.0),
+                (0.7, 1.0, 1.01),
+                (0.9, 1.0, 1.3 if seed % 2 else 0.8),
+            )
+            for name, value in (("plan", ours), ("other", theirs))
+        ]
+
+        [found] = contrast.standings([("ttft_mean_s", reports)], ours="plan")
+
+        assert (found.n_won, found.n_lost, found.n_places) == (1, 0, 3)
+        assert found.overall == pytest.approx((2.0 * 1.01 * 1.05) ** (1 / 3))
 
 
 class TestShape:
