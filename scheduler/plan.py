@@ -497,7 +497,9 @@ class Planner:
         if terms.price <= 0:
             return True
         promised_s = ticket.due_at - ticket.enqueued_at
-        others = self.waits - self.usual.share(ticket, self.room)
+        others = self.waits
+        if ticket.state != "set_aside":
+            others -= self.usual.share(ticket, self.room)
         asked = terms.price * others * float(offer.work_s[best]) / promised_s
         return odds * ticket.promise.weight >= asked
 
