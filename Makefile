@@ -38,8 +38,10 @@ test-vllm: install vllm
 	$(BIN)/pytest $(VLLM_OPTIONS) --engine vllm tests/engine $(ARGS)
 	$(BIN)/pytest $(VLLM_OPTIONS) -s tests/vllm $(ARGS)
 
-# Some 20 minutes: what a request costs, beside others; what is added to an engine's latency; what stays behind.
+# Some 12 minutes: what a request costs, stage by stage and beside others; what is added to an engine's latency; what
+# stays behind. The figures are kept in .bench/; what others need is installed there, each in an environment of its own.
 bench: install
+	$(BIN)/python tests/bench/budget.py --json .bench/budget.json
 	$(BIN)/python tests/bench/throughput.py --peers --json .bench/throughput.json $(ARGS)
 	$(BIN)/python tests/bench/latency.py
 	$(BIN)/python tests/bench/soak.py --json .bench/soak.json

@@ -19,6 +19,9 @@ from dispatcher.local import Server
 
 VENVS = Path(__file__).parents[2] / ".bench"
 
+INSTALL_S = 300
+"The longest that one peer's installation may take; then the table says so instead of its rate."
+
 COUNT = """
 done = 0
 async def count(client):
@@ -116,6 +119,7 @@ def python_of(name: str) -> Path:
         subprocess.run(
             [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *wanted],
             check=True,
+            timeout=INSTALL_S,
         )
         (home / "made").touch()
     return python

@@ -25,7 +25,7 @@ RETENTION_S = 5.0
 REST_S = 25.0
 "After a sample's last request: the retention, then two rounds of upkeep, which cuts every 10 s."
 
-SAMPLES = 5
+SAMPLES = 4
 WINDOW = 256
 ENVIRON = {
     "HEADGATE_LOOP__RETENTION_S": str(RETENTION_S),

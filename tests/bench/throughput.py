@@ -283,7 +283,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--requests", type=int, default=20_000, help="in one pass")
+    options.add_argument("--requests", type=int, default=10_000, help="in one pass")
     options.add_argument("--passes", type=int, default=3)
     options.add_argument("--endpoints", type=int, nargs="+", default=[4, 16, 64])
     options.add_argument("--idle-s", type=float, default=10)
