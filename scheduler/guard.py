@@ -12,7 +12,6 @@ nothing a decision.
 
 import numpy as np
 
-
 MARGIN = 0.1
 "By how much of a log error the one in charge may be worse on the mean without losing its place."
 
