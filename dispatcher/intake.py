@@ -6,7 +6,7 @@ Pure: entries in, facts out. Nothing is dropped: every entry comes out as an eve
 import msgspec
 
 from dispatcher.streams.connection import Entry
-from scheduler import codec, wire
+from scheduler import codec, servable
 from scheduler.errors import WireError
 from scheduler.events import Arrived, Event, Finish
 from scheduler.keys import Keys
@@ -46,7 +46,7 @@ class Intake:
             request = codec.decode(Request, fields)
             if not request.id:
                 request = msgspec.structs.replace(request, id=entry_id)
-            wire.check(request, body_bytes=self._body_bytes, reply_root=self._keys.results + ":")
+            servable.check(request, body_bytes=self._body_bytes, reply_root=self._keys.results + ":")
         except WireError as error:
             return Unreadable(self._keys.requests, entry_id, fields, str(error))
         return Arrived(request=request, entry=entry_id, enqueued_at=stamped_at(entry_id))

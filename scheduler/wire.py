@@ -17,8 +17,6 @@ from typing import Literal
 
 import msgspec
 
-from scheduler.errors import WireError
-
 Outcome = Literal["completed", "expired", "rejected", "cancelled", "failed", "invalid"]
 "How a request ends. Exactly one a request, the same words wherever a person meets them."
 
@@ -33,12 +31,6 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 "An id is part of key names and is typed by people: no spaces, no braces, at most 128 characters."
-
-NAME_CHARS = 256
-"The longest model, tenant, session, objective or reply name that is read."
-
-TOKENS_MAX = 100_000_000
-"The longest prompt or answer that is believed."
 
 KV_PARAMS_BYTES = 131_072
 "The longest `kv_transfer_params` that are carried: an engine that names more blocks prefills for nobody."
@@ -579,53 +571,3 @@ class Dead(msgspec.Struct, frozen=True, kw_only=True):
 
     extra: dict[str, str] = {}
     "The entry's own fields, as they were."
-
-
-def check(request: Request, *, body_bytes: int, reply_root: str) -> None:
-    """Refuse what no dispatcher could serve, whatever its fleet.
-
-    Args:
-        request: as decoded, with its id filled in.
-        body_bytes: the longest body allowed.
-        reply_root: what a `reply_to` must begin with.
-
-    Raises:
-        WireError: names the field, the value found and the value wanted.
-    """
-    if not ID_PATTERN.fullmatch(request.id):
-        _refuse(
-            "id",
-            request.id,
-            "1 to 128 letters, digits or . _ : @ -, beginning with a letter or digit",
-        )
-    if request.path not in PATHS:
-        _refuse("path", request.path, " or ".join(PATHS))
-    if len(request.body) > body_bytes:
-        _refuse("body", f"{len(request.body)} bytes", f"at most {body_bytes}")
-    if request.reply_to and not request.reply_to.startswith(reply_root):
-        _refuse("reply_to", request.reply_to, f"a stream that begins with {reply_root}")
-    for name in ("model", "objective", "tenant", "session", "reply_to", "traceparent"):
-        if len(getattr(request, name)) > NAME_CHARS:
-            _refuse(name, f"{len(getattr(request, name))} characters", f"at most {NAME_CHARS}")
-    if len(request.blocks) > BLOCKS_MAX:
-        _refuse("blocks", f"{len(request.blocks)} hashes", f"at most {BLOCKS_MAX}")
-    _check_numbers(request)
-
-
-def _check_numbers(request: Request) -> None:
-    for name in ("ttft_s", "tpot_s", "deadline_s", "max_queue_s"):
-        value = getattr(request, name)
-        if value is not None and value <= 0:
-            _refuse(name.removesuffix("_s") + "_ms", f"{value * 1e3:g}", "more than 0")
-    if request.max_attempts is not None and not 1 <= request.max_attempts <= 100:
-        _refuse("max_attempts", str(request.max_attempts), "1 to 100")
-    for name, least in (("prompt_tokens", 0), ("expected_tokens", 1)):
-        tokens = getattr(request, name)
-        if tokens is not None and not least <= tokens <= TOKENS_MAX:
-            _refuse(name, str(tokens), f"{least} to {TOKENS_MAX}")
-    if request.priority is not None and abs(request.priority) > 1_000_000:
-        _refuse("priority", str(request.priority), "-1000000 to 1000000")
-
-
-def _refuse(field: str, found: str, wanted: str) -> None:
-    raise WireError(f"field {field!r} is {found[:60]!r}, wanted {wanted}")

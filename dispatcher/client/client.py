@@ -20,7 +20,7 @@ from dispatcher.client.wishes import Wishes
 from dispatcher.given import Given
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Connection, Where
-from scheduler import prefix, wire
+from scheduler import prefix, servable, wire
 from scheduler.errors import RequestRejected, StreamError, UnknownRequestError, WireError
 from scheduler.keys import Keys
 from scheduler.settings import LimitSettings, LoopSettings, Settings
@@ -166,7 +166,7 @@ class Client:
         )
         if not request.id:
             raise WireError("field 'id' is '', wanted one, or none given so that one is made")
-        wire.check(request, body_bytes=self._limits.body_bytes, reply_root=self.keys.results)
+        servable.check(request, body_bytes=self._limits.body_bytes, reply_root=self.keys.results)
         return request
 
     async def submit(self, body: Body, **wishes: Unpack[Wishes]) -> Handle:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler import codec, wire
+from scheduler import codec, servable, wire
 from scheduler.errors import WireError
 from scheduler.wire import Job, Request, Result
 
@@ -122,7 +122,7 @@ class TestCheck:
     GOOD = Request(id="a", model="m", body=b"{}")
 
     def check(self, **changes):
-        wire.check(
+        servable.check(
             msgspec.structs.replace(self.GOOD, **changes),
             body_bytes=100,
             reply_root="hg:{default}:results:",

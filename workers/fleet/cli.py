@@ -6,14 +6,16 @@ import signal
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
 from scheduler.errors import SettingsError
-from workers.fleet.fleet import Fleet
-from workers.fleet.pod import Pod, PodSettings
+
+if TYPE_CHECKING:
+    from workers.fleet.fleet import Fleet
+    from workers.fleet.pod import Pod, PodSettings
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -52,6 +54,8 @@ def up(
     Two start at a time; it returns when all answer, and they run until `headgate fleet down`. What follows `--` goes
     to every `vllm serve`.
     """
+    from workers.fleet.pod import PodSettings  # noqa: PLC0415
+
     place = directory or default_directory()
     try:
         settings = msgspec.convert(
@@ -83,7 +87,7 @@ def up(
 @app.command()
 def down(directory: Directory = None) -> Coroutine[object, object, None]:
     """End the servers, and every process of theirs."""
-    return _down(Fleet(directory or default_directory()))
+    return _down(_fleet(directory))
 
 
 @app.command()
@@ -93,7 +97,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One line.")] = False,
 ) -> None:
     """Who runs where."""
-    fleet = Fleet(directory or default_directory())
+    fleet = _fleet(directory)
     rows = [(one, "running" if one.is_running else "gone") for one in fleet.found]
     if as_json:
         _say([{"state": state, **msgspec.structs.asdict(one)} for one, state in rows])
@@ -120,8 +124,15 @@ def default_directory() -> Path:
     return Path(cache) / "headgate" / "fleet"
 
 
-async def _up(settings: PodSettings, hardware: list[str], *, stays: bool, as_json: bool) -> None:
-    fleet = Fleet(settings.directory)
+def _fleet(directory: Path | None) -> "Fleet":
+    # aiohttp and numpy cost half a second, which the other commands of this floor need not wait for.
+    from workers.fleet.fleet import Fleet  # noqa: PLC0415
+
+    return Fleet(directory or default_directory())
+
+
+async def _up(settings: "PodSettings", hardware: list[str], *, stays: bool, as_json: bool) -> None:
+    fleet = _fleet(settings.directory)
     told = asyncio.Event()
     began = time.monotonic()
     starting = asyncio.ensure_future(fleet.up(settings, hardware))
@@ -141,7 +152,7 @@ async def _up(settings: PodSettings, hardware: list[str], *, stays: bool, as_jso
     ending.cancel()
 
 
-def _greet(pods: list[Pod], took_s: float, *, as_json: bool) -> None:
+def _greet(pods: "list[Pod]", took_s: float, *, as_json: bool) -> None:
     if as_json:
         _say({"endpoints": pods, "took_s": round(took_s, 1)})
         return
@@ -151,13 +162,13 @@ def _greet(pods: list[Pod], took_s: float, *, as_json: bool) -> None:
     typer.echo(f"try  headgate up {words}")
 
 
-def option(one: Pod) -> str:
+def option(one: "Pod") -> str:
     """As `headgate up` and `headgate worker` take it."""
     hardware = f",hardware={one.hardware}" if one.hardware else ""
     return f"{one.name}={one.url}{hardware},max_num_seqs={one.max_num_seqs},by_priority=true"
 
 
-async def _down(fleet: Fleet) -> None:
+async def _down(fleet: "Fleet") -> None:
     ended = await fleet.down()
     typer.echo(f"ended {', '.join(one.name for one in ended) or 'none'}", err=True)
 
