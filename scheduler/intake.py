@@ -56,16 +56,26 @@ def ticket(
 def obstacle(
     newcomer: Ticket, book: Book, *, waiting_max: int, backlog_s: Callable[[], float], now: float
 ) -> Ending | None:
-    """Why it may not stand in line; None: it is welcome."""
+    """Why it may not stand in line; None: it is welcome. Rejected is only who would be but for the others."""
     deadline_at = newcomer.promise.deadline_at
     if deadline_at is not None and deadline_at <= now:
         return Ending(
             outcome="expired", reason=f"its deadline passed {now - deadline_at:.3f} s ago"
         )
-    if len(book.lines) >= waiting_max:
+    ending = too_long(newcomer, book)
+    if ending is None and len(book.lines) >= waiting_max:
         reason = f"{len(book.lines)} requests wait, the limit is {waiting_max}"
         return Ending(outcome="rejected", reason=reason, retry_after_s=retry_after_s(backlog_s()))
-    return too_long(newcomer, book)
+    return ending
+
+
+def shed(waiting: Ticket, count: int, *, backlog_s: float) -> Ending:
+    """How one of a priority below 0 ends that makes room in a full line."""
+    return Ending(
+        outcome="rejected",
+        reason=f"shed at priority {waiting.promise.priority} for one of 0 or more: {count} requests wait",
+        retry_after_s=retry_after_s(backlog_s),
+    )
 
 
 def too_long(asked: Ticket, book: Book) -> Ending | None:

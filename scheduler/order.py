@@ -182,6 +182,8 @@ class Lines:
         "Who has been patient longest."
         self.by_model: dict[str, dict[str, Ticket]] = {}
         "The same tickets by the model they ask for."
+        self.sheddable: dict[str, Ticket] = {}
+        "Those of a priority below 0, in the order in which they began to wait."
         self.tokens = 0
         "Prompt tokens of all of them: the backlog, before any endpoint is chosen."
 
@@ -197,6 +199,8 @@ class Lines:
         """Let it wait among those who can make it; the next plan tells."""
         self.waiting.add(ticket)
         self.by_model.setdefault(ticket.request.model, {})[ticket.id] = ticket
+        if ticket.promise.priority < 0:
+            self.sheddable[ticket.id] = ticket
         self.tokens += ticket.prompt_tokens
 
     def remove(self, ticket: Ticket) -> None:
@@ -210,6 +214,7 @@ class Lines:
         del same[ticket.id]
         if not same:
             del self.by_model[ticket.request.model]
+        self.sheddable.pop(ticket.id, None)
         self.tokens -= ticket.prompt_tokens
 
     def charge(self, ticket: Ticket, prompt_tokens: float, output_tokens: float) -> None:

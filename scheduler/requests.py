@@ -46,19 +46,34 @@ class Requests:
         newcomer = self._make_ticket(event)
         if newcomer is None:
             return
-        ending = intake.obstacle(
-            newcomer,
-            memory.book,
-            waiting_max=memory.settings.waiting_max,
-            backlog_s=memory.backlog_s,
-            now=memory.now,
-        )
+        ending = self._obstacle(newcomer)
+        if ending is not None and ending.outcome == "rejected" and self._sheds_for(newcomer):
+            ending = self._obstacle(newcomer)
         if ending is not None:
             self._refuse(event, ending)
             return
         memory.book.read(newcomer)
         self._measure(newcomer)
         memory.outbox.read(newcomer, len(memory.book.lines), memory.now)
+
+    def _obstacle(self, newcomer: Ticket) -> Ending | None:
+        memory = self._memory
+        return intake.obstacle(
+            newcomer,
+            memory.book,
+            waiting_max=memory.settings.waiting_max,
+            backlog_s=memory.backlog_s,
+            now=memory.now,
+        )
+
+    def _sheds_for(self, newcomer: Ticket) -> bool:
+        """Let the last in a full line that may be shed make room for one that may not; False: there is none."""
+        lines = self._memory.book.lines
+        if newcomer.promise.priority < 0 or not lines.sheddable:
+            return False
+        shed = lines.sheddable[next(reversed(lines.sheddable))]
+        self.finish(shed, intake.shed(shed, len(lines), backlog_s=self._memory.backlog_s()))
+        return True
 
     def recovered(self, event: Recovered) -> Ticket | None:
         """Take over what an earlier leader knew; what is with an endpoint is returned, to be put there."""

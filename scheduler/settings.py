@@ -142,7 +142,7 @@ class Objective(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A promise with a name, so that clients need not repeat it. In milliseconds, as on the wire."""
 
     priority: int = 0
-    "Higher first; negative may be shed."
+    "Higher first. Below 0 it may be shed: with `waiting_max` requests in line it makes room for one of 0 or more."
 
     ttft_ms: Milliseconds | None = None
     "Time to first token, from the enqueue."
@@ -165,11 +165,10 @@ class FairnessSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     quantum_tokens: Annotated[int, Meta(ge=0)] = 0
     """
-    How many tokens of service a tenant may be ahead of another before it stands behind it, however urgent; 0: tenants
-    are not told apart.
+    How many tokens of service a tenant may be ahead of another before it stands behind it, however urgent.
 
-    Fewer share more strictly, more leave more to urgency. Some seconds of the pool's prefill are a good start: 65536
-    for four A100.
+    Fewer share more strictly, more leave more to urgency; half a second of the pool's prefill is a good start, 16384
+    for four A100. 0: tenants are not told apart.
     """
 
     output_weight: Annotated[float, Meta(ge=0)] = 2.0

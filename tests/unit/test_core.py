@@ -172,6 +172,18 @@ class TestArrival:
         assert (finish.result.id, finish.result.outcome) == ("b", "rejected")
         assert finish.result.retry_after_s >= 1.0
 
+    def test_who_may_be_shed_makes_room_in_a_full_line(self):
+        """The last of a priority below 0 ends for one of 0 or more, and for no other of its kind."""
+        pool = Pool(waiting_max=3)
+        for name, priority in (("a", -1), ("b", 0), ("c", -2), ("d", -1), ("e", 0), ("f", 5)):
+            pool.ask(name, priority=priority)
+
+        ends = {finish.result.id: finish.result for finish in pool.decide()}
+
+        assert {name: end.outcome for name, end in ends.items()} == dict.fromkeys("dca", "rejected")
+        assert "shed at priority -2" in ends["c"].reason
+        assert ends["c"].retry_after_s >= 1.0
+
     def test_an_objective_may_refuse_to_wait(self):
         """`max_queue_ms`: still without endpoint after that long, it is rejected."""
         pool = Pool(objectives={"now": Objective(max_queue_ms=250.0)})
