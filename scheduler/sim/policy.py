@@ -121,7 +121,6 @@ class Plan(_Core, frozen=True, tag="plan"):
 
     odds_min: float = Urgency().odds_min
     price: float = Urgency().price
-    price: float = Urgency().price
     stretch: float = Urgency().stretch
     aside_share: float = Urgency().aside_share
     best_fit_slack_s: float = Urgency().best_fit_slack_s
@@ -129,7 +128,6 @@ class Plan(_Core, frozen=True, tag="plan"):
     def order(self) -> CorePolicy:
         return Urgency(
             odds_min=self.odds_min,
-            price=self.price,
             price=self.price,
             stretch=self.stretch,
             aside_share=self.aside_share,
