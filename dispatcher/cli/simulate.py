@@ -1,5 +1,6 @@
 """`headgate simulate`: policies on a trace and a fleet, in virtual time."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -126,6 +127,8 @@ def show(reports: list[Report]) -> None:
     bound = {one.load or one.rate_rps: one for one in reports}
     console = Console()
     console.print(table)
+    if any(one.by_tenant for one in reports):
+        console.print(_by_tenant(groups))
     for value, one in bound.items():
         on_time = "" if one.on_time_bound is None else f", on time at most {one.on_time_bound:.1%}"
         assert one.ttft_mean_bound_s is not None
@@ -134,6 +137,25 @@ def show(reports: list[Report]) -> None:
         )
 
 
-def _mean(values: list[float | None]) -> float:
+def _by_tenant(groups: dict[tuple[str, float], list[Report]]) -> Table:
+    """A line a tenant: what it got, and what it would have if as many on time were shared fairly."""
+    table = Table("policy", "load", "tenant", "requests", "on time", "fair", "TTFT mean", "P99")
+    for (name, value), group in groups.items():
+        for tenant in group[0].by_tenant:
+            own = [one.by_tenant[tenant] for one in group]
+            table.add_row(
+                name,
+                f"{value:g}",
+                tenant,
+                f"{_mean([one.n for one in own]):.0f}",
+                f"{_mean([one.on_time for one in own]):.1%}",
+                f"{_mean([one.on_time_fair for one in own]):.1%}",
+                f"{_mean([one.ttft_mean_s for one in own]):.3f}",
+                f"{_mean([one.ttft_p99_s for one in own]):.3f}",
+            )
+    return table
+
+
+def _mean(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else float("nan")
