@@ -18,12 +18,17 @@ from scheduler.events import (
     Recovered,
     Refused,
 )
+from scheduler.plan import PlanSettings
 from scheduler.policies import Fcfs, Urgency
 from scheduler.settings import Objective
 from scheduler.view import Snapshot
 from scheduler.wire import Beat, Control, Request, Reward
 
 A100_TOKEN_S = 1 / 16_000
+
+
+WIDE = PlanSettings(commit_window_s=1.0)
+"Wide enough that something still starts behind the first."
 
 
 class Pool:
@@ -403,7 +408,7 @@ class TestFleet:
 
     def test_the_window_binds_late(self):
         """Only what starts within the commit window leaves; the rest follows as first tokens are seen."""
-        pool = Pool(policy=Fcfs())
+        pool = Pool(policy=Fcfs(), plan=WIDE)
         pool.beat()
         for i in range(10):
             pool.ask(f"r{i}", prompt_tokens=8000)
@@ -591,7 +596,7 @@ class TestRecovery:
 class TestUrgency:
     def test_setting_aside_is_reversible(self):
         """Hopeless on the present prediction, it is set aside; a faster endpoint joins and it is taken up again."""
-        pool = Pool(policy=Urgency(aside_share=0.0))
+        pool = Pool(policy=Urgency(aside_share=0.0), plan=WIDE)
         pool.beat("slow", hardware="l4", max_num_seqs=1)
         pool.ask("first", prompt_tokens=2000, ttft_s=9.0)
         pool.decide()
@@ -607,7 +612,7 @@ class TestUrgency:
 
     def test_a_change_is_noted_once_not_every_test(self):
         """Set aside once, tested at every step, noted once."""
-        pool = Pool(policy=Urgency())
+        pool = Pool(policy=Urgency(), plan=WIDE)
         pool.beat()
         pool.ask("a", prompt_tokens=8_000)
         pool.decide()
