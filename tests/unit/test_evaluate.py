@@ -1,0 +1,157 @@
+"""Off-policy estimates where the truth is known: no queues, so nothing is hidden from them."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from scheduler import evaluate
+from scheduler.errors import SettingsError
+from scheduler.evaluate import Weighed
+from scheduler.wire import Decision, Reward
+
+TARGETS = ("earliest-finish", "least-wait", "random", "sticky", "plan:explore=0.3")
+
+
+@functools.cache
+def logged(n, *, seed=0, scale=0.5, noise=0.2, bias=1.0):
+    """Decisions of a draw among three, whose real seconds are the predicted ones times a bias and noise."""
+    rng = np.random.default_rng(seed)
+    rows, truth = [], {name: [] for name in TARGETS}
+    for _ in range(n):
+        start_s = rng.exponential(0.1, 3)
+        seconds = start_s + rng.lognormal(-1.5, 0.5, 3)
+        order = np.argsort(seconds)
+        start_s, seconds = start_s[order], seconds[order]
+        chance = seconds ** (-1 / scale)
+        chance /= chance.sum()
+        real_s = bias * seconds * np.exp(rng.normal(0, noise, 3))
+        taken = int(rng.choice(3, p=chance))
+        one = Weighed(
+            seconds=seconds,
+            start_s=start_s,
+            cached=rng.integers(0, 3, 3) * 128.0,
+            fill=rng.random(3),
+            chance=chance,
+            taken=taken,
+            left_s=0.4,
+            ttft_s=float(real_s[taken]),
+            on_time=float(real_s[taken] <= 0.4),
+        )
+        rows.append(one)
+        for name in TARGETS:
+            p = evaluate.named(name).chances(one)
+            truth[name].append((float(p @ real_s), float(p @ (real_s <= 0.4))))
+    return rows, {name: np.mean(values, axis=0) for name, values in truth.items()}
+
+
+class TestEstimate:
+    @pytest.mark.parametrize("metric", evaluate.METRICS)
+    @pytest.mark.parametrize("name", TARGETS)
+    def test_all_three_find_the_truth(self, name, metric):
+        """Each within a few of its own half-widths of what the target would really have brought."""
+        rows, truth = logged(6000)
+
+        found = evaluate.estimate(rows, evaluate.named(name), label=name, metric=metric)
+
+        real = truth[name][evaluate.METRICS.index(metric)]
+        assert found.support == pytest.approx(1.0)
+        for one in (found.ips, found.snips, found.dr):
+            half = (one.high - one.low) / 2
+            assert one.low <= one.value <= one.high
+            assert abs(one.value - real) <= 2.5 * half + 0.01 * real
+
+    def test_doubly_robust_is_the_steadiest(self):
+        """Where predictions are good its interval is the narrowest."""
+        rows, _ = logged(3000)
+
+        found = evaluate.estimate(
+            rows, evaluate.named("earliest-finish"), label="", metric="ttft_s"
+        )
+
+        assert found.dr.high - found.dr.low < found.ips.high - found.ips.low
+
+    def test_wrong_predictions_bias_nothing_while_chances_are_right(self):
+        """Predictions twice too small: doubly robust still finds the truth."""
+        rows, truth = logged(6000, bias=2.0, noise=0.5)
+
+        found = evaluate.estimate(rows, evaluate.named("random"), label="", metric="ttft_s")
+
+        assert found.dr.value == pytest.approx(truth["random"][0], rel=0.05)
+
+    def test_what_the_log_could_never_have_done_is_refused(self):
+        """Choices outside the log's support are named as a share, not guessed."""
+        rows, _ = logged(300)
+        certain = [
+            Weighed(
+                **{
+                    **{f: getattr(one, f) for f in one.__struct_fields__},
+                    "chance": np.array([0.0, 0.0, 1.0]),
+                    "taken": 2,
+                }
+            )
+            for one in rows
+        ]
+
+        with pytest.raises(SettingsError, match="could have made 0% of its choices"):
+            evaluate.estimate(
+                certain, evaluate.named("earliest-finish"), label="mine", metric="ttft_s"
+            )
+
+    def test_a_log_without_chance_is_refused(self):
+        """Decisions that say nothing of chances join with nothing; the setting that helps is named."""
+        decision = Decision(id="a", kind="assigned", attempt=1, endpoint="e0", candidates=("e0=1",))
+        reward = Reward(id="a", endpoint="e0", epoch=1, attempt=1, outcome="completed")
+
+        rows, certain = evaluate.joined([decision], [reward])
+
+        assert (rows, certain) == ([], 1)
+        with pytest.raises(SettingsError, match=r"plan\.explore"):
+            evaluate.estimate(rows, evaluate.named("random"), label="", metric="ttft_s")
+
+
+class TestJoined:
+    def test_a_decision_meets_its_own_attempt(self):
+        """By request and attempt; what was handed back is no outcome of a choice."""
+        decision = Decision(
+            id="a",
+            kind="assigned",
+            attempt=2,
+            endpoint="e1",
+            slack_s=0.7,
+            candidates=("e0=0.2", "e1=0.3"),
+            weighed=("e0=0.75,0,128,0.5", "e1=0.25,0.1,0,0.25"),
+        )
+        rewards = [
+            Reward(id="a", endpoint="e0", epoch=1, attempt=1, outcome="returned"),
+            Reward(
+                id="a",
+                endpoint="e1",
+                epoch=1,
+                attempt=2,
+                outcome="completed",
+                decided_at=10.0,
+                first_token_at=10.5,
+                on_time=True,
+            ),
+        ]
+
+        [one], certain = evaluate.joined([decision], rewards)
+
+        assert certain == 0
+        assert (one.taken, one.chance.tolist()) == (1, [0.75, 0.25])
+        assert (one.left_s, one.ttft_s, one.on_time) == (1.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("best", "policy is 'best', wanted one of: plan, earliest-finish"),
+        ("plan:fil=1", "no setting 'fil', wanted one of: fill, explore, tie, window_s"),
+        ("plan:fill=much", "float"),
+    ],
+)
+def test_an_unknown_target_says_what_there_is(text, reason):
+    """Names and settings that exist are in the message."""
+    with pytest.raises(SettingsError, match=reason):
+        evaluate.named(text)
