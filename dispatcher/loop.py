@@ -293,6 +293,7 @@ class Loop:
             if entries:
                 last = entries[-1][0]
                 await self._inbox.put(Batch(requests, entries))
+                await asyncio.sleep(0)  # what came is planned before more is asked for
 
     async def _read_logs(self) -> None:
         """Rewards, beats and controls, each from its own cursor."""

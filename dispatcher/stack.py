@@ -129,7 +129,7 @@ class Stack:
     @property
     def settings(self) -> Settings:
         """The settings, with the Redis that is used."""
-        redis = msgspec.structs.replace(self._settings.redis, url=self._server.url)
+        redis = msgspec.structs.replace(self._settings.redis, url=self._server.unix_url)
         return msgspec.structs.replace(self._settings, redis=redis)
 
     @property

@@ -185,6 +185,7 @@ class Endpoint:
             try:
                 await self._inbox.read(self._hands.room)
                 await self._take()
+                await asyncio.sleep(0)  # what came is posted before more is asked for
             except StreamError as error:
                 log.debug("read_lost", endpoint=self.name, reason=str(error))
                 await asyncio.sleep(RETRY_S)
@@ -228,6 +229,10 @@ class Endpoint:
         for arrival in arrivals:
             self._arrive(arrival)
         if arrivals:
+            # Here, not when `_tend` has its turn: what may run at once is on its way before anything else is done.
+            if self._vigil.due_s() <= 0:
+                await self._end_the_late()
+            self._admit()
             self._changed.set()
 
     def _arrive(self, arrival: Arrival) -> None:
@@ -279,14 +284,15 @@ class Endpoint:
         attempt.admitted_at = self._connection.now()
         attempt.admitted_tick = attempt.last_tick = perf_counter()
         self._vigil.began(attempt.last_tick)
+        # Before the word to Redis: the engine is what the client waits for.
+        assert self._group is not None
+        attempt.task = self._group.create_task(self._serve(attempt), name=attempt.name)
         self._writer.send(
             attempt,
             sidecar.start(self._keys, attempt.held),
             lambda reply: self._started(attempt, reply),
         )
         self._pulse.started(attempt.name)
-        assert self._group is not None
-        attempt.task = self._group.create_task(self._serve(attempt), name=attempt.name)
 
     def _started(self, attempt: Attempt, reply: int) -> None:
         if reply == 0:

@@ -65,6 +65,7 @@ class Engine:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
             headers=self._headers,
             auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=READ_BYTES,
         )
 

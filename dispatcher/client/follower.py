@@ -170,6 +170,7 @@ class _Reader:
             await _any_room(self.share)
             return
         # Two followers of one stream take turns: a command can name it once.
+        self.share.append(self.share.pop(0))
         wanted = {one.stream: one for one in open_ones}
         came = await self._connection.read(
             {name: one.after for name, one in wanted.items()}, count=AHEAD_MAX, block_s=WAIT_S
@@ -177,7 +178,8 @@ class _Reader:
         for name, entries in came.items():
             if entries:
                 wanted[name].put(entries)
-        self.share.insert(0, self.share.pop())
+        # Whoever waits for these comes before the next read is sent.
+        await asyncio.sleep(0)
 
 
 async def _any_room(share: list[Following]) -> None:
