@@ -258,6 +258,8 @@ class Planner:
         """
         for ticket in aside:
             idle = (self.room.open_s <= IDLE_S) & ~self.room.reserved
+            if self.onward is not None:
+                idle &= self.onward.is_idle()
             if not idle.any():
                 return
             offer = self._price(ticket)
@@ -340,6 +342,8 @@ class Planner:
         if self.casting is not None:
             return self.casting.pick(offer, total_s < math.inf, self.rng)
         score_s = total_s + self.settings.fill * self._used(offer)
+        if self.onward is not None and not offer.is_second:
+            score_s += self.onward.stalls_s(offer)
         if left_s < math.inf:
             # Who is promised a first token pays for others only out of its slack.
             score_s[total_s > max(left_s, float(total_s[best]))] = math.inf

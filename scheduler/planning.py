@@ -121,7 +121,14 @@ class Planning:
         onward = None
         if fleet.prefilling:
             legs, predictor = self._book.legs, self._memory.predictor
-            onward = Onward(room, fleet, legs, predictor.transfer, room.decodes.load.joined_s)
+            onward = Onward(
+                room,
+                fleet,
+                legs,
+                predictor.transfer,
+                step_s=room.decodes.load.joined_s,
+                batch=ledger.seats,
+            )
         casting = None
         if self._assembly is not None:
             casting = Casting(
