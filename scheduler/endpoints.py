@@ -15,15 +15,14 @@ A restarted worker takes all its endpoints' jobs with it, once for each endpoint
 takes it, before that can say so, still ends.
 """
 
+PATIENCE_S = 2.0
+"How long one whose prompt is computed may wait for an endpoint where its pace is kept."
+
 MISSED_S = 2.0
 """How long a worker must say that it does not have a job before it is believed.
 
 Its end may have been read before the beat was written and still lie behind it; a second is much for that.
 """
-
-
-PATIENCE_S = 2.0
-"How long one whose prompt is computed may wait for an endpoint where its pace is kept."
 
 
 class Endpoints:
@@ -71,6 +70,7 @@ class Endpoints:
         else:
             self._fleet.hear(endpoint, beat, self._memory.now)
             self._memory.prefixes.resize(endpoint.slot, beat.kv_tokens)
+            self._memory.sessions.resize(endpoint.slot, beat.kv_tokens)
         self._progress(beat)
         if beat.kv_epoch:
             self._memory.prefixes.hear(endpoint.slot, _account(beat))
@@ -89,6 +89,9 @@ class Endpoints:
         if reward.outcome == "prefilled" and ticket.is_held:
             self._prefilled(reward, ticket, endpoint)
         elif reward.outcome not in ("returned", "prefilled"):
+            if reward.outcome == "completed":
+                computed = reward.prompt_tokens - (reward.cached_tokens or 0)
+                book.lines.charge(ticket, max(0, computed), reward.output_tokens)
             book.finish(ticket, now)
             if endpoint is not None and reward.outcome == "completed":
                 endpoint.returns = 0
@@ -141,14 +144,28 @@ class Endpoints:
         if ticket is None or ticket.attempt != reward.attempt:
             return
         if reward.cached_tokens is not None and reward.leg != "decode":
-            self._memory.prefixes.correct(
-                slot, believed_tokens=ticket.cached_tokens, cached_tokens=reward.cached_tokens
-            )
+            self._correct(slot, ticket, reward, reward.cached_tokens)
         if reward.tpot_s is not None and ticket.pace:
             # The load at its beginning and at its end, halfway: nearer to what it met than either.
             ends = zip(ticket.pace, self._memory.pace_row(slot), strict=True)
             row = [0.5 * (first + last) for first, last in ends]
             self._memory.predictor.pace.learn(slot, row, reward.tpot_s)
+
+    def _correct(self, slot: int, ticket: Ticket, reward: Reward, cached_tokens: int) -> None:
+        """What was believed of its cache, against what the engine found."""
+        memory, request = self._memory, ticket.request
+        if request.blocks:
+            memory.prefixes.correct(
+                slot, believed_tokens=ticket.cached_tokens, cached_tokens=cached_tokens
+            )
+        elif request.session:
+            memory.sessions.correct(
+                slot, expected_tokens=ticket.session_tokens, cached_tokens=cached_tokens
+            )
+            # What was said is cached as well, and the session's next prompt begins with it.
+            memory.sessions.insert(
+                slot, request.session, reward.prompt_tokens + reward.output_tokens
+            )
 
     def _progress(self, beat: Beat) -> None:
         """What it began since the last beat. A report about another attempt moves nothing."""
@@ -191,6 +208,7 @@ class Endpoints:
         self._memory.book.ledger.open(endpoint.slot)
         self._memory.predictor.open(endpoint.slot, beat)
         self._memory.prefixes.open(endpoint.slot, beat.kv_tokens)
+        self._memory.sessions.open(endpoint.slot, beat.kv_tokens)
         return endpoint
 
     def _expect(self, event: Recovered) -> Endpoint:
@@ -239,6 +257,7 @@ class Endpoints:
         self._fleet.leave(endpoint)
         self._memory.predictor.close(endpoint.slot)
         self._memory.prefixes.close(endpoint.slot)
+        self._memory.sessions.close(endpoint.slot)
 
     def _lose_kv(self, ticket: Ticket, reason: str) -> None:
         """Its prompt must be computed again, if its time allows."""

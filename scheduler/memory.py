@@ -14,6 +14,7 @@ from scheduler.policies import AnyPolicy, Policy, Urgency
 from scheduler.predict import Predictor
 from scheduler.prefix import Index
 from scheduler.profile.profile import Profile
+from scheduler.sessions import Sessions
 from scheduler.settings import FairnessSettings, Objective
 from scheduler.state import Ticket
 
@@ -64,7 +65,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Memory:
-    """The present (`book`, `outbox`), what was learned (`predictor`, `prefixes`), and the moment."""
+    """The present (`book`, `outbox`), what was learned (`predictor`, `prefixes`, `sessions`), and the moment."""
 
     def __init__(self, settings: CoreSettings) -> None:
         """Know nothing yet but the settings."""
@@ -73,6 +74,7 @@ class Memory:
         self.outbox = Outbox(settings.policy.label)
         self.predictor = Predictor()
         self.prefixes = Index()
+        self.sessions = Sessions()
         self.now = float("-inf")
         self.token_s = cost.UNKNOWN.token_s
         "Predicted seconds of one prompt token on a usual endpoint, as of the last step."

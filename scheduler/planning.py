@@ -163,12 +163,18 @@ class Planning:
 
     def _price(self, ticket: Ticket) -> tuple[Floats | None, Floats]:
         """A request's cached tokens on every slot, None where nobody has any, and where it may go."""
-        found = self._memory.prefixes.match(ticket.request.blocks)
+        request, memory = ticket.request, self._memory
         cached = None
-        if found:
+        if found := memory.prefixes.match(request.blocks):
             cached = np.zeros(len(self._fleet.by_slot))
             for slot, blocks in found.items():
                 cached[slot] = blocks * BLOCK_TOKENS
+        elif request.session and not request.blocks:
+            cached = np.zeros(len(self._fleet.by_slot))
+            for slot, tokens in memory.sessions.match(
+                request.session, ticket.prompt_tokens
+            ).items():
+                cached[slot] = tokens
         return cached, self._fleet.barrier(ticket.request.model)
 
     def _serve_aged(self, planner: Planner) -> None:
@@ -224,6 +230,7 @@ class Planning:
         memory.predictor.pace.prefill(choice.slot, choice.work_s, memory.now)
         ticket.pace = memory.pace_row(choice.slot)
         memory.prefixes.insert(choice.slot, ticket.request.blocks)
+        self._join_session(ticket, choice.slot)
         self._aside_credit_s = min(
             self._settings.commit_window_s,
             self._aside_credit_s + self._terms.aside_share * choice.work_s,
@@ -247,6 +254,13 @@ class Planning:
                 kept=kept,
             )
         )
+
+    def _join_session(self, ticket: Ticket, slot: int) -> None:
+        """Without blocks its session is what its next request is known by."""
+        sessions, session = self._memory.sessions, ticket.request.session
+        if session and not ticket.request.blocks:
+            ticket.session_tokens = sessions.expected(slot, session, ticket.prompt_tokens)
+            sessions.insert(slot, session, ticket.prompt_tokens)
 
     def _next_room_at(self, room: Room, *, is_short: bool) -> float | None:
         """When an endpoint comes within the window, or falls idle, for those who still wait.

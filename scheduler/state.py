@@ -94,6 +94,9 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     cached_tokens: int = 0
     "Prefix believed cached at the last assignment."
 
+    session_tokens: int = 0
+    "Of its session, at most there at the last assignment; for a request without blocks."
+
     pace: tuple[float, ...] = ()
     "What decoding cost where it went, in the terms of `pace`, when it was assigned."
 

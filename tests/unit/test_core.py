@@ -772,3 +772,22 @@ class TestKvAccounts:
         [third] = pool.decide()
 
         assert third.job.cached_tokens < 256
+
+
+class TestSessions:
+    def test_a_session_without_blocks_goes_where_it_was(self):
+        """Its earlier prompt and answer count as cached there, and nowhere else."""
+        pool = Pool()
+        for name in ("e0", "e1", "e2"):
+            pool.beat(name)
+        pool.ask("turn1", prompt_tokens=4_000, session="talk")
+        [first] = pool.decide()
+        pool.reward(first, prompt_tokens=4_000, output_tokens=100, cached_tokens=0)
+
+        pool.ask("turn2", prompt_tokens=4_500, session="talk")
+        pool.ask("other", prompt_tokens=4_500, session="another")
+        jobs = {assign.job.id: assign for assign in pool.decide()}
+
+        assert jobs["turn2"].endpoint == first.endpoint
+        assert jobs["turn2"].job.cached_tokens == 4_100
+        assert jobs["other"].job.cached_tokens == 0
