@@ -54,6 +54,9 @@ def emulate(
     shutdown_timeout: Annotated[float, typer.Option(help="Wall seconds after SIGTERM.")] = 0.0,
     prefix_caching: Annotated[bool, typer.Option()] = True,
     frontend: Annotated[bool, typer.Option(help="Spend front-end time.")] = True,
+    frontend_ms: Annotated[
+        float | None, typer.Option(help="How much; default: the profile's.")
+    ] = None,
     enable_per_request_metrics: Annotated[bool, typer.Option()] = False,
     enable_force_include_usage: Annotated[bool, typer.Option()] = False,
     kv_events: Annotated[
@@ -96,6 +99,7 @@ def emulate(
             jitter=jitter,
             slowdown=slowdown,
             frontend=frontend,
+            frontend_s=None if frontend_ms is None else frontend_ms / 1e3,
             shutdown_timeout_s=shutdown_timeout,
             enable_per_request_metrics=enable_per_request_metrics,
             enable_force_include_usage=enable_force_include_usage,

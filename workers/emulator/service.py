@@ -75,7 +75,10 @@ class Service:
 
     def frontend_s(self) -> float:
         """Wall seconds a request spends before it reaches the engine."""
-        return self.pacer.wall_s(self.profile.frontend_s) if self.settings.frontend else 0.0
+        if not self.settings.frontend:
+            return 0.0
+        own_s = self.settings.frontend_s
+        return self.pacer.wall_s(self.profile.frontend_s if own_s is None else own_s)
 
     def open(self, ask: Ask, external_id: str, *, created: int) -> Answer:
         """An answer to a request that has just come in; not yet in the engine."""

@@ -42,7 +42,10 @@ class EmulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     "Factor on every step's time."
 
     frontend: bool = True
-    "Whether a request spends the profile's front-end time before it reaches the engine."
+    "Whether a request spends front-end time before it reaches the engine."
+
+    frontend_s: float | None = None
+    "How much; None: the profile's, as measured on that GPU's own server."
 
     shutdown_timeout_s: float = 0.0
     "Wall seconds that running requests get after SIGTERM; 0 aborts them at once."
@@ -66,5 +69,7 @@ class EmulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         for name in ("time_scale", "slowdown"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, more than 0 wanted")
+        if self.frontend_s is not None and self.frontend_s < 0:
+            raise ValueError(f"frontend_s is {self.frontend_s}, at least 0 wanted")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter is {self.jitter}, at least 0 and below 1 wanted")
