@@ -31,7 +31,7 @@ class Accounts:
     def __init__(self, settings: FairnessSettings) -> None:
         """Start with nobody having had anything."""
         assert settings.quantum_tokens > 0, "fairness is off, nobody keeps accounts"
-        self._settings = settings
+        self.settings = settings
         self._had: dict[str, float] = {}
         self._floor = 0.0
         "The lower edge of the lowest band in which anybody waited; never falls."
@@ -41,19 +41,15 @@ class Accounts:
 
     def service(self, prompt_tokens: float, output_tokens: float) -> float:
         """Tokens of service: prompt tokens computed, and output tokens at their weight."""
-        return prompt_tokens + self._settings.output_weight * output_tokens
+        return prompt_tokens + self.settings.output_weight * output_tokens
 
     def had(self, tenant: str) -> float:
         """What it has had, in tokens over its weight."""
         return self._had.get(tenant, self._start)
 
-    def after(self, tenant: str, had: float, service: float) -> float:
-        """What it would have had with so much more."""
-        return had + service / self._settings.weights.get(tenant, 1.0)
-
     def band(self, had: float) -> int:
         """The band of an account; lower goes first."""
-        return int(had // self._settings.quantum_tokens)
+        return int(had // self.settings.quantum_tokens)
 
     def join(self, tenant: str) -> None:
         """It begins to wait: what it did not use while it had nothing here is gone, but for a quantum."""
@@ -63,18 +59,18 @@ class Accounts:
 
     def lift(self, lowest_band: int) -> None:
         """Nobody who waits is in a lower band than this."""
-        self._floor = max(self._floor, float(lowest_band * self._settings.quantum_tokens))
+        self._floor = max(self._floor, float(lowest_band * self.settings.quantum_tokens))
 
     def charge(self, tenant: str, service: float) -> None:
         """It is given so much; less than nothing takes back what was charged too much."""
-        highest = self._floor + LEAD_MAX * self._settings.quantum_tokens
-        had = self.after(tenant, self.had(tenant), service)
+        highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
+        had = self.had(tenant) + service / self.settings.weights.get(tenant, 1.0)
         self._had[tenant] = max(0.0, min(had, highest))
 
     @property
     def _start(self) -> float:
         """Where newcomers begin."""
-        return max(0.0, self._floor - self._settings.quantum_tokens)
+        return max(0.0, self._floor - self.settings.quantum_tokens)
 
     def _forget(self) -> None:
         """Drop the accounts that say no more than a newcomer's; one with a lead goes only where none else can."""

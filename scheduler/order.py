@@ -61,6 +61,15 @@ class Queue:
         assert self._places[at][2] == ticket.id, f"request {ticket.id!r} has moved while it waited"
         del self._places[at]
 
+    @property
+    def first(self) -> Place:
+        """The place of the next, of whom there must be one."""
+        return self._places[0]
+
+    def items(self) -> Iterator[tuple[Place, Ticket]]:
+        """Everybody with his place."""
+        return ((place, self._tickets[place[2]]) for place in self._places)
+
     def head(self, count: int, start: int = 0) -> list[Ticket]:
         """The next `count` from `start` on."""
         return [self._tickets[place[2]] for place in self._places[start : start + count]]
@@ -78,7 +87,8 @@ class Turns:
     """A line for each tenant; first is the head of the tenant that has had least, by bands, then by the policy.
 
     Two sorted lists make it cheap: each tenant's own line, and the tenants by (band, their head's place), of which
-    only the first `count` can be among the first `count` requests.
+    only the first `count` can be among the first `count` requests. Most turns change neither band nor head, and touch
+    the tenant's own line alone.
     """
 
     def __init__(self, accounts: Accounts) -> None:
@@ -114,53 +124,56 @@ class Turns:
     def charge(self, tenant: str, service: float) -> None:
         """This tenant is given so many tokens of service."""
         self.accounts.charge(tenant, service)
-        self._seat(tenant)
+        if tenant in self._lines:
+            self._seat(tenant)
 
     def head(self, count: int) -> list[Ticket]:
         """The next `count`."""
         first = [tenant for _, _, tenant in self._order[:count]]
-        lines = {tenant: iter(self._lines[tenant]) for tenant in first}
-        return list(itertools.islice(self._merged(lines), count))
+        return self._merged({tenant: self._lines[tenant].items() for tenant in first}, count)
 
     def arrange(self, tickets: Iterable[Ticket]) -> list[Ticket]:
         """These in the order in which they would have their turns."""
-        by_tenant: dict[str, list[Ticket]] = {}
-        for ticket in sorted(tickets, key=by_rank):
-            by_tenant.setdefault(ticket.request.tenant, []).append(ticket)
-        return list(self._merged({tenant: iter(line) for tenant, line in by_tenant.items()}))
+        line = sorted((ticket.order, ticket) for ticket in tickets)
+        by_tenant: dict[str, list[tuple[Place, Ticket]]] = {}
+        for one in line:
+            by_tenant.setdefault(one[1].request.tenant, []).append(one)
+        return self._merged({t: iter(own) for t, own in by_tenant.items()}, len(line))
 
-    def _merged(self, lines: dict[str, Iterator[Ticket]]) -> Iterator[Ticket]:
-        """One line of these, as if each who is named had been given what it will probably cost."""
-        accounts = self.accounts
-        had = {tenant: accounts.had(tenant) for tenant in lines}
-        heads = {tenant: next(line) for tenant, line in lines.items()}
-        heap = [(accounts.band(had[t]), by_rank(head), t) for t, head in heads.items()]
-        heapq.heapify(heap)
-        while heap:
-            tenant = heap[0][2]
-            ticket = heads[tenant]
-            yield ticket
-            cost = accounts.service(ticket.prompt_tokens, ticket.output_tokens)
-            had[tenant] = accounts.after(tenant, had[tenant], cost)
-            following = next(lines[tenant], None)
+    def _merged(self, lines: dict[str, Iterator[tuple[Place, Ticket]]], count: int) -> list[Ticket]:
+        """The first of these lines together, as if whoever is named had been given what it will probably cost."""
+        settings, accounts = self.accounts.settings, self.accounts
+        quantum, output_weight = settings.quantum_tokens, settings.output_weight
+        heap = []
+        for tenant, line in lines.items():
+            had, share = accounts.had(tenant), settings.weights.get(tenant, 1.0)
+            heap.append((had // quantum, *next(line), line, had, share))
+        heapq.heapify(heap)  # by band and place, of which no two are alike
+        merged: list[Ticket] = []
+        while heap and len(merged) < count:
+            _, _, ticket, line, had, share = heap[0]
+            merged.append(ticket)
+            following = next(line, None)
             if following is None:
                 heapq.heappop(heap)
             else:
-                heads[tenant] = following
-                heapq.heapreplace(heap, (accounts.band(had[tenant]), by_rank(following), tenant))
+                had += (ticket.prompt_tokens + output_weight * ticket.output_tokens) / share
+                heapq.heapreplace(heap, (had // quantum, *following, line, had, share))
+        return merged
 
     def _seat(self, tenant: str) -> None:
         """Put the tenant where its account and its head belong; who waits no more has no seat."""
-        old = self._seats.pop(tenant, None)
+        line, old = self._lines[tenant], self._seats.get(tenant)
+        seat = None
+        if line:
+            seat = self.accounts.band(self.accounts.had(tenant)), line.first
+        if seat == old:
+            return
         if old is not None:
             del self._order[bisect.bisect_left(self._order, (*old, tenant))]
-        line = self._lines.get(tenant)
-        if line is None:
-            return
-        if not line:
-            del self._lines[tenant]
+        if seat is None:
+            del self._lines[tenant], self._seats[tenant]
         else:
-            seat = self.accounts.band(self.accounts.had(tenant)), by_rank(line.head(1)[0])
             self._seats[tenant] = seat
             bisect.insort(self._order, (*seat, tenant))
         if self._order:
