@@ -20,7 +20,7 @@ from scheduler.sim.workload import Arrival
 from scheduler.sim.world import Timer, World
 
 CAPACITY_ROWS = 3000
-"Arrivals that capacity is measured with."
+"Arrivals that capacity is measured with; all of a closed loop's, whose few sessions would end before the fleet is full."
 
 OVERLOAD = 4.0
 "Times the rate at which the fleet could prefill cold prompts: deep overload, whatever the caches do."
@@ -89,7 +89,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         made = self._made(seed)
         some = tuple(
             structs.replace(arrival, ttft_s=None, tpot_s=None, deadline_s=None)
-            for arrival in self.work.arrivals[:CAPACITY_ROWS]
+            for arrival in self.work.arrivals[: None if self.closed else CAPACITY_ROWS]
         )
         rate = OVERLOAD * _cold_rate(some, made)
         run = self._world(world.rows(_at_rate(some, rate)), made, policy.EarliestFinish(), None)

@@ -7,6 +7,7 @@ lie within 10 % of each other. A minute of a public trace, played faster; about 
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -27,8 +28,8 @@ from scheduler.sim.promise import Promised
 TRACE = Path(__file__).parents[1] / "vllm" / "azure23_conv_minute.jsonl"
 "300 conversations; Azure Public Dataset, CC-BY-4.0."
 
-POLICIES = {"plan": {}, "core-fcfs": {"name": "fcfs"}, "core-edf": {"name": "edf"}}
-"The lab's name of a policy, and the setting that makes a dispatcher follow it."
+POLICIES = {"plan": "urgency", "core-fcfs": "fcfs", "core-edf": "edf"}
+"The lab's name of a policy, and the dispatcher's."
 
 TIE = 0.03
 "Shares on time closer than this are no rank."
@@ -88,16 +89,22 @@ def virtual(cell: Cell, label: str) -> Figures:
 async def live(cell: Cell, label: str, time_scale: float) -> Figures:
     """Through the whole system."""
     wanted = Wanted(profiles=cell.profiles, time_scale=time_scale)
-    settings = Settings(policy=POLICIES[label])
     with tempfile.TemporaryDirectory(prefix="headgate-harness-") as scratch:
-        stack = Stack(settings, wanted, directory=Path(scratch), told=lambda _: None)
+        config = Path(scratch) / "headgate.toml"
+        config.write_text(f'[policy]\nname = "{POLICIES[label]}"\n')
+        os.environ["HEADGATE_CONFIG"] = str(config)  # read by each process of the stack
+        stack = Stack(Settings(), wanted, directory=Path(scratch), told=lambda _: None)
         async with stack, Client.from_settings(stack.settings, name="harness") as client:
             model = stack.running.models[0]
             play = Demo(client, arrivals(cell), model=model, time_scale=time_scale)
-            await play.run()
+            report = await play.run()
     records = [record for record in play.records if record is not None]
     ttft = [one.ttft_s * time_scale for one in records if one.ttft_s is not None]
     tpot = [one.tpot_s * time_scale for one in records if one.tpot_s is not None]
+    if not tpot:
+        sys.exit(
+            f"{label}: nobody was answered: {report.outcomes}, {report.unended} without an end"
+        )
     on_time = sum(one.outcome == "completed" and one.on_time is not False for one in records)
     return Figures(on_time / len(play.records), float(np.mean(ttft)), float(np.mean(tpot)))
 
