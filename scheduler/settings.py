@@ -96,7 +96,7 @@ class LoopSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
     A directory where every reign records what its core was told and decided, for `headgate replay`; empty: none.
 
-    It holds no bodies. Some 4 KB and 20 us a request; the newest 8 files of a pool are kept.
+    It holds no bodies. Some 4 KB and a seventh of the core's own time a request; the newest 8 files of a pool are kept.
     """
 
     journal_bytes: Count = 2**30
