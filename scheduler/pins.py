@@ -45,7 +45,9 @@ class Pins:
     def depth(self, slot: int, chain: Sequence[str]) -> int:
         """How many blocks from the start are in use there already."""
         counts = self._counts[slot]
-        low, high = 0, len(chain)
+        if not chain or chain[0] not in counts:
+            return 0
+        low, high = 1, len(chain)
         while low < high:
             middle = (low + high) // 2
             if chain[middle] in counts:

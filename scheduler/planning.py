@@ -24,6 +24,9 @@ PREFILLED_MAX = 64
 PACE_TICK_S = 0.05
 "When those between two legs are looked at again who wait for a better pace, with no new fact."
 
+MATCHES_MAX = 4096
+"Prefix matches that are remembered for those who wait; then all are made anew."
+
 TICK_S = 0.01
 "The core never asks to be woken sooner: predictions are no finer."
 
@@ -49,6 +52,8 @@ class Planning:
         profile = memory.settings.profile
         self._assembly = None if profile is None else Assembly(profile)
         self._usual = Usual()
+        self._matches: dict[str, tuple[int, Floats | None]] = {}
+        "By request, its cached tokens at this version of the index."
         self._aside_credit_s = 0.0
         self._room_at: float | None = None
         self._rested_at: float | None = None
@@ -165,17 +170,31 @@ class Planning:
         """A request's cached tokens on every slot, None where nobody has any, and where it may go."""
         request, memory = ticket.request, self._memory
         cached = None
-        if found := memory.prefixes.match(request.blocks):
-            cached = np.zeros(len(self._fleet.by_slot))
-            for slot, blocks in found.items():
-                cached[slot] = blocks * BLOCK_TOKENS
-        elif request.session and not request.blocks:
+        if request.blocks:
+            cached = self._match(ticket)
+        elif request.session:
             cached = np.zeros(len(self._fleet.by_slot))
             for slot, tokens in memory.sessions.match(
                 request.session, ticket.prompt_tokens
             ).items():
                 cached[slot] = tokens
         return cached, self._fleet.barrier(ticket.request.model)
+
+    def _match(self, ticket: Ticket) -> Floats | None:
+        """Its cached tokens by the index; looked up again only when that has changed."""
+        index = self._memory.prefixes
+        version, cached = self._matches.get(ticket.id, (-1, None))
+        if version != index.version:
+            found = index.match(ticket.request.blocks)
+            cached = None
+            if found:
+                cached = np.zeros(len(self._fleet.by_slot))
+                cached[list(found)] = list(found.values())
+                cached *= BLOCK_TOKENS
+            if len(self._matches) >= MATCHES_MAX:
+                self._matches.clear()
+            self._matches[ticket.id] = index.version, cached
+        return cached
 
     def _serve_aged(self, planner: Planner) -> None:
         """The share of those set aside: the oldest goes first while there is credit."""
@@ -226,6 +245,7 @@ class Planning:
         if choice.pledge is not None:
             legs.pledges[ticket.id] = choice.pledge
         ticket.cached_tokens = choice.cached_tokens
+        self._matches.pop(ticket.id, None)
         self._usual.learn(choice.work_s, ticket.prompt_tokens)
         memory.predictor.pace.prefill(choice.slot, choice.work_s, memory.now)
         ticket.pace = memory.pace_row(choice.slot)

@@ -4,7 +4,8 @@ A block's hash is chained over all blocks before it, so that equal hashes mean e
 computes them; this half of the file therefore needs nothing heavy.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import msgspec
@@ -101,6 +102,8 @@ class Index:
         """Bound each endpoint to `blocks_max` blocks, or to its own capacity where that is known and smaller."""
         self._blocks_max = blocks_max
         self._holders: dict[str, int] = {}
+        self.version = 0
+        "Another one, and a match may have another result."
         self._caches: list[_Cache] = []
 
     def open(self, slot: int, kv_tokens: int) -> None:
@@ -109,6 +112,7 @@ class Index:
             self._caches.append(_Cache())
         self.close(slot)
         self._caches[slot] = _Cache()
+        self.version += 1
         self.resize(slot, kv_tokens)
 
     def resize(self, slot: int, kv_tokens: int) -> None:
@@ -152,7 +156,7 @@ class Index:
             if block in cache.believed:
                 del cache.believed[block]
             else:
-                self._holders[block] = self._holders.get(block, 0) | (1 << slot)
+                self._remember(slot, block)
             cache.believed[block] = None
         self._evict(slot)
 
@@ -203,7 +207,7 @@ class Index:
         if block in cache.believed:
             del cache.believed[block]
         else:
-            self._holders[block] = self._holders.get(block, 0) | (1 << slot)
+            self._remember(slot, block)
         cache.told[block] = None
         if len(cache.told) > self._blocks_max:
             self._drop(slot, next(iter(cache.told)))
@@ -222,7 +226,12 @@ class Index:
             del cache.believed[block]
             self._forget(slot, block)
 
+    def _remember(self, slot: int, block: str) -> None:
+        self.version += 1
+        self._holders[block] = self._holders.get(block, 0) | (1 << slot)
+
     def _forget(self, slot: int, block: str) -> None:
+        self.version += 1
         left = self._holders[block] & ~(1 << slot)
         if left:
             self._holders[block] = left
@@ -230,9 +239,12 @@ class Index:
             del self._holders[block]
 
 
-def _slots(mask: int) -> Iterable[int]:
+@functools.lru_cache(maxsize=4096)
+def _slots(mask: int) -> tuple[int, ...]:
     """The positions of the bits set, lowest first."""
+    found = []
     while mask:
         low = mask & -mask
-        yield low.bit_length() - 1
+        found.append(low.bit_length() - 1)
         mask ^= low
+    return tuple(found)
