@@ -225,7 +225,15 @@ class Connection:
 
     async def hashes(self, keys: Sequence[str], fields: Sequence[str]) -> list[list[bytes | None]]:
         """These fields of each hash, in one round trip."""
-        return await self.commands([("HMGET", key, *fields) for key in keys])
+        many: list[Words] = [("HMGET", key, *fields) for key in keys]
+        if self._calls is None:
+            return await self.commands(many)
+        with _trouble(self.shown):
+            found = await _insisted(self._calls, many)
+        for reply in found:
+            if isinstance(reply, Exception):
+                raise _as_stream_error(reply, self.shown)
+        return found
 
     async def consumers(self, stream: str, group: str) -> dict[str, tuple[int, float]]:
         """Every consumer of the group: how many entries it holds, and for how many seconds it was silent."""
