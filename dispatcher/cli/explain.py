@@ -127,8 +127,10 @@ def _decided(decision: Decision, enqueued_at: float) -> Line:
     ]
     if decision.slack_s is not None:
         parts.append(f"slack {seconds(decision.slack_s)}")
-    if decision.cached_tokens:
-        parts.append(f"{decision.cached_tokens} tokens believed cached")
+    if decision.best_cached_tokens:
+        best = decision.best_cached_tokens
+        where = "" if decision.cached_tokens >= best else f", {best} where most are"
+        parts.append(f"{decision.cached_tokens} tokens believed cached{where}")
     parts += [f"{decision.waiting} waited", decision.reason]
     text = "; ".join(part for part in parts if part)
     others = decision.candidates[:CANDIDATES_SHOWN]

@@ -69,6 +69,8 @@ class World(RuleBasedStateMachine):
         self.entries: dict[str, str] = {}
         self.epochs: dict[str, int] = {}
         self.held: dict[str, Assign] = {}
+        self.lost: set[str] = set()
+        "Handed over, and never come to their workers."
         self.started: set[str] = set()
         self.prompted: set[str] = set()
         self.terminal: dict[str, str] = {}
@@ -139,11 +141,14 @@ class World(RuleBasedStateMachine):
         self.tell(Arrived(request=request, entry=entry, enqueued_at=self.now))
 
     @rule(
-        name=st.sampled_from(ENDPOINTS), state=st.sampled_from(["ready"] * 4 + ["draining", "away"])
+        name=st.sampled_from(ENDPOINTS),
+        state=st.sampled_from(["ready"] * 4 + ["draining", "away"]),
+        names_held=st.booleans(),
     )
-    def beat(self, name, state):
+    def beat(self, name, state, names_held):
         epoch = self.epochs.setdefault(name, 1)
-        mine = [i for i, job in self.held.items() if job.endpoint == name]
+        mine = [i for i, job in self.held.items() if job.endpoint == name and i not in self.lost]
+        holds = sorted(mine) if names_held else []
         started = [i for i in mine if i not in self.started][:2]
         first = [i for i in mine if i in self.started and i not in self.prompted][:1]
         self.started.update(started)
@@ -155,6 +160,8 @@ class World(RuleBasedStateMachine):
                 state=state,
                 started=tuple(f"{i}:{self.held[i].job.attempt}" for i in started),
                 first_tokens=tuple(f"{i}:{self.held[i].job.attempt}:30" for i in first),
+                read_at=self.now if names_held else None,
+                holds=tuple(f"{i}:{self.held[i].job.attempt}" for i in holds),
             )
         )
 
@@ -168,14 +175,20 @@ class World(RuleBasedStateMachine):
         else:
             self.tell(beat_of(name, epoch - 1, state="away"))
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: set(self.held) - self.started)
+    @rule(data=st.data())
+    def lose(self, data):
+        """Between the stream and its worker."""
+        self.lost.add(data.draw(st.sampled_from(sorted(set(self.held) - self.started))))
+
+    @precondition(lambda self: set(self.held) - self.lost)
     @rule(
         data=st.data(),
         outcome=st.sampled_from(["completed", "completed", "returned", "failed", "stale"]),
         seconds=st.floats(0.001, 3.0),
     )
     def reward(self, data, outcome, seconds):
-        request_id = data.draw(st.sampled_from(sorted(self.held)))
+        request_id = data.draw(st.sampled_from(sorted(set(self.held) - self.lost)))
         job = self.held[request_id].job
         stale = outcome == "stale"
         self.tell(
@@ -230,6 +243,8 @@ class World(RuleBasedStateMachine):
                 self.held[command.job.id] = command
             case Reclaim():
                 assert self.held[command.id].job.attempt == command.attempt
+                if command.decision.reason.endswith("does not have it"):
+                    assert command.id in self.lost, "taken from a worker that has it"
                 self.drop(command.id)
             case Finish():
                 assert command.result.id not in self.held, "ended while a worker holds it"
@@ -243,6 +258,7 @@ class World(RuleBasedStateMachine):
 
     def drop(self, request_id: str) -> None:
         del self.held[request_id]
+        self.lost.discard(request_id)
         self.started.discard(request_id)
         self.prompted.discard(request_id)
 
@@ -278,9 +294,9 @@ class World(RuleBasedStateMachine):
             if set(self.terminal) == set(self.entries) and not self.forgotten:
                 break
             for name in ENDPOINTS:
-                self.beat(name, "ready")
+                self.beat(name, "ready", names_held=True)
             self.decide()
-            for request_id in list(self.held):
+            for request_id in sorted(set(self.held) - self.lost):
                 job = self.held[request_id]
                 self.drop(request_id)
                 self.end(request_id, "completed")
