@@ -127,7 +127,7 @@ def crowd(n=150, seed=1, **promise):
 
 
 PAIR = Fleet(name="pair", endpoints=(EndpointSpec(profile="a30", count=2),))
-CHEAP = [name for name in policy.BY_NAME if name != "urgency"]
+CHEAP = list(policy.BY_NAME)
 
 
 class TestConservation:
@@ -246,5 +246,6 @@ def test_a_fleet_that_cannot_be_says_so():
     text = '[[endpoints]]\nprofile = "a30"\n[[faults]]\nat_s = 1.0\nendpoint = "b-0"\nkind = "die"'
     with pytest.raises(fleet.SettingsError, match="fault on endpoint 'b-0', wanted one of: a30-0"):
         fleet.parse(text, "f.toml")
-    with pytest.raises(fleet.SettingsError, match="parts prefill from decode"):
-        fleet.built_in("pd-a100x4-a100x4")
+    text = '[[endpoints]]\nprofile = "h100"\nrole = "prefill"\n[[endpoints]]\nprofile = "h100-70b"\nrole = "decode"'
+    with pytest.raises(fleet.SettingsError, match=r"h100 prefills .* and no endpoint decodes it"):
+        fleet.parse(text, "f.toml")
