@@ -196,6 +196,8 @@ class Planner:
         self.odds = odds
         self.usual = usual
         self._asking: Sequence[Ticket] = ()
+        self._offers: dict[str, Offer] = {}
+        "Of those who are tried again: they were priced a moment ago."
         self._ask_noise = noise
         self.choices: list[Choice] = []
         self.turns: list[Turn] = []
@@ -230,7 +232,7 @@ class Planner:
             if len(self.turns) >= ASIDE_MAX:
                 self.is_cut = True
                 return
-            self._place(self._price(ticket))
+            self._place(self._offers.get(ticket.id) or self._price(ticket))
         self.is_exhausted = True
 
     def hopeful(self, aside: Sequence[Ticket]) -> list[Ticket]:
@@ -243,9 +245,10 @@ class Planner:
             left_s = ticket.due_at - self.now
             if left_s <= earliest_s:
                 continue
-            total_s = self.room.open_s + self._price(ticket).service_s
-            if np.minimum.reduce(total_s) <= left_s:
+            offer = self._price(ticket)
+            if np.minimum.reduce(self.room.open_s + offer.service_s) <= left_s:
                 found.append(ticket)
+                self._offers[ticket.id] = offer
         return found
 
     def fill(self, aside: Sequence[Ticket], *, is_calm: bool) -> None:
