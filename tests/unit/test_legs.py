@@ -1,0 +1,184 @@
+"""A request in two legs: who computes its prompt, who decodes it, and what happens when either is lost."""
+
+import numpy as np
+import pytest
+
+from scheduler.core import CoreSettings, Scheduler
+from scheduler.events import Arrived, Assign, Note
+from scheduler.wire import Beat, Request, Reward
+
+PARAMS = b'{"remote_engine_id": "p0"}'
+
+
+def beat(
+    name: str, role: str, *, epoch: int = 1, link_gbps: float = 320.0, **fields: object
+) -> Beat:
+    """An endpoint; prompts are computed ten times as fast on the one for prefill."""
+    return Beat(
+        endpoint=name,
+        epoch=epoch,
+        roles=(role,),
+        models=("llama",),
+        hardware="h100" if role == "prefill" else "v100",
+        kv_tokens=100_000,
+        max_model_len=50_000,
+        link_gbps=link_gbps,
+        kv_token_bytes=131_072,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+class Pool:
+    """A core and a clock."""
+
+    def __init__(self, *beats: Beat, **settings: object) -> None:
+        self.core = Scheduler(CoreSettings(**settings), np.random.default_rng(0))  # type: ignore[arg-type]
+        self.now = 1000.0
+        for one in beats:
+            self.core.receive(one, self.now)
+
+    def ask(self, request_id: str = "r1", prompt_tokens: int = 8000, **fields: object) -> None:
+        request = Request(id=request_id, model="llama", prompt_tokens=prompt_tokens, **fields)  # type: ignore[arg-type]
+        self.core.receive(
+            Arrived(request=request, entry=f"{request_id}-0", enqueued_at=self.now), self.now
+        )
+
+    def assigned(self) -> list[tuple[str, str]]:
+        """What is handed over now: leg and endpoint."""
+        self.jobs = [c for c in self.core.decide(self.now) if isinstance(c, Assign)]
+        return [(c.job.leg, c.endpoint) for c in self.jobs]
+
+    def answer(
+        self, outcome: str, *, at: int = 0, kv_params: bytes = b"", **fields: object
+    ) -> None:
+        """The worker of the latest job says how it went."""
+        command = self.jobs[at]
+        job = command.job
+        reward = Reward(
+            id=job.id,
+            endpoint=command.endpoint,
+            epoch=job.epoch,
+            attempt=job.attempt,
+            leg=job.leg,
+            outcome=outcome,
+            kv_params=kv_params,
+            features=job.features,
+            **fields,  # type: ignore[arg-type]
+        )
+        self.core.receive(reward, self.now)
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool(beat("p0", "prefill"), beat("d0", "decode"))
+
+
+def test_the_endpoint_that_decodes_is_bound_after_the_prompt_is_computed(pool):
+    pool.ask()
+    assert pool.assigned() == [("prefill", "p0")]
+    pool.core.receive(beat("d1", "decode"), pool.now)
+    pool.core.receive(beat("d0", "decode", state="draining"), pool.now)
+    pool.now += 0.3
+    pool.answer("prefilled", kv_params=PARAMS)
+    assert pool.assigned() == [("decode", "d1")]
+    job = pool.jobs[0].job
+    assert (job.attempt, job.kv_params) == (2, PARAMS)
+    assert job.kv_until_at > pool.now
+
+
+def test_nobody_is_given_a_prompt_whose_answer_nobody_could_decode(pool):
+    """A place is pledged before the prompt is sent: three fill the one who decodes, the fourth waits."""
+    pool.core.receive(beat("d0", "decode", max_num_seqs=3), pool.now)
+    for name in ("r1", "r2", "r3", "r4"):
+        pool.ask(name, prompt_tokens=500)
+    assert [leg for leg, _ in pool.assigned()] == ["prefill"] * 3
+
+
+def test_a_leg_handed_back_goes_to_another_that_prefills(pool):
+    pool.core.receive(beat("p1", "prefill"), pool.now)
+    pool.ask()
+    (first,) = pool.assigned()
+    pool.answer("returned")
+    (second,) = pool.assigned()
+    assert {first, second} == {("prefill", "p0"), ("prefill", "p1")}
+
+
+def test_with_nobody_left_to_prefill_all_of_it_goes_to_whoever_decodes(pool):
+    pool.ask()
+    pool.assigned()
+    pool.core.receive(beat("p0", "prefill", state="draining"), pool.now)
+    pool.answer("returned")
+    assert pool.assigned() == [("whole", "d0")]
+
+
+def test_a_decode_leg_lost_before_its_first_token_is_prefilled_again(pool):
+    pool.ask(max_attempts=2)
+    pool.assigned()
+    pool.answer("prefilled", kv_params=PARAMS)
+    assert pool.assigned() == [("decode", "d0")]
+    pool.core.receive(beat("d0", "decode", epoch=2), pool.now)
+    assert pool.assigned() == [("prefill", "p0")]
+
+
+@pytest.mark.parametrize("lost_by", ["a new life", "its lease"])
+def test_kv_that_is_lost_while_it_waits_is_computed_again(pool, lost_by):
+    pool.ask()
+    pool.assigned()
+    pool.core.receive(beat("d0", "decode", state="draining"), pool.now)
+    pool.answer("prefilled", kv_params=PARAMS)
+    assert pool.assigned() == []
+    if lost_by == "its lease":
+        pool.now += CoreSettings().kv_lease_s + 0.1
+        assert pool.core.wakeup_at() <= pool.now
+    pool.core.receive(beat("p0", "prefill", epoch=2), pool.now)
+    pool.core.receive(beat("d0", "decode"), pool.now)
+    assert [leg for leg, _ in pool.assigned()] == ["prefill"]
+
+
+@pytest.mark.parametrize("kv_params", [b"", b"x" * 131_073], ids=["none", "too long"])
+def test_a_prefill_leg_that_does_not_say_where_its_kv_is_has_failed(pool, kv_params):
+    pool.ask(max_attempts=1)
+    pool.assigned()
+    pool.answer("prefilled", kv_params=kv_params)
+    notes = [c for c in pool.core.decide(pool.now) if not isinstance(c, Note)]
+    assert [c.result.outcome for c in notes] == ["failed"]
+
+
+def test_a_handed_over_leg_is_no_attempt_that_failed(pool):
+    """One attempt is allowed, and both legs are it."""
+    pool.ask(max_attempts=1)
+    pool.assigned()
+    pool.answer("prefilled", kv_params=PARAMS)
+    assert pool.assigned() == [("decode", "d0")]
+    assert pool.jobs[0].job.attempt <= pool.jobs[0].job.max_attempts
+
+
+def test_the_same_prompt_is_served_whole_where_handing_it_over_takes_longer():
+    """No threshold decides, but the link: the same request in the same pool, over a fast one and a slow one."""
+    legs = []
+    for link_gbps in (320.0, 0.5):
+        pool = Pool(
+            beat("p0", "prefill", link_gbps=link_gbps), beat("d0", "decode", link_gbps=link_gbps)
+        )
+        pool.ask()
+        legs.append(pool.assigned()[0][0])
+    assert legs == ["prefill", "whole"]
+
+
+def test_what_transfers_really_take_changes_the_choice(pool):
+    """Learned: a link of 320 Gbit/s on paper that takes a second and a half is used no more."""
+    for turn in range(60):
+        pool.ask(f"r{turn}")
+        if pool.assigned() == [("whole", "d0")]:
+            break
+        pool.answer("prefilled", kv_params=PARAMS)
+        pool.assigned()
+        pool.answer("completed", pulled_at=pool.now, first_token_at=pool.now + 1.5)
+    assert 1 < turn < 60
+
+
+def test_without_a_link_nothing_is_handed_over():
+    """A worker that cannot hand KV over says so by no link: its endpoint takes no half requests."""
+    pool = Pool(beat("p0", "prefill", link_gbps=0.0), beat("d0", "decode", link_gbps=0.0))
+    pool.ask()
+    assert pool.assigned() == [("whole", "d0")]
