@@ -15,6 +15,15 @@ REWARDS_KEPT = 200_000
 "About how many rewards the log keeps, for learning again and for off-line evaluation."
 
 
+NEWS = frozenset(
+    {
+        *("started", "first_tokens", "read_at", "holds", "holds_after", "holds_to"),
+        *("kv_epoch", "kv_seq", "kv_stored", "kv_removed", "kv_rest", "kv_was_empty"),
+    }
+)
+"What a beat tells of a moment, and a glance at the endpoint need not."
+
+
 class Held(msgspec.Struct, frozen=True):
     """A job in a worker's hands: what the fence compares."""
 
@@ -32,7 +41,8 @@ def join(keys: Keys, endpoint: str, worker: str) -> Call:
 def beat(keys: Keys, message: Beat, *, lease_s: float) -> Call:
     """Say that the endpoint lives. The reply is 1; 0: a newer worker has joined in its name."""
     fields = codec.encode(message)
-    glance = fields | {"seen_lease_ms": str(milliseconds(lease_s))}
+    glance = {name: value for name, value in fields.items() if name not in NEWS}
+    glance["seen_lease_ms"] = str(milliseconds(lease_s))
     # The glance outlives the lease, so that people can still see who died.
     return Call(
         "beat",
