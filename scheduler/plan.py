@@ -51,9 +51,6 @@ PACE_TIE = 0.1
 SHORT_ANSWER = 16
 "The fewest tokens over which a stall for prefill is thought to be spread."
 
-FIT = 0.8
-"The patient take no endpoint where more than this part of the time that is left would pass."
-
 CANDIDATES = 5
 "How many of the endpoints a decision's record names."
 
@@ -339,9 +336,6 @@ class Planner:
     def _pick(self, offer: Offer, total_s: Floats, best: int) -> tuple[int, float, str]:
         """The slot, with what chance it was taken, and why."""
         left_s = offer.ticket.due_at - self.now
-        if left_s - float(total_s[best]) > self.terms.best_fit_slack_s:
-            fits = np.where(total_s <= FIT * left_s, total_s, -np.inf)
-            return int(fits.argmax()), 1.0, "patient: the slowest endpoint that makes it"
         if self.casting is not None:
             return self.casting.pick(offer, total_s < math.inf, self.rng)
         score_s = total_s + self.settings.fill * self._used(offer)

@@ -32,9 +32,6 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     aside_share: float = 0.0
     "Of the seconds handed out, the part kept for the longest set aside."
 
-    best_fit_slack_s: float = math.inf
-    "With more slack than this a request takes the slowest endpoint that still makes it."
-
 
 class Policy(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"
@@ -118,13 +115,6 @@ class Urgency(Policy, frozen=True, tag="urgency"):
     point or two of the promises; 0 lets them wait for an idle endpoint, however long.
     """
 
-    best_fit_slack_s: Positive = math.inf
-    """
-    With more slack than this, a request takes the slowest endpoint that still makes it.
-
-    Keeps fast endpoints open for urgent work in a mixed fleet. Infinite: everybody takes the fastest.
-    """
-
     @property
     def terms(self) -> Terms:
         """Its own fields."""
@@ -132,7 +122,6 @@ class Urgency(Policy, frozen=True, tag="urgency"):
             odds_min=self.odds_min,
             price=self.price,
             aside_share=self.aside_share,
-            best_fit_slack_s=self.best_fit_slack_s,
         )
 
     def rank(self, *, enqueued_at: float, due_at: float, priority: int, work_s: float) -> float:

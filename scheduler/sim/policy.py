@@ -123,7 +123,6 @@ class Plan(_Core, frozen=True, tag="plan"):
     price: float = Urgency().price
     stretch: float = Urgency().stretch
     aside_share: float = Urgency().aside_share
-    best_fit_slack_s: float = Urgency().best_fit_slack_s
 
     def order(self) -> CorePolicy:
         return Urgency(
@@ -131,7 +130,6 @@ class Plan(_Core, frozen=True, tag="plan"):
             price=self.price,
             stretch=self.stretch,
             aside_share=self.aside_share,
-            best_fit_slack_s=self.best_fit_slack_s,
         )
 
 

@@ -165,15 +165,6 @@ def test_one_step_sets_aside_a_bounded_number():
     assert made.is_cut
 
 
-def test_the_patient_take_the_slowest_that_makes_it():
-    """Best fit keeps the fast endpoint open for urgent work."""
-    made = planner([0.001, 0.01, 0.1], best_fit_slack_s=5.0)
-
-    made.serve([ticket("patient", 100, due_at=8.0), ticket("urgent", 100, due_at=2.0)])
-
-    assert served(made) == [("patient", 1), ("urgent", 0)]
-
-
 def test_idle_endpoints_serve_those_set_aside():
     """Short against the window, or in calm, whatever the length."""
     long, short = ticket("long", 5000), ticket("short", 100)
