@@ -1,7 +1,6 @@
 """`headgate cells`: the evaluation's cells, run bit by bit and set in tables."""
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
 from time import perf_counter_ns
@@ -10,10 +9,9 @@ from typing import Annotated
 import msgspec
 import typer
 from msgspec import structs
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dispatcher.cli import compare, lab
+from dispatcher.cli.crew import Crew
 from dispatcher.cli.download import FileError
 from scheduler.sim import cells, contrast, policy, trace
 from scheduler.sim.cells import Cell
@@ -150,43 +148,14 @@ def _run_cell(name: str, cell: Cell, traces: Path, path: Path, jobs: int | None)
         for one in done
         if one.capacity_rps is not None and float(one.window) in cell.windows
     }
-    with (
-        ProcessPoolExecutor(
-            jobs or lab.cores(), initializer=_open, initargs=(name, cell, traces)
-        ) as pool,
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        ) as bar,
-        path.open("ab") as file,
-    ):
+    with Crew(jobs, _open, name, cell, traces) as crew, path.open("ab") as file:
         draws = list(dict.fromkeys(one.draw for one in wanted if one.draw not in capacities))
-        task = bar.add_task(f"{name}: capacity", total=len(draws))
-        for draw, rate_rps in zip(draws, pool.map(_capacity, draws), strict=True):
-            capacities[draw] = rate_rps
-            bar.advance(task)
-        bar.reset(task, total=len(wanted), description=name)
-        for found in _in_turn(pool, wanted, capacities):
+        rates = crew.all(f"{name}: capacity", _capacity, [(draw,) for draw in draws])
+        capacities |= zip(draws, rates, strict=True)
+        calls = [(one, capacities[one.draw]) for one in wanted]
+        for _, found in crew.each(name, _play, calls):
             file.write(msgspec.json.encode(found) + b"\n")
             file.flush()
-            bar.advance(task)
-
-
-def _in_turn(
-    pool: ProcessPoolExecutor, wanted: list[Run], capacities: dict[Draw, float]
-) -> Iterator[Report]:
-    futures: list[Future[Report]] = [
-        pool.submit(_play, one, capacities[one.draw]) for one in wanted
-    ]
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 _stage: tuple[str, Cell, Path] | None = None
@@ -194,8 +163,10 @@ _stage: tuple[str, Cell, Path] | None = None
 
 
 def _open(name: str, cell: Cell, traces: Path) -> None:
-    global _stage  # noqa: PLW0603  a process of the pool runs one cell for all of its life
+    global _stage  # noqa: PLW0603  a process runs one cell after the other
     _stage = (name, cell, traces)
+    _lab.cache_clear()
+    _bounds_of.cache_clear()
 
 
 @lru_cache(maxsize=4)

@@ -1,19 +1,16 @@
 """What the lab's commands share: their options, reading files, and running cells in parallel processes."""
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Annotated, Self, TypeVar
+from typing import Annotated
 
 import msgspec
 import typer
 from msgspec import structs
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dispatcher.cli import contender
+from dispatcher.cli.crew import Crew
 from dispatcher.cli.download import FileError
 from scheduler.errors import SettingsError
 from scheduler.sim import fleet as fleets
@@ -24,8 +21,6 @@ from scheduler.sim.lab import Bounds, Lab
 from scheduler.sim.promise import Promised
 from scheduler.sim.report import Report
 from scheduler.sim.workload import Arrival
-
-T = TypeVar("T")
 
 SEEDS_MAX = 1000
 
@@ -43,7 +38,8 @@ PolicyOption = Annotated[
     typer.Option(
         "--policy",
         metavar="P[,P...]",
-        help="Each NAME or NAME:FIELD=VALUE; the core's also :profile=FILE. Names: " + ", ".join(policy.BY_NAME),
+        help="Each NAME or NAME:FIELD=VALUE; the core's also :profile=FILE. Names: "
+        + ", ".join(policy.BY_NAME),
     ),
 ]
 SloOption = Annotated[
@@ -169,67 +165,23 @@ def labels(text: str) -> list[str]:
     return found
 
 
-class Bench:
-    """Parallel processes that all hold the same lab; one job runs in this process itself."""
+class Bench(Crew):
+    """Processes that all hold the same lab."""
 
     def __init__(self, stage: Lab, jobs: int | None) -> None:
-        self._stage = stage
-        n_jobs = jobs or cores()
-        self._pool = (
-            ProcessPoolExecutor(n_jobs, initializer=_hold, initargs=(stage,))
-            if n_jobs > 1
-            else None
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        super().__init__(jobs, _hold, stage)
 
     def capacities(self, seeds: int) -> list[float]:
         """The fleet's capacity on each seed's machines."""
-        return self._all("capacity", _capacity, [(seed,) for seed in range(seeds)])
+        return self.all("capacity", _capacity, [(seed,) for seed in range(seeds)])
 
     def cells(self, cells: Sequence[Cell]) -> list[Report]:
         """Every cell's report, in the order given."""
-        return self._all("cells", _run, [(cell,) for cell in cells])
+        return self.all("cells", _run, [(cell,) for cell in cells])
 
     def bounds(self, places: Sequence[tuple[int, float]]) -> list[Bounds]:
         """The bounds at each (seed, rate)."""
-        return self._all("bounds", _bounds, places)
-
-    def _all(
-        self, what: str, function: Callable[..., T], calls: Sequence[tuple[object, ...]]
-    ) -> list[T]:
-        # All children are forked here, before the bar starts a thread of its own.
-        futures = self._submitted(function, calls)
-        found: list[T] = []
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=len(calls))
-            if futures is None:
-                _hold(self._stage)
-                for call in calls:
-                    found.append(function(*call))
-                    bar.advance(task)
-                return found
-            for _ in as_completed(futures):
-                bar.advance(task)
-        return [future.result() for future in futures]
-
-    def _submitted(
-        self, function: Callable[..., T], calls: Sequence[tuple[object, ...]]
-    ) -> list[Future[T]] | None:
-        if self._pool is None:
-            return None
-        return [self._pool.submit(function, *call) for call in calls]
+        return self.all("bounds", _bounds, places)
 
 
 _lab: Lab | None = None
@@ -279,11 +231,6 @@ def _arrivals(file: Path, slice_: str | None) -> tuple[Arrival, ...]:
         return workload.sliced(found, start_s, end_s)
     except ValueError as error:
         raise typer.BadParameter(f"slice is {slice_!r}, wanted A:B in seconds: {error}") from None
-
-
-def cores() -> int:
-    """How many processes may run side by side."""
-    return os.cpu_count() or 1
 
 
 def text(path: Path) -> str:
