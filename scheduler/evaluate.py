@@ -18,6 +18,7 @@ import numpy as np
 
 from scheduler import explore
 from scheduler.errors import SettingsError
+from scheduler.plan import PlanSettings
 from scheduler.state import Bools, Floats
 from scheduler.wire import Decision, Reward
 
@@ -64,7 +65,7 @@ class Target(
 ):
     """A choice of endpoints to be judged: its tag is its name, its fields are its settings."""
 
-    window_s: float = 1.0
+    window_s: float = PlanSettings().commit_window_s
     "Only an endpoint that could start within this is taken, as the log's own policy does it."
 
     def chances(self, one: Weighed) -> Floats:
@@ -84,9 +85,9 @@ class Target(
 class Plan(Target, frozen=True, tag="plan"):
     """The plan's choice: predicted seconds and a price on fill, with its exploration."""
 
-    fill: float = 0.4
-    explore: float = 0.0
-    tie: float = 0.02
+    fill: float = PlanSettings().fill
+    explore: float = PlanSettings().explore
+    tie: float = PlanSettings().tie
 
     def score(self, one: Weighed) -> Floats:
         score = one.seconds + self.fill * one.fill
