@@ -79,7 +79,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     "Of the longest gap of each request."
     gap_max_p99_s: float | None
     token_attainment: float
-    "Share in which every token came by its own due moment: stricter than a mean TPOT."
+    "Share in which every token came by its own due moment; what the first token came early is credit for the next."
     goodput_rps: float
     "On time a second of arrivals."
     decode_tokens_per_s: float
