@@ -1,6 +1,9 @@
 """The evaluation's cells: each can be set up, is resumed where it stopped, and comes out as a table."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -136,6 +139,30 @@ class TestRun:
 
         assert (found.n_won, found.n_lost, found.n_places) == (1, 0, 3)
         assert found.overall == pytest.approx((2.0 * 1.01 * 1.05) ** (1 / 3))
+
+
+CREW = """
+import time
+from dispatcher.cli.crew import Crew
+def begin():
+    print("begun", flush=True)
+def work():
+    time.sleep(0.01)
+with Crew(2, begin) as crew:
+    crew.all("work", work, [()] * 20_000)
+"""
+
+
+class TestCrew:
+    def test_children_end_with_their_parent(self):
+        """After SIGTERM to the parent alone nobody is left who holds its output open."""
+        command = [sys.executable, "-c", CREW]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as parent:
+            parent.stdout.readline()
+            parent.terminate()
+            parent.communicate()  # to the end of what its children write, too
+
+        assert parent.returncode == 128 + signal.SIGTERM
 
 
 class TestShape:
