@@ -66,7 +66,7 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     horizon: int = 256
-    "The most urgent requests that one step considers (I8)."
+    "The most urgent requests that are considered together; a step goes on behind them only if all can go (I8)."
 
     pace_worth: float = 0.7
     """
@@ -221,6 +221,7 @@ class Planner:
     def serve(self, line: Sequence[Ticket]) -> None:
         """Plan these, most urgent first, until nothing more could start within the window."""
         self._asking = line
+        self.is_exhausted = False
         for ticket in line:
             if self._blocked >= BLOCKED_MAX and ticket.promise.tpot_s is not None:
                 continue

@@ -15,6 +15,9 @@ from scheduler.state import Floats, Ticket
 RETEST_MAX = 32
 "How many of those set aside are tested again in one step; the rest keep."
 
+PARTS_MAX = 4
+"How many horizons one step serves where all that it looks at can go: nobody waits a step for nothing."
+
 FILL_MAX = 16
 "How many of those set aside are offered what is idle in one step."
 
@@ -78,8 +81,7 @@ class Planning:
         if planner.onward is not None:
             self._serve_prefilled(planner, planner.onward, prefilled)
         self._serve_aged(planner)
-        line = self._book.lines.waiting.head(self._settings.horizon)
-        planner.serve(self._with_the_hopeful(planner, line))
+        line = self._serve_line(planner)
         self._turn(planner)
         if planner.is_exhausted:
             self._fill(planner)
@@ -92,6 +94,18 @@ class Planning:
             self._room_at = self._next_room_at(planner.room, is_short=is_short)
         if len(self._book.legs.prefilled):
             self._room_at = min(self._memory.now + PACE_TICK_S, self._room_at or np.inf)
+
+    def _serve_line(self, planner: Planner) -> list[Ticket]:
+        """Serve the line a horizon at a time, as long as all of it can go; the last part looked at."""
+        waiting, horizon = self._book.lines.waiting, self._settings.horizon
+        line = waiting.head(horizon)
+        planner.serve(self._with_the_hopeful(planner, line))
+        for start in range(horizon, PARTS_MAX * horizon, horizon):
+            if len(planner.choices) < start or len(line) < horizon:
+                break
+            line = waiting.head(start + horizon)[start:]
+            planner.serve(line)
+        return line
 
     def _let_rest(self, wanted_s: Floats) -> None:
         """Nothing new for endpoints that have just handed something back."""

@@ -420,6 +420,17 @@ class TestFleet:
 
         assert [c.job.id for c in pool.decide()] == ["r2"]
 
+    def test_nobody_waits_behind_a_horizon_that_all_goes(self):
+        """Looking at four together, the step goes on as long as each four find a place; then it stops."""
+        pool = Pool(plan=PlanSettings(horizon=4, commit_window_s=10.0))
+        pool.beat(max_num_seqs=10)
+        for i in range(15):
+            pool.ask(f"r{i:02}")
+
+        assert [c.job.id for c in pool.decide() if isinstance(c, Assign)] == [
+            f"r{i:02}" for i in range(10)
+        ]
+
     def test_a_hung_endpoint_is_not_taken_for_free(self):
         """A head that is long overdue pushes `free_in_s` out: silence about progress is no progress."""
         pool = Pool()
