@@ -33,7 +33,7 @@ from scheduler.room import Offer, Room
 from scheduler.state import Bools, Floats, Kept, Ticket
 from scheduler.wire import Leg
 
-ASIDE_MAX = 32
+ASIDE_MAX = 16
 "The most that one step sets aside (I8); the next step, at once, goes on behind them."
 
 IDLE_S = 1e-3

@@ -12,7 +12,7 @@ from scheduler.profile.casting import Assembly, Casting
 from scheduler.room import Decodes, Room
 from scheduler.state import Floats, Ticket
 
-RETEST_MAX = 32
+RETEST_MAX = 16
 "How many of those set aside are tested again in one step; the rest keep."
 
 PARTS_MAX = 4
