@@ -22,7 +22,7 @@ from workers import worker
 
 pytestmark = pytest.mark.xdist_group("compose")  # one system for all of them
 
-READY_S = 30.0
+READY_S = 60.0
 POLL_S = 0.05
 TEST_USER = "user tester on nopass ~* &* +@all\n"
 "Ours alone, to look into Redis from outside."
