@@ -21,7 +21,9 @@ METRICS = ("on_time", "ttft_mean_s", "ttft_p99_s")
 
 @app.command()
 def compare(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="From `simulate --json`.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="From `simulate --json` or `cells run`.")
+    ],
     *,
     baseline: Annotated[
         str | None, typer.Option(metavar="POLICY", help="Whom the others are compared to.")
@@ -65,11 +67,16 @@ def compare(
 
 def _read(file: Path) -> list[Report]:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=list[Report])
+        text = file.read_bytes()
+        if file.suffix == ".jsonl":
+            return msgspec.json.Decoder(Report).decode_lines(text)
+        return msgspec.json.decode(text, type=list[Report])
     except OSError as error:
         raise FileError(f"cannot read {str(file)!r}: {error.strerror}") from None
     except msgspec.DecodeError as error:
-        raise FileError(f"{str(file)!r} is not what `simulate --json` writes: {error}") from None
+        raise FileError(
+            f"{str(file)!r} is not what `simulate --json` or `cells run` writes: {error}"
+        ) from None
 
 
 def _is_number(one: Report, key: str) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dispatcher.cli import cells as command
+from dispatcher.cli import compare
 from scheduler.errors import HeadgateError
 from scheduler.sim import cells, contrast, policy, shape, workload
 from scheduler.sim.report import Report
@@ -115,6 +116,8 @@ class TestRun:
         assert "| least-request | 0.5 | 4 |" in shown
         assert "Bound (median): " in shown
         assert "### All of them" in shown
+        result = CliRunner().invoke(compare.app, [str(files / "out" / "small.jsonl")])
+        assert "least-request" in result.output
 
     def test_a_win_must_be_sure_and_large_enough(self):
         """Of three loads one is clearly better, one better by a hair, and one better only at times."""
