@@ -5,10 +5,8 @@ Both are asked for in vLLM's own words. A real server takes 15 seconds to start:
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
-import socket
 from pathlib import Path
 
 import aiohttp
@@ -99,10 +97,7 @@ class Real:
         self._count += 1
         directory.mkdir()
         (directory / "models").symlink_to(self._directory / "models")
-        more = {
-            "max-num-queued-reqs": words.get("max_num_queued_reqs"),
-            "kv-events-config": kv_events_config() if words.get("kv_events") else None,
-        }
+        more = {"max-num-queued-reqs": words.get("max_num_queued_reqs")}
         settings = PodSettings(
             venv=self._venv,
             directory=directory,
@@ -112,6 +107,7 @@ class Real:
             max_model_len=words["max_model_len"],
             kv_tokens=words.get("kv_tokens", 0),
             shutdown_timeout_s=shutdown_timeout,
+            kv_events=words.get("kv_events", False),
             is_tied=True,
             more=(
                 "--enable-scale-out",
@@ -124,23 +120,6 @@ class Real:
 
     async def end(self):
         await end(list(self._kept.values()), grace_s=5)
-
-
-def kv_events_config():
-    """As vLLM is told to publish, on two free ports."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        events, replay = (one.getsockname()[1] for one in sockets)
-    return json.dumps(
-        {
-            "enable_kv_cache_events": True,
-            "publisher": "zmq",
-            "endpoint": f"tcp://*:{events}",
-            "replay_endpoint": f"tcp://*:{replay}",
-        }
-    )
 
 
 def engine_core(pid):

@@ -64,7 +64,7 @@ class TestSaid:
 class TestPod:
     def test_it_holds_what_the_gpu_would(self, settings):
         """The KV cache is the profile's and a block that vLLM keeps, in the bytes of the small model."""
-        words = pod.arguments(settings, "l40s", 8000)
+        words = pod.arguments(settings, "l40s", [8000])
 
         held = int(words[words.index("--kv-cache-memory-bytes") + 1])
         assert held == 128 * (profile.load("l40s").kv_tokens + settings.block_size)

@@ -17,11 +17,12 @@ import pytest
 from engines import engine_core
 from face import Client as Engine
 from fleets import HEADGATE, ended, started
+from hand import until
 
 from dispatcher.client import Client
-from scheduler import codec
+from scheduler import codec, prefix
 from scheduler.errors import RequestCancelled
-from scheduler.wire import Result, Reward
+from scheduler.wire import Beat, Decision, Result, Reward
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -38,6 +39,7 @@ def endpoints(fleet_home):
     process, found = started(
         fleet_home,
         *("4", "--profiles", "h100,l40s", "--compute", "1", "--max-num-seqs", str(SEATS)),
+        "--kv-events",
     )
     yield {one["name"]: one for one in found}
     ended(process)
@@ -197,7 +199,7 @@ class TestService:
         assert (chat.record.output_tokens, plain.record.output_tokens) == (20, 20)
 
     async def test_status_says_what_the_engines_can_do(self, system):
-        """What is not there is not shown: these publish no KV events."""
+        """All that they were started with."""
         shown = await asyncio.to_thread(
             subprocess.run,
             [HEADGATE, "status", "--redis", system["redis"], "--pool", system["pool"], "--json"],
@@ -206,7 +208,7 @@ class TestService:
         )
 
         beats = [one["beat"] for one in json.loads(shown.stdout)["endpoints"]]
-        wanted = ["request_metrics", "cached_tokens", "priority", "admission", "pause"]
+        wanted = ["request_metrics", "cached_tokens", "priority", "admission", "pause", "kv_events"]
         assert [beat["engine"] for beat in beats] == ["0.32.0"] * 5
         assert [beat["features"] for beat in beats] == [wanted] * 5
 
@@ -245,6 +247,44 @@ class TestService:
         cached = [answer.record.cached_tokens for answer in answers]
         assert cached[0] == 0
         assert 992 in cached
+
+    async def test_a_prefix_that_the_engine_lost_is_not_believed(self, client, endpoints):
+        """A chat, whose blocks are cut by the byte: known where it was, and forgotten with the engine's cache."""
+        text = "".join(f"chapter {n}, in which the river rises; " for n in range(150))
+        body = {
+            "model": "emulated",
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": 4,
+        }
+
+        first = await (await client.submit(body))
+        server = endpoints[first.record.endpoint]
+        wanted = len(prefix.blocks(text)) - 1
+        await until(lambda: self.told(client, server["name"], "kv_stored", wanted))
+        second = await (await client.submit(body))
+        believed = await self.believed(client, second)
+        async with Engine(server["url"]) as engine:
+            await engine.post("/reset_prefix_cache")
+            await engine.ask(prompt=[1], max_tokens=1)
+        await until(lambda: self.told(client, server["name"], "kv_was_empty"))
+        third = await (await client.submit(body))
+
+        assert second.record.endpoint == first.record.endpoint
+        assert believed >= wanted * prefix.BLOCK_TOKENS
+        assert second.record.cached_tokens > 0.8 * second.record.prompt_tokens
+        assert await self.believed(client, third) == 0
+
+    async def told(self, client, name, field, count=1):
+        entries = await client.connection.newest(client.keys.beats, after="0", count=500)
+        beats = [codec.decode(Beat, fields) for _, fields in entries]
+        found = [getattr(beat, field) for beat in beats if beat.endpoint == name]
+        return sum(x if isinstance(x, bool) else len(x) for x in found) >= count
+
+    async def believed(self, client, answer):
+        entries = await client.connection.newest(client.keys.decisions, after="0", count=100)
+        decisions = [codec.decode(Decision, fields) for _, fields in entries]
+        (own,) = [d for d in decisions if d.id == answer.record.id and d.kind == "assigned"]
+        return own.cached_tokens
 
     async def test_the_engines_own_times_are_in_the_rewards(self, client):
         """Its queue apart from its prefill, from `--enable-per-request-metrics`."""

@@ -45,6 +45,9 @@ def up(
     block_size: Annotated[int, typer.Option()] = 32,
     kv_tokens: Annotated[int, typer.Option(help="0: the profile's.")] = 0,
     max_model_len: Annotated[int, typer.Option()] = 32_768,
+    kv_events: Annotated[
+        bool, typer.Option("--kv-events", help="Publish what caches hold.")
+    ] = False,
     shutdown_timeout: Annotated[int, typer.Option(help="Seconds after SIGTERM.")] = 0,
     stay: Annotated[bool, typer.Option("--stay", help="Until Ctrl-C, and end them then.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line when all answer.")] = False,
@@ -73,6 +76,7 @@ def up(
                 "kv_tokens": kv_tokens,
                 "max_model_len": max_model_len,
                 "shutdown_timeout_s": shutdown_timeout,
+                "kv_events": kv_events,
                 "more": tuple(context.args),
                 "is_tied": stay,
             },

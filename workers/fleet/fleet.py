@@ -20,6 +20,9 @@ from workers.fleet.pod import Pod, PodSettings
 STARTING_MAX = 2
 "A start is 15 seconds of one core; more at a time only take longer."
 
+PORTS = 3
+"Of a server: its own, and two for KV events, if it publishes them."
+
 READY_S = 240.0
 "From a server's start to its first answer; 15 to 30 s on two cores."
 
@@ -68,19 +71,20 @@ class Fleet:
         pods: list[Pod] = []
         starting = asyncio.Semaphore(STARTING_MAX)
 
-        async def one(number: int, name: str, port: int) -> None:
+        async def one(number: int, name: str, ports: Sequence[int]) -> None:
             async with starting:
                 kind = hardware[number]
-                begun = pod.start(settings, name=name, hardware=kind, number=number, port=port)
+                begun = pod.start(settings, name=name, hardware=kind, number=number, ports=ports)
                 pods.append(begun)
                 self._note(pods)
                 await answers(begun)
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                ports = free_ports(len(places))
-                for number, (name, port) in enumerate(zip(places, ports, strict=True)):
-                    tasks.create_task(one(number, name, port))
+                ports = free_ports(PORTS * len(places))
+                for number, name in enumerate(places):
+                    own = ports[PORTS * number : PORTS * (number + 1)]
+                    tasks.create_task(one(number, name, own))
         except BaseException as error:
             await end(pods, grace_s=0.0)
             self._note([])

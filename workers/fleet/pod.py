@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +82,9 @@ class PodSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     shutdown_timeout_s: Annotated[int, Meta(ge=0)] = 0
     "Seconds that running requests get after SIGTERM; 0 aborts them at once."
 
+    kv_events: bool = False
+    "Whether they publish what their caches store and forget; each on ports of its own."
+
     more: tuple[str, ...] = ()
     "Further arguments of `vllm serve`."
 
@@ -123,15 +127,24 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
         return f"{words or 'it said nothing'} ({self.log})"
 
 
-def start(settings: PodSettings, *, name: str, hardware: str, number: int, port: int) -> Pod:
+def start(
+    settings: PodSettings, *, name: str, hardware: str, number: int, ports: Sequence[int]
+) -> Pod:
     """Start one server; it will be some 15 seconds before it answers.
+
+    Args:
+        settings: what all have in common.
+        name: its own.
+        hardware: its profile; empty for one that really computes.
+        number: which one of the fleet it is.
+        ports: its own, then where it publishes KV events and repeats them, if it does.
 
     Raises:
         SettingsError: there is no vLLM, or no such profile.
     """
     log = settings.directory / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [str(program(settings, "vllm")), *arguments(settings, hardware, port)]
+    command = [str(program(settings, "vllm")), *arguments(settings, hardware, ports)]
     parent = os.getpid() if settings.is_tied else 0
     with log.open("wb") as out:
         process = subprocess.Popen(  # noqa: S603  our own words and the user's own
@@ -146,16 +159,16 @@ def start(settings: PodSettings, *, name: str, hardware: str, number: int, port:
     process.returncode = 0
     return Pod(
         name=name,
-        url=f"http://127.0.0.1:{port}",
+        url=f"http://127.0.0.1:{ports[0]}",
         hardware=hardware,
-        port=port,
+        port=ports[0],
         pid=process.pid,
         max_num_seqs=settings.max_num_seqs,
         log=str(log),
     )
 
 
-def arguments(settings: PodSettings, hardware: str, port: int) -> list[str]:
+def arguments(settings: PodSettings, hardware: str, ports: Sequence[int]) -> list[str]:
     """What `vllm` is told; every choice that matters to a comparison is said, none left to its version."""
     if hardware:
         kv_tokens = settings.kv_tokens or profile.load(hardware).kv_tokens
@@ -169,7 +182,7 @@ def arguments(settings: PodSettings, hardware: str, port: int) -> list[str]:
         max_model_len = min(settings.max_model_len, COMPUTING_MAX_MODEL_LEN)
     options = {
         "host": "127.0.0.1",
-        "port": port,
+        "port": ports[0],
         "served-model-name": settings.model if hardware else COMPUTING_MODEL,
         "dtype": "bfloat16",
         "max-model-len": max_model_len,
@@ -182,6 +195,8 @@ def arguments(settings: PodSettings, hardware: str, port: int) -> list[str]:
         "generation-config": "vllm",
         "distributed-executor-backend": "uni",
     }
+    if settings.kv_events:
+        options["kv-events-config"] = _publishes(*ports[1:])
     flags = (
         "enforce-eager",
         "enable-per-request-metrics",
@@ -269,6 +284,16 @@ def program(settings: PodSettings, name: str) -> Path:
 
 def _model(settings: PodSettings, shape: str) -> Path:
     return settings.directory.absolute() / "models" / shape
+
+
+def _publishes(events: int, replay: int) -> str:
+    fields = {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": f"tcp://*:{events}",
+        "replay_endpoint": f"tcp://*:{replay}",
+    }
+    return msgspec.json.encode(fields).decode()
 
 
 def _told(settings: PodSettings, shape: str) -> dict[str, int]:
