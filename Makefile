@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 JOBS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test vllm test-vllm check clean
+.PHONY: install demo test vllm test-vllm bench check clean
 
 install: $(INSTALLED)
 
