@@ -73,8 +73,8 @@ class Accounts:
         return max(0.0, self._floor - self.settings.quantum_tokens)
 
     def _forget(self) -> None:
-        """Drop the accounts that say no more than a newcomer's; one with a lead goes only where none else can."""
+        """Drop the accounts that say no more than a newcomer's; of those with a lead, the smallest where it must be."""
         kept = {tenant: had for tenant, had in self._had.items() if had > self._start}
-        for tenant in list(kept)[: max(0, len(kept) - IDLE_MAX)]:
-            del kept[tenant]
+        if len(kept) > IDLE_MAX // 2:  # half at once: the next ones come free
+            kept = dict(sorted(kept.items(), key=lambda one: one[1])[-(IDLE_MAX // 2) :])
         self._had = kept

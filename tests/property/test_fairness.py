@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
-from scheduler.fairness import Accounts
+from scheduler.fairness import IDLE_MAX, Accounts
 from scheduler.order import Lines, by_rank
 from scheduler.settings import FairnessSettings
 from scheduler.slo import Promise
@@ -183,6 +183,17 @@ def test_what_was_left_unused_is_no_claim_later():
         give(lines, got[-1])
 
     assert abs(sum(t.request.tenant == "new" for t in got) - 20) <= 2 * QUANTUM / LONGEST
+
+
+def test_accounts_are_bounded():
+    """However many names are made up, so many accounts are kept and no more."""
+    accounts = Accounts(FairnessSettings(quantum_tokens=10))
+    for number in range(2 * IDLE_MAX):
+        accounts.join(f"t{number}")
+        accounts.charge(f"t{number}", 5000.0 if number == 0 else 50.0)
+
+    assert len(accounts) <= IDLE_MAX + 1
+    assert accounts.had("t0") == 1000.0, "who has had most is not forgotten for made-up names"
 
 
 def test_the_answer_that_was_not_given_is_not_charged():
