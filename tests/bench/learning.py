@@ -60,13 +60,13 @@ def rows(seed: int, span_s: float) -> tuple[world.Row, ...]:
     )
 
 
-def run(where: Fleet, seed: int, *, span_s: float = SPAN_S, known: Scheduler | None = None):
+def run(where: Fleet, seed: int, *, known: Scheduler | None = None):
     """The run's fates, and its core."""
     core = Scheduler(CoreSettings(), np.random.default_rng(seed))
     if known is not None:
         assert core.restore(known.snapshot())
     played = World(
-        rows(seed, span_s),
+        rows(seed, SPAN_S),
         fleet.machines(where, seed),
         delays=where.delays,
         is_open=False,
@@ -94,21 +94,21 @@ def told(fates, known, *, since_s: float) -> Told:
     )
 
 
-def cold(seed: int, hardware: str | None = None) -> Told:
+def cold(seed: int, hardware: str | None = None, *, since_s: float = 0.0) -> Told:
     """From a cold start; `hardware` is what the L40S declare."""
     where = pair(hardware)
     fates, core = run(where, seed)
     known, _ = run(where, seed, known=core)
-    return told(fates, known, since_s=0.0)
+    return told(fates, known, since_s=since_s)
 
 
-def slowed(seed: int) -> Told:
-    """After an A100 has become three times slower."""
+def slowed(seed: int, *, since_s: float = 0.0) -> Told:
+    """After an A100 has become three times slower, or so many seconds after that."""
     fault = Fault(at_s=SLOW_AT_S, endpoint="a100-0", kind="slow", factor=3.0)
     fates, _ = run(structs.replace(pair(None), faults=(fault,)), seed)
     early = structs.replace(fault, at_s=0.0)
     known, _ = run(structs.replace(pair(None), faults=(early,)), seed)
-    return told(fates, known, since_s=SLOW_AT_S)
+    return told(fates, known, since_s=SLOW_AT_S + since_s)
 
 
 CASES = {
