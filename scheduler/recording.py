@@ -37,6 +37,9 @@ from scheduler.events import (
     Recovered,
     Refused,
 )
+from scheduler.policies import Policy
+from scheduler.profile import profile
+from scheduler.profile.parts import Part
 from scheduler.view import Snapshot
 from scheduler.wire import Beat, Control, Decision, Reward
 
@@ -191,8 +194,13 @@ def read(lines: Iterable[tuple[int, bytes]], *, name: str) -> tuple[Head, Iterat
     return found, _rest(numbered, name)
 
 
-def settings(head: Head, changes: Sequence[str] = ()) -> CoreSettings:
-    """The core's settings of a recording, with changes such as `plan.tie=0.1`.
+def settings(
+    head: Head,
+    changes: Sequence[str] = (),
+    *,
+    plug_ins: Sequence[type[Policy] | type[Part]] = (),
+) -> CoreSettings:
+    """The core's settings of a recording, with changes such as `plan.tie=0.1`; policy and parts may be plug-ins.
 
     Raises:
         SettingsError: a change names no setting or no value of it; or the recording holds none that we know.
@@ -201,10 +209,15 @@ def settings(head: Head, changes: Sequence[str] = ()) -> CoreSettings:
     for change in changes:
         _change(plain, change)
     try:
-        policy = msgspec.convert(plain.pop("policy", {}), policies.union(), strict=False)
+        kinds = policies.union(tuple(kind for kind in plug_ins if issubclass(kind, Policy)))
+        policy = msgspec.convert(plain.pop("policy", {}), kinds, strict=False)
+        parts = [kind for kind in plug_ins if issubclass(kind, Part)]
+        table = plain.pop("profile", None) if parts else None
         found = msgspec.convert(plain, CoreSettings, strict=False)
     except msgspec.ValidationError as error:
         raise SettingsError(f"settings of the recording by {head.version}: {error}") from None
+    if table is not None:
+        found = structs.replace(found, profile=profile.decode(table, parts))
     return structs.replace(found, policy=policy)
 
 

@@ -7,6 +7,7 @@ import msgspec
 import typer
 from msgspec import structs
 
+from dispatcher import plugins
 from dispatcher.cli import download, lab, output, recordings, simulate
 from dispatcher.cli.lab import Bench, Cell
 from dispatcher.cli.recordings import Recording
@@ -67,8 +68,14 @@ def _replayed(found: Recording, changes: list[str]) -> Outcome:
             f"{found.name} is a copy of the streams, which do not say when the core was told what: "
             "set loop.journal for recordings that can be repeated, or ask with --policy"
         )
-    settings = recording.settings(found.head, changes)
+    settings = recording.settings(found.head, changes, plug_ins=_plug_ins(found))
     return replay.replayed(found.lines, settings, seed=found.head.seed)
+
+
+def _plug_ins(found: Recording) -> tuple[plugins.PlugIn, ...]:
+    """What the recorded settings name that other packages bring."""
+    settings = found.head.settings
+    return plugins.chosen(settings.get("policy") or {}, settings.get("profile") or {})
 
 
 def _say(found: Recording, outcome: Outcome, *, is_changed: bool) -> None:
@@ -102,7 +109,7 @@ def _ask(
 ) -> None:
     """The lab with the recording's arrivals, on a fleet fitted from its rewards."""
     told = recorded.story(found.lines)
-    settings = recording.settings(found.head)
+    settings = recording.settings(found.head, plug_ins=_plug_ins(found))
     stage = recorded.stage(
         told,
         settings.objectives,
