@@ -69,6 +69,8 @@ class Engine:
         self._running: dict[str, Sequence] = {}
         self._prefill: dict[str, Sequence] = {}
         self._loading: list[Sequence] = []
+        # Loaded, and waiting for a seat only: behind one that waits for their blocks they would wait for ever.
+        self._ready: list[Sequence] = []
         self._kept: dict[str, list[int]] = {}
         self._decodes = Decodes(settings.block_size)
         # 1 between giving the decodes the blocks of a step and advancing the clock over it.
@@ -117,7 +119,7 @@ class Engine:
     def prefill_left(self) -> tuple[int, int]:
         """Prompt tokens to compute before a newcomer's, and their (query, key) pairs of attention."""
         tokens = pairs = 0
-        for sequence in [*self._prefill.values(), *self._line]:
+        for sequence in [*self._prefill.values(), *self._ready, *self._line]:
             is_waiting = sequence.status is Status.WAITING and not sequence.is_loaded
             done = (
                 self._hits(sequence) * self.settings.block_size if is_waiting else sequence.computed
@@ -184,7 +186,9 @@ class Engine:
         sequence = self._all.get(sequence_id)
         if sequence is None:
             return None
-        if sequence.status is Status.WAITING:
+        if sequence in self._ready:
+            self._ready.remove(sequence)
+        elif sequence.status is Status.WAITING:
             self._line.forget()
         if sequence.status in (Status.PREFILL, Status.DECODE):
             self._leave(sequence)
@@ -223,7 +227,7 @@ class Engine:
         self._seal(sequence, sequence.computed)
         sequence.is_loaded = True
         sequence.status = Status.WAITING
-        self._line.push_front(sequence)
+        self._ready.append(sequence)
         self._is_blocked = False
         return True
 
@@ -261,7 +265,10 @@ class Engine:
         return self._turn(now)
 
     def _can_admit(self) -> bool:
-        return self._is_admitting and not self._is_blocked and self._line.count > 0
+        if not self._is_admitting:
+            return False
+        has_seat = len(self._running) < self.settings.max_num_seqs
+        return bool(self._ready and has_seat) or (not self._is_blocked and self._line.count > 0)
 
     # One step.
 
@@ -292,6 +299,12 @@ class Engine:
         self._fed_ahead = 0
         if not step.preempted:
             return None
+        is_held = self._kept or any(s.status is Status.LOADING for s in self._all.values())
+        if is_held and not self._ready:
+            self._is_blocked = (
+                True  # what is short is held for others, and comes free by their doing
+            )
+            return None
         again = self._turn(step.started_at)
         if again is not None:
             again.preempted[:0] = step.preempted
@@ -319,8 +332,10 @@ class Engine:
                 budget -= chunk
         if step.preempted:
             return [pair for pair in chunks if pair[0].status is Status.PREFILL]
-        if self._is_admitting and not self._is_blocked:
-            self._admit(budget, chunks, step)
+        if self._is_admitting:
+            budget = self._seat(budget, chunks)
+            if not self._is_blocked:
+                self._admit(budget, chunks, step)
         return chunks
 
     def _admit(self, budget: int, chunks: list[tuple[Sequence, int]], step: Step) -> None:
@@ -329,12 +344,6 @@ class Engine:
             if len(self._running) >= self.settings.max_num_seqs:
                 self._is_blocked = True
                 return
-            if sequence.is_loaded:
-                self._line.pop()
-                self._join(sequence)
-                chunks.append((sequence, 1))
-                budget -= 1
-                continue
             n_hits = self._hits(sequence)
             cached = n_hits * self.settings.block_size
             if sequence.is_remote:
@@ -356,6 +365,15 @@ class Engine:
             self._extend(sequence, chunk, self._blocks(cached + chunk) - n_hits)
             chunks.append((sequence, chunk))
             budget -= chunk
+
+    def _seat(self, budget: int, chunks: list[tuple[Sequence, int]]) -> int:
+        """Let those go on whose KV has come: each computes one token. What is left of the budget."""
+        while self._ready and budget > 0 and len(self._running) < self.settings.max_num_seqs:
+            sequence = self._ready.pop(0)
+            self._join(sequence)
+            chunks.append((sequence, 1))
+            budget -= 1
+        return budget
 
     def _hits(self, sequence: Sequence) -> int:
         """Cached leading blocks; never the whole text, since something must be computed."""
