@@ -212,7 +212,7 @@ def _set_aside(decisions: Sequence[Decision]) -> int:
 def _outcomes(rewards: Sequence[Reward], decisions: Sequence[Decision]) -> dict[str, int]:
     """Ends by outcome; the dispatcher's own ends are told in its decisions' first word."""
     counts = Counter(r.outcome for r in rewards)
-    ended = {r.id for r in rewards if r.outcome != "returned"}
+    ended = {r.id for r in rewards if r.outcome not in ("returned", "prefilled")}
     counts.update(
         d.reason.partition(":")[0].partition(" ")[0] or "finished"
         for d in decisions

@@ -211,6 +211,8 @@ class Meter:
         if reward.outcome == "returned":
             self.returned += 1
             return
+        if reward.outcome == "prefilled":
+            return  # half a request ends nothing
         self.outcomes[reward.outcome, "worker"] += 1
         self._end(reward.id, is_kept=reward.on_time)
         self.reused_tokens += reward.cached_tokens or 0
@@ -375,4 +377,4 @@ class Exposition(Collector):
 
 
 def _is_active(view: View) -> bool:
-    return bool(view.waiting or view.set_aside or view.assigned or view.running)
+    return bool(view.waiting or view.set_aside or view.prefilled or view.assigned or view.running)
