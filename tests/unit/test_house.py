@@ -127,6 +127,13 @@ class TestFiles:
         """The patterns match what they are for."""
         assert REGISTRY.search(line) or MACHINE_PATH.search(line)
 
+    def test_no_two_test_files_share_a_name(self):
+        """Pytest takes a file for the other of its name, and collects neither."""
+        names = [
+            path.name for path in (ROOT / "tests").rglob("test_*.py") if "vllm" not in path.parts
+        ]
+        assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)
+
     def test_every_module_says_what_it_is(self):
         """The first thing in a module is a docstring."""
         silent = [
