@@ -10,10 +10,10 @@ import msgspec
 import typer
 from msgspec import structs
 
-from dispatcher.cli import compare, lab
+from dispatcher.cli import compare, contender, lab
 from dispatcher.cli.crew import Crew
 from dispatcher.cli.download import FileError
-from scheduler.sim import cells, contrast, policy, trace
+from scheduler.sim import cells, contrast, trace
 from scheduler.sim.cells import Cell
 from scheduler.sim.contrast import Standing
 from scheduler.sim.lab import Lab
@@ -129,7 +129,7 @@ def _chosen(names: list[str] | None, file: Path | None) -> dict[str, Cell]:
 
 def _run_cell(name: str, cell: Cell, traces: Path, path: Path, jobs: int | None) -> None:
     for label in cell.policies:
-        policy.named(label)
+        contender.named(label)
     done = _read(path)
     made = {(one.window, one.seed, one.load, one.policy): one for one in done}
     wanted = [
@@ -205,7 +205,7 @@ def _play(one: Run, capacity_rps: float) -> Report:
     stage = _lab(window)
     ttft_mean_s, on_time = _bounds_of(window, seed, rate_rps)
     found, _ = stage.run(
-        policy.named(one.policy),
+        contender.named(one.policy),
         label=one.policy,
         seed=seed,
         rate_rps=rate_rps,

@@ -12,7 +12,7 @@ from scheduler.profile import profile as profiles
 from scheduler.profile.parts import Part
 from scheduler.profile.profile import Profile
 from scheduler.sim import policy
-from scheduler.sim.policy import LabPolicy
+from scheduler.sim.policies.base import LabPolicy
 
 SIGN = "profile="
 

@@ -190,7 +190,7 @@ class Endpoint(Party):
 
     def slow(self, factor: float, now: float) -> None:
         self.turn(now)
-        self.engine.slowdown = factor
+        self.engine.durations.slowdown = factor
 
     def freeze(self, now: float) -> None:
         """Engine and worker stand still; what comes meanwhile waits in the stream."""
@@ -399,7 +399,11 @@ class Endpoint(Party):
             n_decodes + 1, tokens // n_steps + n_decodes, pairs // n_steps, engine.decode_context
         )
         under_way_s = 0.0 if self._step is None else self._step.ended_at - now
-        return self._frontend_s + max(under_way_s, 0.0) + n_steps * a_step_s * engine.slowdown
+        return (
+            self._frontend_s
+            + max(under_way_s, 0.0)
+            + n_steps * a_step_s * engine.durations.slowdown
+        )
 
     # What steps bring.
 

@@ -14,17 +14,18 @@ one that `is_remote` takes all blocks of its prompt when it is admitted, waits u
 computes the last token. Preempted, it is computed here from the start.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
+from scheduler.sim import refusal
 from scheduler.sim.arguments import EngineSettings
 from scheduler.sim.decodes import Decodes
-from scheduler.sim.kv import ANONYMOUS, BlockPool
+from scheduler.sim.durations import Durations
+from scheduler.sim.holdings import Holdings
+from scheduler.sim.kv import BlockPool
 from scheduler.sim.noise import Noise
 from scheduler.sim.profile import Profile
 from scheduler.sim.sequence import Line, Sequence, Status
-from scheduler.sim.step import Counters, QueueFullError, Step
+from scheduler.sim.step import Counters, Step
 
 
 class Engine:
@@ -53,17 +54,15 @@ class Engine:
         self.settings = settings
         kv_tokens = profile.kv_tokens if settings.kv_tokens is None else settings.kv_tokens
         self.kv = BlockPool(kv_tokens // settings.block_size)
-        self.counters = Counters()
-        self.slowdown = 1.0
-        "Factor on every step's time; for fault injection."
-        self.on_seal: Callable[[Sequence, int, int], None] | None = None
-        "Told which blocks of a sequence can be shared from now on: from, to."
-        self._noise = Noise(
+        self.holdings = Holdings(self.kv, settings)
+        noise = Noise(
             rng,
             sigma=settings.step_noise,
             stall_probability=settings.stall_probability,
             stall_s=settings.stall_s,
         )
+        self.durations = Durations(profile, noise)
+        self.counters = Counters()
         self._line = Line(by_priority=settings.scheduling_policy == "priority")
         self._all: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
@@ -71,11 +70,9 @@ class Engine:
         self._loading: list[Sequence] = []
         # Loaded, and waiting for a seat only: behind one that waits for their blocks they would wait for ever.
         self._ready: list[Sequence] = []
-        self._kept: dict[str, list[int]] = {}
         self._decodes = Decodes(settings.block_size)
         # 1 between giving the decodes the blocks of a step and advancing the clock over it.
         self._fed_ahead = 0
-        self._quiet_steps_s: dict[int, float] = {}
         self._is_admitting = True
         self._is_frozen = False
         # The head of the line cannot enter before something is freed.
@@ -100,11 +97,6 @@ class Engine:
         return self.kv.capacity * self.settings.block_size
 
     @property
-    def kept(self) -> int:
-        """Blocks that ended sequences hold for other engines, shared ones counted for each."""
-        return sum(map(len, self._kept.values()))
-
-    @property
     def decode_context(self) -> int:
         """KV tokens that the decodes read in their next step."""
         return self._decodes.context
@@ -122,7 +114,9 @@ class Engine:
         for sequence in [*self._prefill.values(), *self._ready, *self._line]:
             is_waiting = sequence.status is Status.WAITING and not sequence.is_loaded
             done = (
-                self._hits(sequence) * self.settings.block_size if is_waiting else sequence.computed
+                self.holdings.hits(sequence) * self.settings.block_size
+                if is_waiting
+                else sequence.computed
             )
             left = sequence.total_tokens - done
             tokens += left
@@ -136,11 +130,8 @@ class Engine:
         """
         if self._is_frozen or self._can_admit() or self._prefill or not self._decodes:
             return None
-        n_steps = self._decodes.next_end
-        n_decodes = len(self._decodes)
-        first_s = self.profile.step_s(n_decodes, n_decodes, decode_context=self._decodes.context)
-        grown_s = self.profile.decode_context_s * n_decodes * (n_steps - 1) / 2
-        return n_steps * (first_s + grown_s) * self.slowdown
+        decodes = self._decodes
+        return self.durations.quiet_s(decodes.next_end, len(decodes), decodes.context)
 
     # What can be told.
 
@@ -151,7 +142,9 @@ class Engine:
             QueueFullError: a limit on waiting requests or tokens is reached.
             ValueError: the id is taken, or the request could never fit the KV cache.
         """
-        self._refuse_impossible(sequence)
+        if sequence.id in self._all:
+            raise ValueError(f"sequence {sequence.id!r} is already in the engine")
+        refusal.check_size(sequence, self.settings, self.kv_tokens)
         self.check_admission()
         self._all[sequence.id] = sequence
         self._line.push(sequence)
@@ -160,26 +153,10 @@ class Engine:
     def check_admission(self) -> None:
         """Whether a newcomer would be taken in.
 
-        As vLLM, whose limits count more than their names say: who runs too, and prompts under way whole.
-
         Raises:
             QueueFullError: a limit on requests or on prompt tokens is reached.
         """
-        settings = self.settings
-        limit = settings.max_num_queued_reqs
-        if limit is not None and len(self._all) >= limit:
-            raise QueueFullError(
-                "max_num_queued_reqs",
-                "The engine is currently busy and cannot accept new requests. "
-                "Please try again later or on a different instance.",
-            )
-        limit = settings.max_num_queued_tokens
-        if limit is not None and self._tokens_before_first() >= limit:
-            raise QueueFullError(
-                "max_num_queued_tokens",
-                "The engine has reached its prefill token backlog limit. "
-                "Please try again later or on a different instance.",
-            )
+        refusal.check_limits(self.settings, self._all.values())
 
     def abort(self, sequence_id: str) -> Sequence | None:
         """End a request now and free all it held; None if the engine does not have it."""
@@ -224,22 +201,16 @@ class Engine:
         if sequence is None or sequence.status is not Status.LOADING:
             return False
         sequence.computed = sequence.prompt_tokens - 1
-        self._seal(sequence, sequence.computed)
+        self.holdings.seal(sequence, sequence.computed)
         sequence.is_loaded = True
         sequence.status = Status.WAITING
         self._ready.append(sequence)
         self._is_blocked = False
         return True
 
-    def has_kept(self, sequence_id: str) -> bool:
-        """Whether its KV is still there for another engine."""
-        return sequence_id in self._kept
-
     def forget(self, sequence_id: str) -> None:
         """Free what an ended sequence left, if that has not happened yet."""
-        held = self._kept.pop(sequence_id, None)
-        if held is not None:
-            self.kv.release(held)
+        if self.holdings.forget(sequence_id):
             self._is_blocked = False
 
     def reset_prefix_cache(self) -> bool:
@@ -273,16 +244,7 @@ class Engine:
     # One step.
 
     def _turn(self, now: float) -> Step | None:
-        step = Step(
-            started_at=now,
-            ends=[],
-            new_tokens=0,
-            decoded=[],
-            prefilled=[],
-            finished=[],
-            scheduled=[],
-            preempted=[],
-        )
+        step = Step(started_at=now)
         self._feed_decodes(step)
         chunks = self._feed_prefills(step)
         if not (self._decodes or chunks):
@@ -299,11 +261,10 @@ class Engine:
         self._fed_ahead = 0
         if not step.preempted:
             return None
-        is_held = self._kept or any(s.status is Status.LOADING for s in self._all.values())
-        if is_held and not self._ready:
-            self._is_blocked = (
-                True  # what is short is held for others, and comes free by their doing
-            )
+        is_loading = any(s.status is Status.LOADING for s in self._all.values())
+        if (self.holdings.n_kept or is_loading) and not self._ready:
+            # What is short is held for others, and comes free by their doing.
+            self._is_blocked = True
             return None
         again = self._turn(step.started_at)
         if again is not None:
@@ -325,7 +286,7 @@ class Engine:
             if budget == 0:
                 break
             chunk = self._chunk(sequence.total_tokens - sequence.computed, budget)
-            n_blocks = self._blocks(sequence.computed + chunk) - len(sequence.held)
+            n_blocks = self.holdings.blocks(sequence.computed + chunk) - len(sequence.held)
             if sequence.status is Status.PREFILL and self._make_room(sequence, n_blocks, step):
                 self._extend(sequence, chunk, n_blocks)
                 chunks.append((sequence, chunk))
@@ -344,10 +305,10 @@ class Engine:
             if len(self._running) >= self.settings.max_num_seqs:
                 self._is_blocked = True
                 return
-            n_hits = self._hits(sequence)
+            n_hits = self.holdings.hits(sequence)
             cached = n_hits * self.settings.block_size
             if sequence.is_remote:
-                if not self._fits(sequence, n_hits, sequence.prompt_tokens):
+                if not self.holdings.fits(sequence, n_hits, sequence.prompt_tokens):
                     self._is_blocked = True
                     return
                 self._line.pop()
@@ -357,12 +318,12 @@ class Engine:
             if not self.settings.chunked_prefill and wanted > budget:
                 return
             chunk = self._chunk(wanted, budget)
-            if not self._fits(sequence, n_hits, cached + chunk):
+            if not self.holdings.fits(sequence, n_hits, cached + chunk):
                 self._is_blocked = True
                 return
             self._line.pop()
             self._start(sequence, n_hits, step)
-            self._extend(sequence, chunk, self._blocks(cached + chunk) - n_hits)
+            self._extend(sequence, chunk, self.holdings.blocks(cached + chunk) - n_hits)
             chunks.append((sequence, chunk))
             budget -= chunk
 
@@ -375,27 +336,10 @@ class Engine:
             budget -= 1
         return budget
 
-    def _hits(self, sequence: Sequence) -> int:
-        """Cached leading blocks; never the whole text, since something must be computed."""
-        if not self.settings.prefix_caching:
-            return 0
-        limit = (sequence.total_tokens - 1) // self.settings.block_size
-        return self.kv.match(sequence.keys, limit)
-
-    def _fits(self, sequence: Sequence, n_hits: int, tokens: int) -> bool:
-        if self.settings.reserve_full_isl:
-            tokens = sequence.total_tokens
-        wanted = self._blocks(tokens) - n_hits
-        if wanted + n_hits <= self.kv.free:
-            return True  # even were all hits idle: spares counting them
-        return wanted + self.kv.idle(sequence.keys[:n_hits]) <= self.kv.free
-
     def _load(self, sequence: Sequence, n_hits: int, step: Step) -> None:
         """Take blocks for all of a prompt whose KV is to come."""
         self._begin(sequence, n_hits, step)
-        n_blocks = self._blocks(sequence.prompt_tokens) - n_hits
-        self.kv.take(n_blocks)
-        sequence.held.extend([ANONYMOUS] * n_blocks)
+        self.holdings.take(sequence, self.holdings.blocks(sequence.prompt_tokens) - n_hits)
         sequence.status = Status.LOADING
         self._loading.append(sequence)
 
@@ -410,11 +354,7 @@ class Engine:
 
     def _begin(self, sequence: Sequence, n_hits: int, step: Step) -> None:
         """Hold what is cached; the first time, say so."""
-        hits = list(sequence.keys[:n_hits])
-        self.kv.hold(hits)
-        sequence.held = hits
-        sequence.sealed = n_hits
-        sequence.computed = n_hits * self.settings.block_size
+        self.holdings.begin(sequence, n_hits)
         if sequence.scheduled_at is None:
             sequence.scheduled_at = step.started_at
             sequence.cached_tokens = sequence.computed
@@ -426,17 +366,8 @@ class Engine:
 
     def _extend(self, sequence: Sequence, chunk: int, n_blocks: int) -> None:
         """Hold the blocks of the next chunk, and let others share those it fills."""
-        self.kv.take(n_blocks)
-        sequence.held.extend([ANONYMOUS] * n_blocks)
-        self._seal(sequence, sequence.computed + chunk)
-
-    def _seal(self, sequence: Sequence, tokens: int) -> None:
-        n_full = min(tokens // self.settings.block_size, len(sequence.keys))
-        if self.settings.prefix_caching and n_full > sequence.sealed:
-            self.kv.seal(sequence.held, sequence.keys, sequence.sealed, n_full)
-            if self.on_seal is not None:
-                self.on_seal(sequence, sequence.sealed, n_full)
-            sequence.sealed = n_full
+        self.holdings.take(sequence, n_blocks)
+        self.holdings.seal(sequence, sequence.computed + chunk)
 
     def _duration_s(self, chunks: list[tuple[Sequence, int]], step: Step) -> float:
         n_decodes = len(self._decodes)
@@ -445,10 +376,9 @@ class Engine:
             chunk * sequence.computed + chunk * chunk // 2 + 1 for sequence, chunk in chunks
         )
         step.new_tokens = new_tokens
-        step_s = self.profile.step_s(
+        return self.durations.step_s(
             n_decodes + len(chunks), new_tokens, attention, self._decodes.context
         )
-        return self._noise.disturb(step_s) * self.slowdown
 
     def _advance_decodes(self, n_steps: int, ended_at: float, step: Step) -> None:
         self._fed_ahead = 0
@@ -486,48 +416,18 @@ class Engine:
 
     def _leap(self, now: float, until: float) -> Step | None:
         """Decode until somebody ends or a step reaches `until`; None if blocks may run short."""
-        n_decodes = len(self._decodes)
-        ends = self._quiet_ends(now, until, self._decodes.next_end)
-        n_blocks = self._decodes.blocks(len(ends))
+        decodes = self._decodes
+        ends = self.durations.quiet_ends(
+            now, until, decodes.next_end, len(decodes), decodes.context
+        )
+        n_blocks = decodes.blocks(len(ends))
         if n_blocks > self.kv.free:
             return None
         self.kv.take(n_blocks)
-        step = Step(
-            started_at=now,
-            ends=ends,
-            new_tokens=n_decodes,
-            decoded=[],
-            prefilled=[],
-            finished=[],
-            scheduled=[],
-            preempted=[],
-        )
+        step = Step(started_at=now, ends=ends, new_tokens=len(decodes))
         self._advance_decodes(len(ends), ends[-1], step)
         self.counters.steps += len(ends)
         return step
-
-    def _quiet_ends(self, now: float, until: float, n_most: int) -> list[float]:
-        """When each of the coming decode steps ends, if nothing else happens."""
-        n_decodes = len(self._decodes)
-        floor_s = self._quiet_steps_s.get(n_decodes)
-        if floor_s is None:
-            floor_s = self.profile.step_s(n_decodes, n_decodes)
-            self._quiet_steps_s[n_decodes] = floor_s
-        slope_s = self.profile.decode_context_s
-        step_s = floor_s + slope_s * self._decodes.context
-        grow_s = slope_s * n_decodes
-        disturb, slowdown = self._disturbance(), self.slowdown
-        ends = []
-        for _ in range(n_most):
-            now += (step_s if disturb is None else disturb(step_s)) * slowdown
-            ends.append(now)
-            if now >= until:
-                break
-            step_s += grow_s
-        return ends
-
-    def _disturbance(self) -> Callable[[float], float] | None:
-        return None if self._noise.is_silent else self._noise.disturb
 
     # Joining and leaving.
 
@@ -537,20 +437,15 @@ class Engine:
         n_owned = len(sequence.held)
         if sequence.status is Status.DECODE:
             self._decodes.leave(sequence)
-            n_owned = max(n_owned, self._blocks(sequence.computed + self._fed_ahead))
+            n_owned = max(n_owned, self.holdings.blocks(sequence.computed + self._fed_ahead))
         else:
             del self._prefill[sequence.id]
-        sequence.held.extend([ANONYMOUS] * (n_owned - len(sequence.held)))
-        self._seal(sequence, sequence.computed)
+        self.holdings.own(sequence, n_owned)
+        self.holdings.seal(sequence, sequence.computed)
         self._let_go(sequence, keeps=keeps)
 
     def _let_go(self, sequence: Sequence, *, keeps: bool = False) -> None:
-        if keeps:
-            self._kept[sequence.id] = sequence.held
-        else:
-            self.kv.release(sequence.held)
-        sequence.held = []
-        sequence.sealed = 0
+        self.holdings.let_go(sequence, keeps=keeps)
         self._is_blocked = False
 
     def _finish(self, sequence: Sequence, ended_at: float, step: Step) -> None:
@@ -586,32 +481,8 @@ class Engine:
                 return False
         return True
 
-    # Small sums.
-
-    def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self.settings.block_size)
-
     def _chunk(self, wanted: int, budget: int) -> int:
         threshold = self.settings.long_prefill_token_threshold
         if 0 < threshold < wanted:
             wanted = threshold
         return min(wanted, budget)
-
-    def _refuse_impossible(self, sequence: Sequence) -> None:
-        if sequence.id in self._all:
-            raise ValueError(f"sequence {sequence.id!r} is already in the engine")
-        tokens = sequence.prompt_tokens + sequence.stop_after
-        if tokens > self.kv_tokens:
-            raise ValueError(
-                f"sequence {sequence.id!r} grows to {tokens} tokens, "
-                f"the KV cache holds {self.kv_tokens}"
-            )
-        if not self.settings.chunked_prefill and tokens > self.settings.max_num_batched_tokens:
-            raise ValueError(
-                f"sequence {sequence.id!r} grows to {tokens} tokens; without chunked prefill "
-                f"at most max_num_batched_tokens ({self.settings.max_num_batched_tokens}) can run"
-            )
-
-    def _tokens_before_first(self) -> int:
-        """Prompt tokens of all who have not said anything yet."""
-        return sum(s.prompt_tokens for s in self._all.values() if s.first_token_at is None)

@@ -13,7 +13,8 @@ from msgspec import structs
 from scheduler.errors import SettingsError
 from scheduler.sim import bounds, fleet, policy, report, workload, world
 from scheduler.sim.fleet import Fleet, Machine
-from scheduler.sim.policy import LabPolicy, Oracle, Stage
+from scheduler.sim.policies.base import LabPolicy, Stage
+from scheduler.sim.policies.routers import EarliestFinish, Oracle
 from scheduler.sim.promise import Promised
 from scheduler.sim.report import Report
 from scheduler.sim.workload import Arrival
@@ -92,8 +93,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             for arrival in self.work.arrivals[: None if self.closed else CAPACITY_ROWS]
         )
         rate = OVERLOAD * _cold_rate(some, made)
-        run = self._world(world.rows(_at_rate(some, rate)), made, policy.EarliestFinish(), None)
-        run.run(policy.EarliestFinish().dispatch(self._stage(seed)))
+        run = self._world(world.rows(_at_rate(some, rate)), made, EarliestFinish(), None)
+        run.run(EarliestFinish().dispatch(self._stage(seed)))
         ends = np.sort([fate.finished_at for fate in run.fates if fate.finished_at is not None])
         if len(ends) < 2:
             raise SettingsError(

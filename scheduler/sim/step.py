@@ -1,4 +1,4 @@
-"""What an engine says back: a step with its tokens, its counters, a refusal."""
+"""What an engine says back: a step with its tokens, and its counters."""
 
 import msgspec
 
@@ -36,24 +36,24 @@ class Step(msgspec.Struct, kw_only=True):
 
     started_at: float
 
-    ends: list[float]
+    ends: list[float] = []
     "When each step ended; one entry unless it leapt."
 
-    new_tokens: int
+    new_tokens: int = 0
     "Tokens computed in the (last) step."
 
-    decoded: list[Sequence]
+    decoded: list[Sequence] = []
     "Each gained one token a step, in the order they began to decode."
 
-    prefilled: list[Sequence]
+    prefilled: list[Sequence] = []
     "Finished their prompt in this step and gained one token, mostly their first."
 
-    finished: list[Sequence]
+    finished: list[Sequence] = []
 
-    scheduled: list[Sequence]
+    scheduled: list[Sequence] = []
     "Left the waiting line in this step."
 
-    preempted: list[Sequence]
+    preempted: list[Sequence] = []
 
     @property
     def n_steps(self) -> int:
@@ -66,11 +66,3 @@ class Step(msgspec.Struct, kw_only=True):
     @property
     def duration_s(self) -> float:
         return self.ends[-1] - self.started_at
-
-
-class QueueFullError(Exception):
-    """The engine's admission limit refused a request; `reason` names the limit."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason

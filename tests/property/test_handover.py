@@ -62,13 +62,13 @@ def test_kv_adds_up_over_both_engines(requests, chosen, data):
         now = run(prefill, now)
         assert prefill.kv.used <= prefill.kv.capacity
         assert prefill.n_running == 0
-        assert prefill.kept >= prefill.kv.used, "what is used is what is kept"
-        for second in [s for s in coming if prefill.has_kept(s.id)]:
+        assert prefill.holdings.n_kept >= prefill.kv.used, "what is used is what is kept"
+        for second in [s for s in coming if prefill.holdings.has_kept(s.id)]:
             coming.remove(second)
             decode.add(second)
         step = decode.step(now)
         waiting += decode.take_loading()
-        ready = [s for s in waiting if prefill.has_kept(s.id)]
+        ready = [s for s in waiting if prefill.holdings.has_kept(s.id)]
         if ready:
             fetched = data.draw(st.sampled_from(ready))
             waiting.remove(fetched)
@@ -83,7 +83,7 @@ def test_kv_adds_up_over_both_engines(requests, chosen, data):
         elif not ready:
             break
     assert all(got[name] == wanted for name, wanted in tokens.items())
-    assert (prefill.kv.used, prefill.kept, decode.kv.used) == (0, 0, 0)
+    assert (prefill.kv.used, prefill.holdings.n_kept, decode.kv.used) == (0, 0, 0)
 
 
 @settings(max_examples=60, deadline=None)

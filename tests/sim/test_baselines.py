@@ -15,7 +15,7 @@ from scheduler.sim.baselines.senses import Asked
 from scheduler.sim.engine import Engine
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays
-from scheduler.sim.policy import Stage
+from scheduler.sim.policies.base import Stage
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.workload import Arrival
 from scheduler.sim.world import Row, World

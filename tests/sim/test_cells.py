@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dispatcher.cli import cells as command
-from dispatcher.cli import compare
+from dispatcher.cli import compare, contender
 from scheduler.errors import HeadgateError
-from scheduler.sim import cells, contrast, policy, shape, workload
+from scheduler.sim import cells, contrast, shape, workload
 from scheduler.sim.report import Report
 from scheduler.sim.workload import Arrival
 
@@ -60,15 +60,15 @@ def ran(files, *words):
 
 class TestShipped:
     def test_every_cell_can_be_set_up(self):
-        """Policies exist, fleets stand, windows lie apart from where policies are tuned."""
+        """Fleets stand, know all policies of their cell, and windows lie apart from where policies are tuned."""
         rows = tuple(
             Arrival(at_s=at / 2, prompt_tokens=200, output_tokens=9, session=at // 8, turn=1)
             for at in range(3600)
         )
         for name, cell in cells.shipped().cells.items():
-            for label in cell.policies:
-                policy.named(label)
             made = cells.lab(name, cell, 0, lambda _: rows)
+            for label in cell.policies:
+                made.admit(contender.named(label))
             assert made.work.arrivals
             assert (made.cut > 0) == (cell.run_in_s > 0), name
             assert cell.closed or min(cell.windows) >= 740
@@ -106,6 +106,15 @@ class TestRun:
             one["capacity_rps"] * one["load"] == pytest.approx(one["rate_rps"]) for one in again
         )
         assert all(one["n"] == 40 for one in again), "the run-in is played and not measured"
+
+    def test_takes_a_profile_from_a_file(self, files):
+        """As `simulate` does: the core with somebody's own choice of endpoints."""
+        profile = files / "mine.toml"
+        profile.write_text('[profile]\nscorers = [{name = "queue-scorer"}]\n')
+
+        lines = ran(files, "--policy", f"plan:profile={profile}", "--seeds", 1, "--windows", 1)
+
+        assert {json.loads(line)["policy"] for line in lines} == {f"plan:profile={profile}"}
 
     def test_a_table_pairs_by_window_and_seed(self, files):
         ran(files)

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from scheduler.errors import SettingsError
-from scheduler.sim.step import QueueFullError
+from scheduler.sim.refusal import QueueFullError
 from workers.emulator import faults
 from workers.emulator.answer import DONE, ENGINE_DEAD, Answer, framed_event
 from workers.emulator.protocol import Kind, RefusedError, error_body, tokens, understand

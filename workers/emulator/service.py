@@ -36,7 +36,7 @@ class Service:
         rng = np.random.default_rng(settings.seed)
         self.profile = profile.load(settings.profile).jittered(rng, settings.jitter)
         self.engine = Engine(self.profile, settings.engine, rng)
-        self.engine.slowdown = settings.slowdown
+        self.engine.durations.slowdown = settings.slowdown
         self.pacer = Pacer(
             self.engine,
             time_scale=settings.time_scale,
@@ -65,7 +65,7 @@ class Service:
         self.kv_events = KvPublisher(settings.engine.block_size) if settings.kv_events else None
         if self.kv_events is not None:
             self.kv_events.open(settings.host)
-            self.engine.on_seal = self._publish
+            self.engine.holdings.on_seal = self._publish
             self.engine.kv.on_evict = self.kv_events.removed
 
     @property
@@ -179,7 +179,7 @@ class Service:
         """Let a fault of the engine happen now."""
         match fault:
             case Slow(factor=factor):
-                self.engine.slowdown = self.settings.slowdown * factor
+                self.engine.durations.slowdown = self.settings.slowdown * factor
             case Freeze() | Thaw():
                 self._is_frozen_by_fault = isinstance(fault, Freeze)
                 self._apply_pauses()

@@ -6,8 +6,8 @@ import pytest
 from scheduler.sim import profile
 from scheduler.sim.arguments import EngineSettings
 from scheduler.sim.engine import Engine
+from scheduler.sim.refusal import QueueFullError
 from scheduler.sim.sequence import Sequence
-from scheduler.sim.step import QueueFullError
 
 A100 = profile.load("a100")
 
@@ -346,11 +346,11 @@ class TestNoise:
 
 
 def test_a_slowed_engine_takes_that_much_longer():
-    """`slowdown` multiplies every step, leapt ones too."""
+    """A slowdown multiplies every step, leapt ones too."""
     slow, normal = engine(), engine()
     for one in (slow, normal):
         one.add(sequence("a", output=50))
-    slow.slowdown = 3.0
+    slow.durations.slowdown = 3.0
 
     slow_s = slow.step(0.0, 1e9).duration_s + slow.step(0.0, 1e9).duration_s
     normal_s = normal.step(0.0, 1e9).duration_s + normal.step(0.0, 1e9).duration_s

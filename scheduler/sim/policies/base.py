@@ -1,0 +1,55 @@
+"""What every policy of the lab offers, and what it is told at its start.
+
+Each is a frozen Struct: its tag is its name, its fields are its settings (`name:field=value` on the command line), its
+docstring says whose it is. `dispatch` makes the thing that the world drives. What a policy may read follows from what
+it hands to its router: see `baselines.senses`.
+"""
+
+import msgspec
+import numpy as np
+
+from scheduler.settings import Objective
+from scheduler.sim.fleet import Delays
+from scheduler.sim.world import Dispatch
+
+PREFIX_BLOCKS = 16_384
+"Blocks of 128 tokens that a peer's prefix table holds for an endpoint: two million tokens, as llm-d's default."
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """What every policy is told at its start."""
+
+    rng: np.random.Generator
+    delays: Delays
+    is_parted: bool = False
+    "Whether some endpoints only prefill."
+    objectives: dict[str, Objective] = {}
+    tenants: dict[str, float] = {}
+
+
+class LabPolicy(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"
+):
+    """What all of them offer."""
+
+    @property
+    def label(self) -> str:
+        return str(self.__struct_config__.tag)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether jobs go into the engine as they come; else the worker's admission stands before it."""
+        return True
+
+    @property
+    def scrapes(self) -> bool:
+        """Whether it reads engines' own figures."""
+        return False
+
+    @property
+    def parts(self) -> bool:
+        """Whether it has a form for fleets that part prefill from decode."""
+        return False
+
+    def dispatch(self, stage: Stage) -> Dispatch:
+        raise NotImplementedError

@@ -1,0 +1,86 @@
+"""The core that ships: its plan under its own order, and under two plain ones."""
+
+from scheduler.core import CoreSettings, Scheduler
+from scheduler.plan import PlanSettings
+from scheduler.policies import Edf, Fcfs, Urgency
+from scheduler.policies import Policy as CorePolicy
+from scheduler.profile.profile import Profile
+from scheduler.settings import FairnessSettings
+from scheduler.sim.policies.base import LabPolicy, Stage
+from scheduler.sim.world import Dispatch
+
+
+class _Core(LabPolicy, frozen=True):
+    """The shipped core, with its plan and its workers' admission."""
+
+    commit_window_s: float = PlanSettings().commit_window_s
+    horizon: int = PlanSettings().horizon
+    tie: float = PlanSettings().tie
+    fill: float = PlanSettings().fill
+    pace_worth: float = PlanSettings().pace_worth
+    explore: float = PlanSettings().explore
+    explore_paid: float = PlanSettings().explore_paid
+    quantum_tokens: int = 0
+    profile: Profile | None = None
+    "How it chooses an endpoint; None: by seconds."
+
+    @property
+    def is_open(self) -> bool:
+        return False
+
+    @property
+    def parts(self) -> bool:
+        return True
+
+    def order(self) -> CorePolicy:
+        raise NotImplementedError
+
+    def dispatch(self, stage: Stage) -> Dispatch:
+        settings = CoreSettings(
+            policy=self.order(),
+            objectives=stage.objectives,
+            fairness=FairnessSettings(quantum_tokens=self.quantum_tokens, weights=stage.tenants),
+            plan=PlanSettings(
+                commit_window_s=self.commit_window_s,
+                horizon=self.horizon,
+                tie=self.tie,
+                fill=self.fill,
+                pace_worth=self.pace_worth,
+                explore=self.explore,
+                explore_paid=self.explore_paid,
+            ),
+            profile=self.profile,
+            lease_s=stage.delays.lease_s,
+        )
+        return Scheduler(settings, stage.rng)
+
+
+class Plan(_Core, frozen=True, tag="plan"):
+    """Headgate as it ships: `urgency` on the rolling plan, each part of which can be switched off here."""
+
+    odds_min: float = Urgency().odds_min
+    price: float = Urgency().price
+    stretch: float = Urgency().stretch
+    aside_share: float = Urgency().aside_share
+
+    def order(self) -> CorePolicy:
+        return Urgency(
+            odds_min=self.odds_min,
+            price=self.price,
+            stretch=self.stretch,
+            aside_share=self.aside_share,
+        )
+
+
+class CoreFcfs(_Core, frozen=True, tag="core-fcfs"):
+    """The rolling plan with `fcfs`: what late binding and the cost model are worth without urgency."""
+
+    def order(self) -> CorePolicy:
+        return Fcfs()
+
+
+class CoreEdf(_Core, frozen=True, tag="core-edf"):
+    """The rolling plan with plain `edf`."""
+
+    def order(self) -> CorePolicy:
+        return Edf()
