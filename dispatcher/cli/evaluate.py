@@ -50,7 +50,10 @@ async def evaluate_(
     ] = "ttft_s",
     out: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="A list.")] = None,
 ) -> None:
-    """Estimate, from a log with exploration, what these policies would have brought."""
+    """What another choice of endpoints would have been worth, by the decision log alone.
+
+    It needs a log with exploration: what was never tried cannot be estimated.
+    """
     targets = [(label.strip(), evaluate.named(label.strip())) for label in policy.split(",")]
     if file is None:
         decisions, rewards = await _logged(settings)

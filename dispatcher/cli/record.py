@@ -22,7 +22,10 @@ async def record(
         float | None, typer.Option(metavar="SECONDS", help="Only so far back; else all there is.")
     ] = None,
 ) -> None:
-    """Copy a pool's streams into a recording, for `replay --policy` and `evaluate`; bodies stay out."""
+    """Copy a pool's streams into a recording, to ask later what others would have done.
+
+    Bodies stay out. `replay --policy` and `evaluate` read it.
+    """
     async with Client.from_settings(settings) as client:
         since = 0.0 if last is None else client.connection.now() - last
         count = 0

@@ -47,7 +47,10 @@ def replay_(
     ] = None,
     jobs: lab.JobsOption = None,
 ) -> None:
-    """The recorded facts through a fresh core: are its commands the same? Exits 1 with the first difference."""
+    """The recorded facts through a fresh core: the same commands? Or: under other policies?
+
+    Exits 1 with the first difference.
+    """
     with recordings.opened(file) as found:
         if policy is not None:
             if changes:

@@ -71,7 +71,8 @@ class TestHelp:
         """The line of help in the table is the first line of the command's own."""
         app = root.root([name])
 
-        said = {c.callback.__name__: c.callback.__doc__ for c in app.registered_commands}
+        commands = app.registered_commands
+        said = {c.name or c.callback.__name__: c.callback.__doc__ for c in commands}
         said |= {
             g.typer_instance.info.name: g.typer_instance.info.help for g in app.registered_groups
         }
