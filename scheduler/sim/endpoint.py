@@ -5,33 +5,23 @@ and step-time law, learned from the same gaps. What differs is only that its han
 """
 
 import math
-import statistics
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
-from scheduler import batch, cost
-from scheduler.batch import Candidate, Limits, Member
+from scheduler.sim.admission import Admission
+from scheduler.sim.attempt import Attempt
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays, Machine
-from scheduler.sim.handover import Handover, Params, Party
+from scheduler.sim.handover import Handover, Party
+from scheduler.sim.leases import Leases
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.step import Step
 from scheduler.sim.tempo import Tempo
-from scheduler.steptime import Law, StepTime
 from scheduler.wire import Beat, Job, Reward
 
 TEND_S = 0.1
 "How often a worker looks at those it holds though nothing has happened."
-
-LENGTHS_KEPT = 256
-USUAL_TOKENS = 200.0
-"As in the live worker: how long answers are before any was seen, and how many tell."
-
-LEARN_ALL = 64
-"Steps that all teach the law; after them one in `LEARN_EVERY`, which changes nothing but the time it takes us."
-
-LEARN_EVERY = 8
 
 QUIET_LEAST_S = 0.05
 "A shorter stretch of decoding is run step by step."
@@ -41,42 +31,6 @@ QUIET_SHARE = 0.98
 
 Report = Callable[[float, Beat | Reward], None]
 "Called with a moment and a fact that leaves the worker then."
-
-
-class Attempt:
-    """One job in a worker's hands."""
-
-    __slots__ = (
-        "admitted_at",
-        "expected_tokens",
-        "fate",
-        "first_at",
-        "job",
-        "pulled_at",
-        "sequence",
-    )
-
-    def __init__(
-        self, job: Job, sequence: Sequence, fate: Fate, *, pulled_at: float, expected_tokens: float
-    ) -> None:
-        self.job = job
-        self.sequence = sequence
-        self.fate = fate
-        self.pulled_at = pulled_at
-        self.expected_tokens = expected_tokens
-        self.admitted_at: float | None = None
-        self.first_at: float | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.job.id}:{self.job.attempt}"
-
-    @property
-    def uncached_tokens(self) -> int:
-        """What the worker believes is to be prefilled: the dispatcher's word for it."""
-        if self.job.leg == "decode":
-            return 1
-        return max(self.job.prompt_tokens - self.job.cached_tokens, 1)
 
 
 class Endpoint(Party):
@@ -120,21 +74,15 @@ class Endpoint(Party):
         self.is_dead = False
         self.is_frozen = False
         self._delays = delays
-        self._is_open = is_open
         self._report = report
         self._fence = fence
         self._model = model
-        self._kv_lease_s = kv_lease_s
         self.handover: Handover | None = None
         "Set by the world, where KV is handed over."
         self._frontend_s = machine.actual.frontend_s
+        self._admission = Admission(machine, self.engine.kv_tokens, is_open=is_open)
+        self._leases = Leases(kv_lease_s)
         self._clear()
-        self._law = StepTime(_prior(machine.hardware))
-        self._limits = Limits(
-            seats=machine.settings.max_num_seqs, kv_tokens=float(self.engine.kv_tokens)
-        )
-        self._lengths: deque[int] = deque(maxlen=LENGTHS_KEPT)
-        self._usual_tokens = USUAL_TOKENS
 
     def _clear(self) -> None:
         self._held: dict[str, Attempt] = {}
@@ -151,14 +99,11 @@ class Endpoint(Party):
         self._first_tokens: list[str] = []
         self._news_at = math.inf
         self._tend_at = math.inf
-        self._kept: dict[str, int] = {}
-        "Prefilled here and not fetched: by request, the attempt."
-        self._leases: deque[tuple[float, str, int]] = deque()
-        "Until when each of them is kept that nobody has claimed."
+        self._leases.clear()
+        self._admission.restart()
         self._tempo = Tempo()
         self._has_changed = False
         "Since the last look at the held: who may enter can only differ by it, or by time."
-        self._n_steps = 0
 
     # What the world tells.
 
@@ -170,8 +115,8 @@ class Endpoint(Party):
         if older is not None:  # it was taken from us and has come back
             self._drop(older, now)
         if job.leg == "prefill":
-            self.release(job.id, self._kept.get(job.id, 0), now)
-        expected_tokens = max(job.expected_tokens or self._usual_tokens, 1.0)
+            self.release(job.id, self._leases.attempt(job.id), now)
+        expected_tokens = max(job.expected_tokens or self._admission.usual_tokens, 1.0)
         attempt = Attempt(job, sequence, fate, pulled_at=now, expected_tokens=expected_tokens)
         self._held[job.id] = attempt
         self._has_changed = True
@@ -228,7 +173,7 @@ class Endpoint(Party):
         """When `turn` would do something; `inf`: not before it is told something."""
         if self.is_dead or self.is_frozen:
             return math.inf
-        at = min(self._news_at, self._tend_at)
+        at = min(self._news_at, self._tend_at, self._leases.next_at())
         if self._step is not None:
             at = min(at, self._step.ended_at)
         elif self._quiet_until is not None:
@@ -237,8 +182,6 @@ class Endpoint(Party):
             at = min(at, self._entering[0][0])
         if self._deadlines:
             at = min(at, self._deadlines[0][0])
-        if self._leases:
-            at = min(at, self._leases[0][0])
         return at
 
     def turn(self, now: float) -> None:
@@ -248,8 +191,8 @@ class Endpoint(Party):
         self._catch_up(now)
         if self._deadlines and self._deadlines[0][0] <= now:
             self._end_the_late(now)
-        while self._leases and self._leases[0][0] <= now:
-            self._forget(*self._leases.popleft()[1:])
+        for request_id in self._leases.ended(now):
+            self._forget(request_id)
         if self._held and (self._has_changed or now >= self._tend_at):
             self._admit(now)
         while self._entering and self._entering[0][0] <= now:
@@ -296,16 +239,7 @@ class Endpoint(Party):
     def _admit(self, now: float) -> None:
         self._has_changed = False
         held = list(self._held.values())
-        if self._is_open:
-            chosen = list(range(len(held)))
-        else:
-            chosen = batch.admit(
-                [self._member(attempt, now) for attempt in self._running.values()],
-                [_candidate(attempt) for attempt in held],
-                self._law.law,
-                self._limits,
-                now,
-            )
+        chosen = self._admission.chosen(self._running.values(), held, self.engine.produced, now)
         for index in chosen:
             self._start(held[index], now)
         self._tend_at = now + TEND_S if self._held else math.inf
@@ -332,15 +266,12 @@ class Endpoint(Party):
 
     def claim(self, request_id: str, attempt: int) -> bool:
         """Whether it still has this KV; if so, it keeps it until told otherwise."""
-        if self.is_dead or self._kept.get(request_id) != attempt:
-            return False
-        self._leases = deque(lease for lease in self._leases if lease[1] != request_id)
-        return True
+        return not self.is_dead and self._leases.claim(request_id, attempt)
 
     def release(self, request_id: str, attempt: int, now: float) -> None:
         """It has been fetched, or is not wanted any more."""
-        if self._kept.get(request_id) == attempt:
-            self._forget(request_id, attempt)
+        if self._leases.end(request_id, attempt):
+            self._forget(request_id)
             self.turn(now)
 
     def loaded(self, request_id: str, attempt: int, now: float) -> None:
@@ -359,26 +290,9 @@ class Endpoint(Party):
             self._drop(found, now)
             self._report(now, self._reward(found, "returned", now))
 
-    def _forget(self, request_id: str, attempt: int) -> None:
-        if self._kept.get(request_id) == attempt:
-            del self._kept[request_id]
-            self.engine.forget(request_id)
-            self._has_changed = True
-
-    def _member(self, attempt: Attempt, now: float) -> Member:
-        """As the live worker sees it: tokens it has been told of, and lengths that are usual."""
-        said = self.engine.produced(attempt.sequence)
-        tpot_s = attempt.job.tpot_s or math.inf
-        first_at = attempt.first_at
-        is_bound = first_at is not None and attempt.job.tpot_s
-        return Member(
-            context_tokens=attempt.job.prompt_tokens + said,
-            remaining_tokens=max(attempt.expected_tokens - said, said / 4, 1.0),
-            tpot_s=tpot_s,
-            banked_s=(said - 1) * tpot_s - (now - first_at) if is_bound and first_at else 0.0,
-            prefill_tokens=0.0 if first_at is not None else attempt.uncached_tokens,
-            cached_tokens=attempt.job.cached_tokens,
-        )
+    def _forget(self, request_id: str) -> None:
+        self.engine.forget(request_id)
+        self._has_changed = True
 
     def first_token_s(self, prompt_tokens: int, keys: list[int], now: float) -> float:
         """The truth, for the oracle: seconds to a prompt's first token were it admitted now."""
@@ -410,7 +324,9 @@ class Endpoint(Party):
     def _settle(self, step: Step) -> None:
         now = step.ended_at
         self._tempo.note(step)
-        self._learn(step)
+        self._admission.learn(
+            step, kv_tokens=self.engine.decode_context, prefill_tokens=self._prefill_tokens
+        )
         # Whoever was dropped while this step was under way is in it still, and is nobody's any more.
         for sequence in step.preempted:
             if sequence.id in self._running:
@@ -450,9 +366,7 @@ class Endpoint(Party):
         if attempt.job.leg == "whole":
             fate.cached_tokens = sequence.cached_tokens
         fate.tell(self._tempo.taken(sequence.id))
-        if not self._is_open:
-            self._lengths.append(sequence.output_tokens)
-            self._usual_tokens = statistics.median(self._lengths)
+        self._admission.ended(sequence.output_tokens)
         self._report(now, self._reward(attempt, "completed", now))
 
     def _keep(self, attempt: Attempt, now: float) -> None:
@@ -460,8 +374,7 @@ class Endpoint(Party):
         job = attempt.job
         attempt.fate.cached_tokens = attempt.sequence.cached_tokens
         self._tempo.forget(attempt.sequence.id)
-        self._kept[job.id] = job.attempt
-        self._leases.append((now + self._kv_lease_s, job.id, job.attempt))
+        self._leases.keep(job.id, job.attempt, now)
         self._report(now, self._reward(attempt, "prefilled", now))
 
     def _end_the_late(self, now: float) -> None:
@@ -497,19 +410,6 @@ class Endpoint(Party):
         sequence = attempt.sequence
         return max(0, sequence.computed - sequence.cached_tokens) + self.engine.produced(sequence)
 
-    def _learn(self, step: Step) -> None:
-        self._n_steps += 1
-        if self._is_open or not step.decoded:
-            return
-        if self._n_steps > LEARN_ALL and self._n_steps % LEARN_EVERY:
-            return
-        self._law.learn(
-            step.duration_s / step.n_steps,
-            batch=len(step.decoded),
-            kv_tokens=self.engine.decode_context,
-            prefill_tokens=min(self._prefill_tokens, self._limits.chunk_tokens),
-        )
-
     # What it says.
 
     def beat(self, now: float) -> Beat:
@@ -543,68 +443,4 @@ class Endpoint(Party):
         self._news_at = min(self._news_at, now + self._delays.news_s)
 
     def _reward(self, attempt: Attempt, outcome: str, now: float) -> Reward:
-        job, sequence, first_at = attempt.job, attempt.sequence, attempt.first_at
-        said = sequence.output_tokens
-        prefill_s = (
-            None
-            if first_at is None or attempt.admitted_at is None
-            else first_at - attempt.admitted_at
-        )
-        return Reward(
-            id=job.id,
-            endpoint=self.name,
-            epoch=self.epoch,
-            attempt=job.attempt,
-            leg=job.leg,
-            outcome=outcome,
-            model=job.model,
-            hardware=self.machine.hardware,
-            decided_at=job.decided_at,
-            pulled_at=attempt.pulled_at,
-            admitted_at=attempt.admitted_at,
-            first_token_at=first_at,
-            finished_at=now,
-            enqueued_at=job.enqueued_at,
-            prefill_s=prefill_s,
-            predicted_s=job.prefill_s,
-            ttft_s=None if first_at is None else first_at - job.enqueued_at,
-            tpot_s=(now - first_at) / (said - 1) if first_at is not None and said > 1 else None,
-            prompt_tokens=sequence.prompt_tokens,
-            cached_tokens=sequence.cached_tokens,
-            output_tokens=said,
-            on_time=attempt.fate.is_on_time,
-            tenant=job.tenant,
-            features=job.features,
-            kv_params=self._params(job) if outcome == "prefilled" else b"",
-        )
-
-    def _params(self, job: Job) -> bytes:
-        """Where a prompt's KV is, for whoever will decode."""
-        return Params(
-            remote_engine_id=self.name, remote_request_id=job.id, remote_attempt=job.attempt
-        ).encode()
-
-
-def _candidate(attempt: Attempt) -> Candidate:
-    job = attempt.job
-    return Candidate(
-        prompt_tokens=job.prompt_tokens,
-        uncached_tokens=attempt.uncached_tokens,
-        arriving_tokens=job.prompt_tokens - job.cached_tokens if job.leg == "decode" else 0.0,
-        output_tokens=attempt.expected_tokens if job.leg != "prefill" else 1.0,
-        tpot_s=job.tpot_s or math.inf,
-        due_at=math.inf if job.ttft_s is None else job.enqueued_at + job.ttft_s,
-        held_at=attempt.pulled_at,
-        priority=job.priority,
-        weight=job.weight,
-    )
-
-
-def _prior(hardware: str) -> Law:
-    rated = cost.hardware(hardware)
-    return Law(
-        base_s=rated.step_s,
-        sequence_s=rated.sequence_s,
-        kv_s=rated.kv_s,
-        prefill_s=rated.token_s,
-    )
+        return attempt.reward(self.machine, self.epoch, outcome, now)

@@ -1,0 +1,88 @@
+"""Whom a worker lets into its engine: `batch.admit`, with what the live worker has learned and knows."""
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from scheduler import batch, cost
+from scheduler.batch import Limits
+from scheduler.sim.attempt import Attempt
+from scheduler.sim.fleet import Machine
+from scheduler.sim.sequence import Sequence as Prompt
+from scheduler.sim.step import Step
+from scheduler.steptime import Law, StepTime
+
+LENGTHS_KEPT = 256
+USUAL_TOKENS = 200.0
+"As in the live worker: how long answers are before any was seen, and how many tell."
+
+LEARN_ALL = 64
+"Steps that all teach the law; after them one in `LEARN_EVERY`, which changes nothing but the time it takes us."
+
+LEARN_EVERY = 8
+
+
+class Admission:
+    """What decides, and what it learns: the time of a step, and how long answers are."""
+
+    def __init__(self, machine: Machine, kv_tokens: int, *, is_open: bool) -> None:
+        """Before anything was seen; where it `is_open`, whoever comes goes in, and nothing is learned."""
+        self.usual_tokens = USUAL_TOKENS
+        "How long answers are: their median of late."
+        self._is_open = is_open
+        self._law = StepTime(_prior(machine.hardware))
+        self._limits = Limits(seats=machine.settings.max_num_seqs, kv_tokens=float(kv_tokens))
+        self._lengths: deque[int] = deque(maxlen=LENGTHS_KEPT)
+        self._n_steps = 0
+
+    def restart(self) -> None:
+        """The engine is new; what was learned of this machine stands."""
+        self._n_steps = 0
+
+    def chosen(
+        self,
+        running: Iterable[Attempt],
+        held: Sequence[Attempt],
+        said: Callable[[Prompt], int],
+        now: float,
+    ) -> list[int]:
+        """Which of the held may enter, by their place; `said` tells how many tokens a running one has."""
+        if self._is_open:
+            return list(range(len(held)))
+        return batch.admit(
+            [attempt.member(said(attempt.sequence), now) for attempt in running],
+            [attempt.candidate() for attempt in held],
+            self._law.law,
+            self._limits,
+            now,
+        )
+
+    def learn(self, step: Step, *, kv_tokens: int, prefill_tokens: int) -> None:
+        """A step is over: `kv_tokens` are read by its decodes, so many prompt tokens wait for their turn."""
+        self._n_steps += 1
+        if self._is_open or not step.decoded:
+            return
+        if self._n_steps > LEARN_ALL and self._n_steps % LEARN_EVERY:
+            return
+        self._law.learn(
+            step.duration_s / step.n_steps,
+            batch=len(step.decoded),
+            kv_tokens=kv_tokens,
+            prefill_tokens=min(prefill_tokens, self._limits.chunk_tokens),
+        )
+
+    def ended(self, output_tokens: int) -> None:
+        """An answer was so long."""
+        if not self._is_open:
+            self._lengths.append(output_tokens)
+            self.usual_tokens = statistics.median(self._lengths)
+
+
+def _prior(hardware: str) -> Law:
+    rated = cost.hardware(hardware)
+    return Law(
+        base_s=rated.step_s,
+        sequence_s=rated.sequence_s,
+        kv_s=rated.kv_s,
+        prefill_s=rated.token_s,
+    )
