@@ -1,6 +1,5 @@
 """`headgate cells`: the evaluation's cells, run bit by bit and set in tables."""
 
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from time import perf_counter_ns
@@ -10,7 +9,7 @@ import msgspec
 import typer
 from msgspec import structs
 
-from dispatcher.cli import compare, contender, lab
+from dispatcher.cli import contender, lab, tables
 from dispatcher.cli.crew import Crew
 from dispatcher.cli.download import FileError
 from scheduler.sim import cells, contrast, trace
@@ -116,9 +115,7 @@ def table(
         typer.echo(f"### {name}: {cell.asks}\n")
         for metric in cell.metrics:
             rows = contrast.contrasts(reports, metric=metric, baseline=cell.baseline)
-            typer.echo(compare.as_markdown(metric, rows, cell.baseline))
-            for line in _bounds(reports, metric):
-                typer.echo(line)
+            typer.echo(tables.markdown(metric, rows, cell.baseline, _bounds(reports, metric)))
     typer.echo(_standings(contrast.standings(ran, ours=OURS)))
 
 
@@ -243,19 +240,14 @@ def _standings(found: list[Standing]) -> str:
     return "\n".join(lines)
 
 
-def _bounds(reports: list[Report], metric: str) -> Iterator[str]:
-    """What nobody can beat, at each load."""
+def _bounds(reports: list[Report], metric: str) -> dict[float, float]:
+    """What nobody can beat, the median at each load where something is known."""
     kind = {"ttft_mean_s": "ttft_mean_bound_s", "on_time": "on_time_bound"}.get(metric)
     if kind is None:
-        return
+        return {}
     by_load: dict[float, list[float]] = {}
     for one in reports:
         bound = getattr(one, kind)
         if bound is not None and one.load is not None:
             by_load.setdefault(one.load, []).append(bound)
-    if by_load:
-        said = ", ".join(
-            f"{contrast.bootstrap(values).median:.3f} at {load:g}"
-            for load, values in sorted(by_load.items())
-        )
-        yield f"Bound (median): {said}.\n"
+    return {load: contrast.bootstrap(values).median for load, values in by_load.items()}

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dispatcher.cli import tables
 from dispatcher.cli.download import FileError
 from scheduler.errors import SettingsError
 from scheduler.sim import contrast
@@ -47,21 +48,21 @@ def compare(
     known = list(dict.fromkeys(one.policy for one in reports))
     if base not in known:
         raise SettingsError(f"baseline is {base!r}, wanted one of: {', '.join(known)}")
-    tables = {}
+    found = {}
     for key in metric.split(","):
         if key not in Report.__struct_fields__ or not _is_number(reports[0], key):
             keys = [name for name in Report.__struct_fields__ if _is_number(reports[0], name)]
             raise SettingsError(f"metric is {key!r}, wanted one of: {', '.join(keys)}")
-        tables[key] = contrast.contrasts(reports, metric=key, baseline=base)
-    for key, rows in tables.items():
+        found[key] = contrast.contrasts(reports, metric=key, baseline=base)
+    for key, rows in found.items():
         if markdown:
-            typer.echo(as_markdown(key, rows, base))
+            typer.echo(tables.markdown(key, rows, base))
         else:
             Console().print(_table(key, rows, base))
     if plots is not None:
         from dispatcher.cli import pictures  # noqa: PLC0415  matplotlib is an extra
 
-        pictures.write(plots, reports, tables, base)
+        pictures.write(plots, reports, found, base)
         typer.echo(f"{plots / 'index.html'}", err=True)
 
 
@@ -109,11 +110,3 @@ def _table(key: str, rows: list[Contrast], base: str) -> Table:
     for row in rows:
         table.add_row(*_cells(row))
     return table
-
-
-def as_markdown(key: str, rows: list[Contrast], base: str) -> str:
-    """One figure's table for a document."""
-    header = _header(rows, base)
-    lines = [f"**{key}**", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"

@@ -122,8 +122,10 @@ class TestRun:
         shown = run("cells", "table", files / "out", "--list", files / "list.toml")
 
         assert "### small: anything" in shown
-        assert "| least-request | 0.5 | 4 |" in shown
-        assert "Bound (median): " in shown
+        assert "**on_time, %**, median of 4 runs [95 %]" in shown
+        assert "| policy | at 0.5 | less `fcfs` | at 1 | less `fcfs` |" in shown
+        assert "| `least-request` | " in shown
+        assert "| bound | " in shown
         assert "### All of them" in shown
         result = CliRunner().invoke(compare.app, [str(files / "out" / "small.jsonl")])
         assert "least-request" in result.output

@@ -180,7 +180,7 @@ class TestCompare:
         found = run(compare.app, *plain, "--markdown", "--plots", tmp_path / "plots")
 
         assert found.exit_code == 0
-        assert "| policy | at | runs | median [95 %] | random / it | gap closed |" in found.output
+        assert "| policy | at 0.5 | `random` / it | at 1 | `random` / it |" in found.output
         page = (tmp_path / "plots" / "index.html").read_text()
         assert page.count("data:image/png;base64,") == 6
         assert "http" not in page
