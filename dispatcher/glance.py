@@ -8,10 +8,12 @@ from typing import TypeVar
 
 import msgspec
 
+from dispatcher.recovery import Saved
 from dispatcher.streams.connection import Connection, Entry
-from scheduler import codec
+from scheduler import codec, forecast
 from scheduler.errors import WireError
 from scheduler.keys import DISPATCHER_GROUP, Keys
+from scheduler.view import Believed, EndpointView
 from scheduler.wire import Beat, Decision, Reward
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -45,6 +47,19 @@ class EndpointGlance(msgspec.Struct, frozen=True, kw_only=True):
 
     on_time: float | None
     "Share of its newest promised requests that were on time."
+
+    within_q50: float | None = None
+    within_q90: float | None = None
+    "Share of its newest first tokens that came no later than these quantiles had said; None: none was predicted."
+
+    speed: float | None = None
+    "Times its declared hardware's time, as learned; this and the rest as of the last snapshot, None without one."
+
+    believed: Believed | None = None
+    "What plans go by: `learned`, or `prior`, its declared hardware, where what was learned was worse."
+
+    switches: int | None = None
+    "How often that has changed."
 
 
 class PoolGlance(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +100,9 @@ class PoolGlance(msgspec.Struct, frozen=True, kw_only=True):
 
     dead: int
     endpoints: list[EndpointGlance]
+    within_q50: float | None = None
+    within_q90: float | None = None
+    "As for an endpoint, over all."
 
 
 async def pool(connection: Connection, keys: Keys) -> PoolGlance:
@@ -93,12 +111,13 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
     names = sorted(beaten_at)
     await connection.refresh_clock()
     now = connection.now()
-    leader, waiting, dead, is_there, *rest = await connection.commands(
+    leader, waiting, dead, is_there, saved, *rest = await connection.commands(
         [
             ("HMGET", keys.leader, "node", "epoch", "until"),
             ("ZCARD", keys.waiting),
             ("XLEN", keys.dead),
             ("EXISTS", keys.requests),
+            ("GET", keys.snapshot),
             *(("XLEN", keys.jobs(name)) for name in names),
             *(("HGETALL", keys.endpoint(name)) for name in names),
         ]
@@ -108,8 +127,11 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
     decisions = _decoded(
         Decision, await connection.newest(keys.decisions, after="0", count=DECISIONS_READ)
     )
+    learned = _learned(saved)
     endpoints = [
-        _endpoint(raw, beat, int(jobs), rewards, now - beaten_at[name])
+        _endpoint(
+            raw, beat, int(jobs), rewards, silent_s=now - beaten_at[name], learned=learned.get(name)
+        )
         for name, jobs, raw in zip(names, rest[: len(names)], rest[len(names) :], strict=True)
         for beat in _decoded(Beat, [(name, raw)])
     ]
@@ -131,6 +153,7 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
         outcomes=_outcomes(rewards, decisions),
         dead=int(dead),
         endpoints=sorted(endpoints, key=lambda e: e.beat.endpoint),
+        **_within(rewards),
     )
 
 
@@ -163,7 +186,13 @@ def _entry_at(entry: str) -> float:
 
 
 def _endpoint(
-    raw: Mapping[bytes, bytes], beat: Beat, jobs: int, rewards: Sequence[Reward], silent_s: float
+    raw: Mapping[bytes, bytes],
+    beat: Beat,
+    jobs: int,
+    rewards: Sequence[Reward],
+    *,
+    silent_s: float,
+    learned: EndpointView | None,
 ) -> EndpointGlance:
     lease_s = float(raw.get(b"seen_lease_ms") or 3000) / 1e3
     own = [r for r in rewards if r.endpoint == beat.endpoint]
@@ -175,7 +204,31 @@ def _endpoint(
         jobs=jobs,
         prediction_error=error(own),
         on_time=sum(promised) / len(promised) if promised else None,
+        **_within(own),
+        speed=learned.speed if learned else None,
+        believed=learned.believed if learned else None,
+        switches=learned.switches if learned else None,
     )
+
+
+def _within(rewards: Sequence[Reward]) -> dict[str, float]:
+    """What part of these first tokens each quantile had covered; nothing where none was predicted."""
+    seen = [found.covered for found in map(forecast.read, rewards) if found and found.covered]
+    if not seen:
+        return {}
+    shares = [sum(column) / len(seen) for column in zip(*seen, strict=True)]
+    return {
+        f"within_q{part * 100:g}": share for part, share in zip(forecast.PARTS, shares, strict=True)
+    }
+
+
+def _learned(saved: bytes | None) -> dict[str, EndpointView]:
+    """Each endpoint as the leader's last snapshot has it; empty where there is none that can be read."""
+    try:
+        core = msgspec.json.decode(saved or b"", type=Saved).core
+    except msgspec.DecodeError:
+        return {}
+    return {view.name: view for view in core.endpoints}
 
 
 def error(rewards: Sequence[Reward]) -> float | None:

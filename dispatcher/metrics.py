@@ -20,6 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from scheduler import forecast, spread
 from scheduler.events import Arrived, Assign, Command, Event, Finish, Note, Reclaim, Recovered
 from scheduler.view import EndpointView, View
 from scheduler.wire import Decision, Reward
@@ -142,6 +143,10 @@ class Meter:
         self.reused_tokens = 0
         self.prompt_tokens = 0
         self.output_tokens = 0
+        self.forecasts: Counter[tuple[str, str]] = Counter()
+        "First tokens that had been predicted, by quantile and by the predicted wait."
+        self.covered: Counter[tuple[str, str]] = Counter()
+        "Of these, those that came no later than the quantile said."
         self.turned_at = time.monotonic()
         "When the loop last turned, or said that it waits for Redis."
         self.ttft = Histogram(TTFT_S)
@@ -208,6 +213,7 @@ class Meter:
     def _reward(self, reward: Reward, now: float) -> None:
         if reward.finished_at is not None:
             self.learner_lag_s = max(0.0, now - reward.finished_at)
+        self._judge(reward)
         if reward.outcome == "returned":
             self.returned += 1
             return
@@ -224,6 +230,16 @@ class Meter:
             self.tpot.add(reward.tpot_s)
         if reward.finished_at is not None and reward.enqueued_at is not None:
             self.e2e.add(reward.finished_at - reward.enqueued_at)
+
+    def _judge(self, reward: Reward) -> None:
+        """Hold what was said when the request was handed over against what came of it."""
+        seen = forecast.read(reward)
+        if seen is None:
+            return
+        band = spread.band(seen.start_s)
+        for part, is_covered in zip(forecast.PARTS, seen.covered, strict=False):
+            self.forecasts[f"{part:g}", band] += 1
+            self.covered[f"{part:g}", band] += is_covered
 
     def _remember(self, event: Arrived | Recovered) -> None:
         if not event.request.objective:
@@ -290,6 +306,13 @@ class Exposition(Collector):
         for name, help_, labels, counts in (
             ("outcomes", "Ended requests.", ["outcome", "by"], meter.outcomes),
             ("promises", "Promises by objective.", ["objective", "state"], meter.attained),
+            ("forecasts", "Predicted first tokens.", ["quantile", "wait"], meter.forecasts),
+            (
+                "forecasts_covered",
+                "Predicted first tokens that came no later than the quantile said.",
+                ["quantile", "wait"],
+                meter.covered,
+            ),
         ):
             yield self._family(CounterMetricFamily, name, help_, labels, counts.items())
         refused = [((move,), count) for move, count in meter.refusals.items()]
@@ -354,6 +377,22 @@ class Exposition(Collector):
         ):
             rows = [((endpoint.name,), getattr(endpoint, field)) for endpoint in endpoints]
             yield self._family(GaugeMetricFamily, name, help_, ["endpoint"], rows)
+        prior = [((endpoint.name,), endpoint.believed == "prior") for endpoint in endpoints]
+        yield self._family(
+            GaugeMetricFamily,
+            "endpoint_on_prior",
+            "1 where plans go by its declared hardware, as what was learned was worse.",
+            ["endpoint"],
+            prior,
+        )
+        switches = [((endpoint.name,), endpoint.switches) for endpoint in endpoints]
+        yield self._family(
+            CounterMetricFamily,
+            "endpoint_guard_switches",
+            "Changes between what was learned and what is declared.",
+            ["endpoint"],
+            switches,
+        )
         states = [((endpoint.name, endpoint.state), 1.0) for endpoint in endpoints]
         yield self._family(
             GaugeMetricFamily, "endpoint_state", "1 for its state.", ["endpoint", "state"], states

@@ -16,9 +16,9 @@ import numpy as np
 from scheduler import view
 from scheduler.endpoints import Endpoints
 from scheduler.events import Arrived, Command, Event, Recovered, Refused
+from scheduler.learned import Learned
 from scheduler.memory import CoreSettings, Memory
 from scheduler.planning import Planning
-from scheduler.predict import Learned
 from scheduler.requests import Requests
 from scheduler.view import Snapshot, View
 from scheduler.wire import Beat, Control, Reward
@@ -104,8 +104,11 @@ class Scheduler:
     def restore(self, snapshot: Snapshot) -> bool:
         """Start warm from what another leader learned; False: it was unusable and the start stays cold.
 
-        Only the learned part is taken. Who waits and who runs is told by `Recovered`, from the streams.
+        Only what was learned is taken, and what tenants have had. Who waits and who runs is told by `Recovered`.
         """
+        turns = self._memory.book.lines.turns
+        if turns is not None and snapshot.given.is_sound():
+            turns.accounts.restore(snapshot.given)
         if not self._memory.predictor.restore(snapshot.learned):
             return False
         known = dict.fromkeys(snapshot.learned.models)

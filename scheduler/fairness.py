@@ -16,6 +16,11 @@ in which the others could not use the fleet. And a tenant keeps up to a quantum 
 keeps nothing: otherwise whoever waits seldom would be in no lower band than those who always do.
 """
 
+import math
+from collections.abc import Iterable
+
+import msgspec
+
 from scheduler.settings import FairnessSettings
 
 LEAD_MAX = 100
@@ -23,6 +28,24 @@ LEAD_MAX = 100
 
 IDLE_MAX = 10_000
 "Accounts kept, with those of tenants who have nothing here; a forgotten one begins as a newcomer's."
+
+KEPT_MAX = 1000
+"Accounts that a snapshot holds, of those who have had most: some 40 KB."
+
+
+class Given(msgspec.Struct, frozen=True, kw_only=True):
+    """The accounts as a new leader takes them over."""
+
+    floor: float = 0.0
+    "The lower edge of the lowest band in which anybody waited."
+
+    had: dict[str, float] = {}
+    "By tenant, for requests that have ended; those that a worker holds are charged again when they are found there."
+
+    def is_sound(self) -> bool:
+        """Whether these are accounts, and no more than are ever kept."""
+        figures = self.floor, *self.had.values()
+        return len(self.had) <= KEPT_MAX and all(0 <= one < math.inf for one in figures)
 
 
 class Accounts:
@@ -66,6 +89,30 @@ class Accounts:
         highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
         had = self.had(tenant) + service / self.settings.weights.get(tenant, 1.0)
         self._had[tenant] = max(0.0, min(had, highest))
+
+    def export(self, charged: Iterable[tuple[str, float]]) -> Given:
+        """What a new leader needs to know.
+
+        Args:
+            charged: tenant and tokens of service of each request that some worker holds.
+        """
+        charged = list(charged)
+        present = {tenant for tenant, _ in charged}
+        # The rest say no more than a newcomer's.
+        leads = [one for one in self._had.items() if one[1] > self._start or one[0] in present]
+        leads.sort(key=lambda one: (-one[1], one[0]))
+        had = dict(leads[:KEPT_MAX])
+        for tenant, service in charged:
+            if tenant in had:
+                weight = self.settings.weights.get(tenant, 1.0)
+                had[tenant] = max(0.0, had[tenant] - service / weight)
+        return Given(floor=self._floor, had=had)
+
+    def restore(self, given: Given) -> None:
+        """Take over the accounts of an earlier leader, before anybody waits here; they must be sound."""
+        self._floor = given.floor
+        highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
+        self._had = {tenant: min(had, highest) for tenant, had in given.had.items()}
 
     @property
     def _start(self) -> float:

@@ -32,14 +32,18 @@ class Guard:
         "Slots whose endpoints are predicted by their prior."
         self.is_on = False
         "Whether there is any."
+        self.switches: list[int] = []
+        "How often each slot's endpoint has passed from one to the other."
         self._sums: list[float] = []
 
     def open(self, slot: int) -> None:
         """An endpoint takes this slot: trusted until it is seen otherwise."""
         if slot == len(self._sums):
             self._sums.append(0.0)
+            self.switches.append(0)
             self.distrusted = np.append(self.distrusted, np.False_)
-        self._set(slot, is_distrusted=False)
+        self.switches[slot] = 0
+        self.set(slot, is_distrusted=False)
 
     def judge(self, slot: int, *, learned: float, prior: float) -> None:
         """One completion's log(actual / predicted), by either prediction."""
@@ -48,9 +52,11 @@ class Guard:
             worse = -worse
         self._sums[slot] = max(0.0, self._sums[slot] + worse - MARGIN)
         if self._sums[slot] > THRESHOLD:
-            self._set(slot, is_distrusted=not self.distrusted[slot])
+            self.switches[slot] += 1
+            self.set(slot, is_distrusted=not self.distrusted[slot])
 
-    def _set(self, slot: int, *, is_distrusted: bool) -> None:
+    def set(self, slot: int, *, is_distrusted: bool) -> None:
+        """Go by the prior there, or by what was learned."""
         self._sums[slot] = 0.0
         self.distrusted[slot] = is_distrusted
         self.is_on = bool(self.distrusted.any())

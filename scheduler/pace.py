@@ -7,14 +7,14 @@ token: an engine that prefills for a third of its time decodes in the other two.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import mul
 
 import msgspec
 import numpy as np
 
 from scheduler.cost import Hardware
-from scheduler.regression import DecayedRegression
+from scheduler.regression import DecayedRegression, Sums
 from scheduler.state import Floats
 from scheduler.window import Window
 
@@ -25,6 +25,9 @@ GAIN = 0.05
 
 STEP, LOG_MAX = 0.7, 3.0
 "The largest log error believed at once, and the most that a server may differ from its class."
+
+YOUNG = 15
+"Answers that an earlier life counts for: a new one may differ."
 
 PREFILL_S = 5.0
 "Over how long the share of time that prefill takes is averaged."
@@ -101,6 +104,28 @@ class Pace:
             self._counts.append(0)
         self._rated[:, slot] = hardware.step_s, hardware.sequence_s, hardware.kv_s
         self._log[slot] = self._prefill_s[slot] = self._counts[slot] = 0
+
+    def numbers(self, slot: int) -> tuple[float, float]:
+        """What is remembered of this endpoint: its log speed, and from how many answers."""
+        return float(self._log[slot]), float(self._counts[slot])
+
+    def recall(self, slot: int, log: float, count: float) -> None:
+        """Go on from an earlier life."""
+        self._log[slot], self._counts[slot] = log, min(int(count), YOUNG)
+
+    def export(self) -> Sums:
+        """What the whole fleet has taught; `errors` are apart."""
+        return self._regression.export()
+
+    def restore(self, sums: Sums, errors: Iterable[float]) -> None:
+        """Take that over; the sums must be sound, the errors finite."""
+        self._regression.restore(sums)
+        self._errors = Window(SPREAD_SIZE, errors)
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """The latest log errors, oldest first."""
+        return tuple(self._errors)
 
     def prefill(self, slot: int, work_s: float, now: float) -> None:
         """So many seconds of prefill go there now."""

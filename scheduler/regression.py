@@ -1,7 +1,9 @@
 """What River gives us, and the only file that knows it: a Bayesian regression, and a detector of drift."""
 
+import math
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 from river import drift, linear_model
 
@@ -13,6 +15,30 @@ SOLVE_ALL, SOLVE_EVERY = 64, 8
 A solution costs as much as all the rest of a lesson; eight lessons of 1 / (1 - decay) = 100 move little, and what
 one endpoint does differently is its `Speed`, which is never late.
 """
+
+
+class Sums(msgspec.Struct, frozen=True, kw_only=True):
+    """What a regression of n features has learned, as plain numbers."""
+
+    precision: tuple[float, ...] = ()
+    "n * n, row by row."
+
+    moment: tuple[float, ...] = ()
+    "n: the precision times the mean."
+
+    weights: tuple[float, ...] = ()
+    "n, as of its last solution, which may be some lessons older."
+
+    def is_sound(self, n: int) -> bool:
+        """Whether they are those of n features, finite, and of a precision that can be solved."""
+        if (len(self.precision), len(self.moment), len(self.weights)) != (n * n, n, n):
+            return False
+        if not all(map(math.isfinite, (*self.precision, *self.moment, *self.weights))):
+            return False
+        precision = np.array(self.precision).reshape(n, n)
+        if min(self.weights) < 0 or not np.allclose(precision, precision.T):
+            return False
+        return bool(np.linalg.eigvalsh(precision).min() > 1e-6)
 
 
 class DecayedRegression(linear_model.BayesianLinearRegression):
@@ -75,11 +101,20 @@ class DecayedRegression(linear_model.BayesianLinearRegression):
         weights = dict(zip(kept, found, strict=True))
         return tuple([max(0.0, weights.get(at, 0.0)) for at in range(self._n_features)])
 
-    def recall(self, precision: Floats, moment: Floats) -> None:
-        """Take over what was learned elsewhere."""
-        self._sums = np.column_stack([precision, moment])
+    def export(self) -> Sums:
+        """All that was learned so far; looking changes nothing."""
+        return Sums(
+            precision=tuple(self.precision.ravel().tolist()),
+            moment=tuple(self.moment.tolist()),
+            weights=self.weights,
+        )
+
+    def restore(self, sums: Sums) -> None:
+        """Take over what was learned elsewhere; it must be sound."""
+        precision = np.array(sums.precision).reshape(self._n_features, self._n_features)
+        self._sums = np.column_stack([precision, np.array(sums.moment)])
         self._untaken.clear()
-        self.weights = self.solve()
+        self.weights = sums.weights
 
     def _taken_in(self) -> Floats:
         """The sums as if every lesson were in them; changes nothing."""

@@ -33,14 +33,9 @@ class Speed(msgspec.Struct, kw_only=True):
     "Completions for which it still learns fast."
     drift: Drift = msgspec.field(default_factory=Drift)
 
-    @property
-    def numbers(self) -> tuple[float, ...]:
-        """What is remembered of it: log speed, completions, error, coverage."""
-        return self.log, float(self.count), self.error, self.coverage
-
-    def recall(self, numbers: tuple[float, ...]) -> None:
+    def recall(self, log: float, count: float, error: float, coverage: float) -> None:
         """Go on from an earlier life; a new one may differ, so it learns a little faster."""
-        self.log, count, self.error, self.coverage = numbers
+        self.log, self.error, self.coverage = log, error, coverage
         self.count = min(int(count), FAST_TURNS)
 
     def learn(self, log_error: float) -> None:

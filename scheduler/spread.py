@@ -1,15 +1,28 @@
-"""How far predictions are off: running quantiles of log(actual / predicted), by what stood before the request."""
+"""How far predictions are off: running quantiles of log(actual / predicted), by what stood before the request.
+
+A window of the past says what its quantiles were, and in a queue that grows it is always late: feedback comes when
+the first token does. So each quantile that is told carries a correction that is moved after every completion, up by
+what was missed and down by what was covered, in proportions that leave it alone when the right share was covered:
+a gradient step on the pinball loss (Gibbs and Candes 2021 track a quantile so under any drift).
+"""
 
 import math
 from bisect import bisect_left
 
+from scheduler.forecast import PARTS
 from scheduler.window import Window
 
 BUCKETS_S = (1e-3, 0.2)
 "Predictions are as uncertain as what stands before them: nothing, a little, more."
 
+BANDS = ("none", "short", "long")
+"Their names."
+
 SIZE, LEAST = 300, 30
 "Completions a bucket remembers, and how many make its quantiles worth believing."
+
+STEP, CORRECTION_MAX = 0.02, 1.0
+"Of a correction, in logs: what one completion moves it, and the most it may become."
 
 COLD_SIGMA = 0.3
 "Until then: the log error of a data sheet's prediction, roughly a normal one."
@@ -19,19 +32,32 @@ LOGISTIC = 1.702
 
 
 class Spread:
-    """Three windows of log ratios."""
+    """Three windows of log ratios, and a correction for each quantile told of each."""
 
     def __init__(self) -> None:
         """Nothing seen: a normal guess."""
-        self._windows = [Window(SIZE) for _ in range(len(BUCKETS_S) + 1)]
+        self._windows = [Window(SIZE) for _ in BANDS]
+        self._corrections = [[0.0 for _ in PARTS] for _ in BANDS]
 
-    def add(self, start_s: float, log_ratio: float) -> None:
-        """One completion that had stood behind this many predicted seconds."""
-        self._windows[_bucket(start_s)].add(log_ratio)
+    def add(self, start_s: float, log_ratio: float, covered: tuple[bool, ...]) -> None:
+        """One completion that had stood behind this many predicted seconds, and which quantiles had covered it."""
+        at = _bucket(start_s)
+        self._windows[at].add(log_ratio)
+        if len(self._windows[at]) <= LEAST:
+            return  # it was the guess that was right or wrong
+        own = self._corrections[at]
+        for i, (part, is_covered) in enumerate(zip(PARTS, covered, strict=False)):
+            moved = own[i] + STEP * (part - float(is_covered))
+            own[i] = max(-CORRECTION_MAX, min(CORRECTION_MAX, moved))
 
-    def log_ratio(self, start_s: float, part: float) -> float:
-        """The quantile of log(actual / predicted), from what was seen, else a normal guess."""
-        return self._quantile(self._windows[_bucket(start_s)], part)
+    def ratios(self, start_s: float) -> tuple[float, ...]:
+        """For each of `PARTS` the actual over the predicted seconds that this part of such requests does not exceed."""
+        at, least = _bucket(start_s), -math.inf
+        found = []
+        for part, correction in zip(PARTS, self._corrections[at], strict=True):
+            least = max(least, self._quantile(self._windows[at], part) + correction)
+            found.append(math.exp(least))
+        return tuple(found)
 
     def odds(self, start_s: float, log_ratio: float) -> float:
         """The part of completions behind so many predicted seconds whose log(actual / predicted) is no more."""
@@ -42,20 +68,28 @@ class Spread:
         return 1.0 / (1.0 + math.exp(-min(20.0, max(-20.0, steepness * log_ratio))))
 
     def export(self) -> dict[str, tuple[float, ...]]:
-        """Every window by name, oldest value first."""
-        return {f"spread:{i}": tuple(window) for i, window in enumerate(self._windows)}
+        """Every window by name, oldest value first, and the corrections."""
+        found = {f"spread:{i}": tuple(window) for i, window in enumerate(self._windows)}
+        return found | {f"correction:{i}": tuple(own) for i, own in enumerate(self._corrections)}
 
     def restore(self, windows: dict[str, tuple[float, ...]]) -> None:
-        """Take over windows by name."""
-        for i in range(len(self._windows)):
-            if f"spread:{i}" in windows:
-                self._windows[i] = Window(SIZE, windows[f"spread:{i}"])
+        """Take over windows and corrections by name."""
+        for i in range(len(BANDS)):
+            self._windows[i] = Window(SIZE, windows.get(f"spread:{i}", ()))
+            own = windows.get(f"correction:{i}", ())
+            if len(own) == len(PARTS) and all(abs(one) <= CORRECTION_MAX for one in own):
+                self._corrections[i] = list(own)
 
     def _quantile(self, seen: Window, part: float) -> float:
         if len(seen) >= LEAST:
             return seen.quantile(part)
         # The logistic curve's quantile: within 4 % of the normal one from 2 % to 98 %.
-        return COLD_SIGMA * math.log(part / (1.0 - part)) / LOGISTIC if part < 1 else math.inf
+        return COLD_SIGMA * math.log(part / (1.0 - part)) / LOGISTIC
+
+
+def band(start_s: float) -> str:
+    """What stood before the request, as a word."""
+    return BANDS[_bucket(start_s)]
 
 
 def _bucket(start_s: float) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scheduler import cost
-from scheduler.regression import DecayedRegression
+from scheduler.regression import DecayedRegression, Sums
 from scheduler.state import Floats
 from scheduler.wire import Beat, Reward
 
@@ -33,6 +33,9 @@ RELATIVE_FLOOR_S = 0.02
 
 GAIN, STEP, LOG_MAX = 0.05, 0.7, 3.0
 "How much of a log error an endpoint takes over, the largest believed at once, and the most that it may differ."
+
+YOUNG = 15
+"Transfers that an earlier life counts for: a new one may differ."
 
 SECONDS_MAX = 3600.0
 
@@ -63,6 +66,22 @@ class Transfer:
         self.links[slot] = min(LINK_MAX, max(LINK_MIN, link)) if link > 0 else 0.0
         declared = min(TOKEN_BYTES_MAX, max(0, beat.kv_token_bytes))
         self.token_bytes[slot] = declared or cost.KV_BYTES
+
+    def numbers(self, slot: int) -> tuple[float, float]:
+        """What is remembered of this endpoint's link: its log speed, and from how many transfers."""
+        return float(self._log[slot]), float(self._counts[slot])
+
+    def recall(self, slot: int, log: float, count: float) -> None:
+        """Go on from an earlier life."""
+        self._log[slot], self._counts[slot] = log, min(int(count), YOUNG)
+
+    def export(self) -> Sums:
+        """What the whole fleet has taught."""
+        return self._regression.export()
+
+    def restore(self, sums: Sums) -> None:
+        """Take that over; it must be sound."""
+        self._regression.restore(sums)
 
     def seconds(self, own: Floats, ahead: Floats, step_s: Floats, link: Floats) -> Floats:
         """From the pull to the first token, on every slot; float64[n_slots] all.

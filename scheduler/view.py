@@ -1,14 +1,20 @@
 """What can be seen of the core from outside: figures for metrics and people, and the state to start warm from."""
 
+from typing import Literal
+
 import msgspec
 import numpy as np
 
 from scheduler.book import Book
-from scheduler.predict import Learned, Predictor
+from scheduler.fairness import Given
+from scheduler.learned import Learned
+from scheduler.predict import Predictor
 from scheduler.state import Endpoint
 
 AT_RISK_MAX = 1000
 "How many of the most urgent are looked at for `at_risk`; more would say no more."
+
+Believed = Literal["learned", "prior"]
 
 
 class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +39,10 @@ class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
     "Moving mean of |log(actual / predicted)|; 0 before anything was learned."
     coverage: float
     "The part of recent requests that took no longer than the 90 % bound said; 0 before any."
+    believed: Believed = "learned"
+    "What plans go by there: what was learned of it, or where that was worse for a while, what it declares."
+    switches: int = 0
+    "How often it has passed from the one to the other."
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +84,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[Standing, ...]
     endpoints: tuple[EndpointView, ...]
     learned: Learned
+    given: Given = Given()
+    "What tenants have been given, where they share."
 
 
 def of(book: Book, predictor: Predictor, now: float) -> View:
@@ -122,7 +134,18 @@ def snapshot(
         ),
         endpoints=_endpoints(book, predictor, now),
         learned=learned,
+        given=_given(book),
     )
+
+
+def _given(book: Book) -> Given:
+    """The tenants' accounts without what is charged for those in some worker's hands."""
+    turns = book.lines.turns
+    if turns is None:
+        return Given()
+    held = [ticket for e in book.fleet.endpoints.values() for ticket in e.held.values()]
+    held += book.legs.prefilled
+    return turns.accounts.export([(ticket.request.tenant, ticket.charged) for ticket in held])
 
 
 def backlog_s(book: Book, predictor: Predictor) -> float:
@@ -150,6 +173,8 @@ def _endpoints(book: Book, predictor: Predictor, now: float) -> tuple[EndpointVi
             speed=predictor.speed(slot),
             error=predictor.error(slot),
             coverage=predictor.coverage(slot),
+            believed="prior" if predictor.guard.distrusted[slot] else "learned",
+            switches=predictor.guard.switches[slot],
         )
         for endpoint in book.fleet.endpoints.values()
         for slot in (endpoint.slot,)

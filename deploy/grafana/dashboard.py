@@ -205,10 +205,33 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel("Prediction error", endpoint("prediction_error"), about="Mean absolute log error."),
         Panel(
-            "Within the 90 % bound",
+            "First tokens within what was said",
+            [
+                (
+                    f"sum by (quantile) (rate(headgate_forecasts_covered_total{{{POOL}}}[$__rate_interval])) / sum by (quantile) (rate(headgate_forecasts_total{{{POOL}}}[$__rate_interval]))",
+                    "no later than quantile {{quantile}}",
+                )
+            ],
+            unit="percentunit",
+            top=1,
+            about="Each line belongs at its own quantile: 50 % and 90 %.",
+        ),
+        Panel(
+            "Within the 90 % bound, by endpoint",
             endpoint("prediction_coverage"),
             unit="percentunit",
             top=1,
+        ),
+        Panel(
+            "Guard: planned by declared hardware",
+            [
+                *endpoint("on_prior"),
+                (
+                    f"sum by (pool) (increase(headgate_endpoint_guard_switches_total{{{POOL}}}[$__rate_interval]))",
+                    "switches",
+                ),
+            ],
+            about="1: what was learned of this endpoint was worse than what it declares.",
         ),
         Panel(
             "Cached prefix tokens: believed and found",

@@ -13,7 +13,7 @@ from dispatcher.cli import output
 from dispatcher.cli.output import seconds
 from dispatcher.client import Client
 from dispatcher.client.standing import Standing
-from scheduler import codec
+from scheduler import codec, forecast
 from scheduler.errors import UnknownRequestError
 from scheduler.settings import Settings
 from scheduler.wire import Decision, Result, Reward
@@ -150,12 +150,22 @@ def _served(reward: Reward) -> Iterator[Line]:
     if reward.first_token_at is not None and reward.decided_at is not None:
         real_s = reward.first_token_at - reward.decided_at
         text = f"{seconds(real_s)} after the decision, predicted {seconds(reward.predicted_s)}"
+        text += _bounds(reward)
         text += f"; prefill {seconds(reward.prefill_s)}"
         if reward.cached_tokens is not None:
             text += f"; {reward.cached_tokens} of {reward.prompt_tokens} prompt tokens cached"
         yield Line(reward.first_token_at, "first token", text)
     if reward.outcome == "returned" and reward.finished_at is not None:
         yield Line(reward.finished_at, "returned", reward.reason)
+
+
+def _bounds(reward: Reward) -> str:
+    """The quantiles that were said when it was handed over; empty where none were."""
+    ratios = forecast.ratios(reward.features)
+    if not ratios or reward.predicted_s is None:
+        return ""
+    half_s, nine_s = (ratio * reward.predicted_s for ratio in ratios)
+    return f" (half within {seconds(half_s)}, nine in ten within {seconds(nine_s)})"
 
 
 def _ended(result: Result) -> str:

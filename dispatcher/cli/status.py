@@ -86,6 +86,16 @@ def _pool(name: str, found: PoolGlance) -> RenderableType:
     table.add_row("oldest", f"{seconds(found.oldest_s)}; backlog {backlog}")
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in found.outcomes.items())
     table.add_row("lately", f"{outcomes or 'nothing ended'}; {found.completed_per_s:.1f}/s")
+    if found.within_q90 is not None:
+        table.add_row(
+            "predictions",
+            f"{share(found.within_q50)} of first tokens within the median, "
+            f"{share(found.within_q90)} within the 90 % bound",
+        )
+    prior = [one for one in found.endpoints if one.believed == "prior"]
+    if prior:
+        names = ", ".join(f"{one.beat.endpoint} ({one.switches} switches)" for one in prior)
+        table.add_row("guard", f"{names}: declared hardware believed, what was learned is worse")
     table.add_row("dead", str(found.dead))
     return Group(table, endpoints(found.endpoints), *engines(found.endpoints))
 
@@ -103,7 +113,7 @@ def engines(found: list[EndpointGlance]) -> list[str]:
 def endpoints(found: list[EndpointGlance]) -> Table:
     """A row an endpoint."""
     head = ("endpoint", "hardware", "state", "beat", "jobs", "running", "queued", "seats", "kv")
-    table = Table(*head, "step", "prediction off by", "on time", box=None)
+    table = Table(*head, "step", "speed", "believed", "off by", "in q90", "on time", box=None)
     for one in found:
         beat = one.beat
         state = beat.state if one.is_alive else "silent"
@@ -118,7 +128,10 @@ def endpoints(found: list[EndpointGlance]) -> Table:
             str(beat.max_num_seqs),
             f"{beat.kv_usage:.0%}",
             seconds(beat.step_s) if beat.step_s else "-",
+            "-" if one.speed is None else f"{one.speed:.2f}x",
+            one.believed or "-",
             share(one.prediction_error),
+            share(one.within_q90),
             share(one.on_time),
         )
     return table

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.regression import SOLVE_ALL, SOLVE_EVERY, DecayedRegression
+from scheduler.regression import SOLVE_ALL, SOLVE_EVERY, DecayedRegression, Sums
 
 SECONDS = st.floats(1e-3, 10.0)
 LESSONS = st.lists(
@@ -51,6 +51,8 @@ def test_the_weights_are_those_of_the_last_solution(lessons):
     solved = len(lessons) - max(0, len(lessons) - SOLVE_ALL) % SOLVE_EVERY
 
     again = DecayedRegression(np.ones(3), PRIOR, DECAY)
-    again.recall(*one_at_a_time(lessons[:solved]))
+    precision, moment = one_at_a_time(lessons[:solved])
+    sums = Sums(precision=tuple(precision.ravel()), moment=tuple(moment), weights=(1.0,) * 3)
+    again.restore(sums)
 
-    assert made.weights == pytest.approx(again.weights, rel=1e-6, abs=1e-9)
+    assert made.weights == pytest.approx(again.solve(), rel=1e-6, abs=1e-9)

@@ -592,8 +592,9 @@ class TestRecovery:
         warm = Pool()
         assert warm.core.restore(msgspec.json.decode(raw, type=Snapshot))
         warm.beat()
+        nonsense = msgspec.structs.replace(taught.learned.prefill, moment=(float("nan"),) * 5)
         broken = msgspec.structs.replace(
-            taught, learned=msgspec.structs.replace(taught.learned, moment=(float("nan"),) * 5)
+            taught, learned=msgspec.structs.replace(taught.learned, prefill=nonsense)
         )
         cold = Pool()
         assert not cold.core.restore(broken)
