@@ -13,13 +13,8 @@ from scheduler.errors import EngineError, SettingsError
 from scheduler.settings import EngineAddress
 from workers.answer import Answer, fault_in, refusal
 from workers.body import Body, Post
+from workers.posts import ERROR_BYTES, Posts
 from workers.scrape import Load, parse
-
-ERROR_BYTES = 64 * 1024
-"How much of an error's body is read."
-
-READ_BYTES = 256 * 1024
-"What is buffered of a stream before the engine is slowed down."
 
 SCRAPE_BYTES = 8 * 2**20
 "The longest /metrics that is read; vLLM's is some 50 KB."
@@ -55,7 +50,7 @@ class Engine:
         self._headers = _authorization(address)
         self._probe_timeout = aiohttp.ClientTimeout(total=connect_s)
         # Silence of a stream is watched from outside: a timer a token would cost more than the token.
-        self._stream_timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
+        self._posts = Posts(self._root, self._headers, connect_s=connect_s)
         self._session: aiohttp.ClientSession | None = None
         self._pauses = True
 
@@ -66,11 +61,11 @@ class Engine:
             headers=self._headers,
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=READ_BYTES,
         )
 
     async def close(self) -> None:
         """Close every connection."""
+        self._posts.close()
         if self._session is not None:
             await self._session.close()
 
@@ -82,21 +77,11 @@ class Engine:
         Raises:
             EngineError: refused, broken off, or not what it should be.
         """
-        try:
-            async with self._http.post(
-                self._root + post.path,
-                data=post.data,
-                headers=post.headers,
-                timeout=self._stream_timeout,
-            ) as response:
-                if response.status != 200:
-                    raise refusal(
-                        response.status, fault_in(await response.content.read(ERROR_BYTES))
-                    )
-                async for data in response.content.iter_any():
-                    heard(answer.feed(data))
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _weather(error) from error
+        status, error = await self._posts.send(
+            post.path, post.data, post.headers, lambda data: heard(answer.feed(data))
+        )
+        if status != 200:
+            raise refusal(status, fault_in(error))
 
     async def probe(self) -> str:
         """Why the engine cannot serve now; empty where nothing speaks against it.

@@ -137,6 +137,67 @@ async def running_in(emulator):
     return float(line.rsplit(" ", 1)[1])
 
 
+class Gate:
+    """Between a worker and its Redis; once a certain word has come out, nothing more goes in until it is opened."""
+
+    def __init__(self, url, word):
+        self._port = int(url.rpartition(":")[2].partition("/")[0])
+        self._word = word
+        self._open = asyncio.Event()
+        self._open.set()
+        self._pumps = []
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def open(self):
+        self._word = None
+        self._open.set()
+
+    async def _relay(self, reader, writer):
+        behind, before = await asyncio.open_connection("127.0.0.1", self._port)
+        for way in ((reader, before, True), (behind, writer, False)):
+            self._pumps.append(asyncio.ensure_future(self._pump(*way)))
+
+    async def _pump(self, source, target, goes_in):
+        try:
+            while data := await source.read(65536):
+                if not goes_in and self._word and self._word in data:
+                    self._open.clear()
+                if goes_in:
+                    await self._open.wait()
+                target.write(data)
+        finally:
+            target.transport.abort()
+
+
+class TestOrder:
+    async def test_the_engine_is_asked_before_redis(self, emulator, hand, redis_url, pool):
+        """The engine has the request while Redis has heard nothing of the worker since it gave the job out."""
+        async with Gate(redis_url, b"the-first") as gate:
+            rig = Rig(gate.url, pool)
+            await rig.start(emulator.url)
+            beat = await hand.ready()
+
+            await hand.submit("the-first", chat(5000), beat.epoch, stream=True)
+
+            await until(lambda: running_in(emulator))
+            [[state]] = await hand.redis.hashes([hand.keys.request("the-first")], ["state"])
+            assert state == b"assigned"
+
+            gate.open()
+            await until(lambda: hand.tokens("the-first"))
+            await rig.close()
+
+
 class TestSuccess:
     async def test_a_streaming_job_fills_the_token_log(self, emulator, hand, rig):
         """The joined log is the engine's own text, the last entry says how it ended."""
