@@ -3,7 +3,7 @@
 Agents share a long beginning: counted for each of them, it would fill an engine that is nearly empty.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class Pins:
@@ -42,16 +42,6 @@ class Pins:
                 freed += 1
         return freed
 
-    def depth(self, slot: int, chain: Sequence[str]) -> int:
-        """How many blocks from the start are in use there already."""
-        counts = self._counts[slot]
-        if not chain or chain[0] not in counts:
-            return 0
-        low, high = 1, len(chain)
-        while low < high:
-            middle = (low + high) // 2
-            if chain[middle] in counts:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+    def held(self, slot: int) -> Collection[str]:
+        """The blocks in use there. Of a chain as many as asked for are, if the last of those is."""
+        return self._counts[slot].keys()

@@ -24,9 +24,9 @@ from scheduler import explore
 from scheduler.ledger import Line, chain
 from scheduler.legs import Pledge
 from scheduler.onward import Onward
+from scheduler.openings import Openings
 from scheduler.pace import Noise
 from scheduler.policies import Terms
-from scheduler.prefix import BLOCK_TOKENS
 from scheduler.price import Usual
 from scheduler.profile.casting import Casting
 from scheduler.room import Offer, Room
@@ -140,8 +140,11 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     "Predicted seconds to its first token on its best endpoint."
 
 
-Pricer = Callable[[Ticket], tuple[Floats | None, Floats]]
-"A request's cached tokens on every slot (None: nobody has any), and its barrier: 0 where it may go, `inf` where not."
+Cached = Callable[[Ticket], Floats | None]
+"A request's cached tokens on every slot; None: nobody has any."
+
+Barrier = Callable[[Ticket], Floats]
+"0 for each slot where a request may go, `inf` where not."
 
 Odds = Callable[[float, float], float]
 "The chance that log(actual / predicted) is no more than the second, for one that stands behind the first in seconds."
@@ -159,7 +162,8 @@ class Planner:
         terms: Terms,
         odds: Odds,
         usual: Usual,
-        pricer: Pricer,
+        cached: Cached,
+        barrier: Barrier,
         noise: Callable[[], Noise],
         rng: np.random.Generator,
         onward: Onward | None = None,
@@ -174,7 +178,8 @@ class Planner:
             terms: what the policy asks.
             odds: how far predictions are off.
             usual: the size of requests, to price one by.
-            pricer: prefix cache and eligibility of a request.
+            cached: prefix cache of a request.
+            barrier: eligibility of a request.
             noise: how far off the predicted pace may be; asked once, if ever.
             rng: decides between equals.
             casting: a profile that says where and which; None: the plan's own choice.
@@ -184,12 +189,15 @@ class Planner:
         self.now = now
         self.settings = settings
         self.terms = terms
-        self.pricer = pricer
+        self.cached = cached
+        self.barrier = barrier
         self.rng = rng
         self.casting = casting
         if casting is not None:
             casting.worth = self._worth
         self.onward = onward
+        if onward is not None:
+            room.only_prefills = onward.is_prefill
         self.odds = odds
         self.usual = usual
         self._asking: Sequence[Ticket] = ()
@@ -222,11 +230,14 @@ class Planner:
         """Plan these, most urgent first, until nothing more could start within the window."""
         self._asking = line
         self.is_exhausted = False
-        for ticket in line:
+        openings = Openings(
+            line, self.room, barrier=self.barrier, within_s=self.settings.commit_window_s
+        )
+        for at, ticket in enumerate(line):
+            if at > openings.last():
+                return
             if self._blocked >= BLOCKED_MAX and ticket.promise.tpot_s is not None:
                 continue
-            if not self.room.can_start(self.settings.commit_window_s):
-                return
             if len(self.turns) >= ASIDE_MAX:
                 self.is_cut = True
                 return
@@ -459,25 +470,8 @@ class Planner:
         """Predicted seconds to its first token; `inf` where it may not go or finds no room now."""
         total_s: Floats = self.room.open_s + offer.service_s
         if self.room.is_tight(offer.kv):
-            kv = self._kv(offer)
-            blocks = offer.ticket.request.blocks
-            shared_max = BLOCK_TOKENS * len(blocks)
-            total_s[self.room.kv < kv - shared_max] = math.inf
-            if not blocks:
-                return total_s
-            tight = (self.room.kv < kv) & (total_s < math.inf)
-            for slot in tight.nonzero()[0].tolist():
-                shared = self.room.pins.depth(slot, chain(blocks, float(kv[slot])))
-                if self.room.kv[slot] < float(kv[slot]) - BLOCK_TOKENS * shared:
-                    total_s[slot] = math.inf
+            self.room.keep_out(offer, total_s)
         return total_s
-
-    def _kv(self, offer: Offer) -> Floats:
-        """KV tokens that it would hold on each slot: no more than there are, and of a prefill leg the prompt's."""
-        kv: Floats = np.minimum(offer.kv, self.room.kv_max)
-        if self.onward is not None:
-            kv = np.where(self.onward.is_prefill, np.minimum(kv, offer.prompt + 1.0), kv)
-        return kv
 
     def _wait_for_room(self, offer: Offer) -> None:
         """It fits nowhere now. The endpoint that suits it best is kept from those behind it, so that it empties.
@@ -529,7 +523,7 @@ class Planner:
         room, promise = self.room, offer.ticket.promise
         if self.settings.pace_worth <= 0 or (promise.tpot_s is None and not room.decodes.is_bound):
             return None
-        kv = self._kv(offer)
+        kv = self.room.held_kv(offer.prompt, offer.kv)
         pace_s = room.decodes.pace_s(kv)
         gain = np.ones(len(pace_s))
         if promise.tpot_s is not None and promise.tpot_s >= room.decodes.load.alone_s.min():
@@ -561,7 +555,10 @@ class Planner:
         leg = self._leg(offer, slot)
         if leg == "prefill":
             kv, own_s = min(kv, prompt + 1.0), None
-        keeps = own_s is not None and own_s >= self.room.decodes.pace_s(self._kv(offer))[slot]
+        keeps = (
+            own_s is not None
+            and own_s >= self.room.decodes.pace_s(self.room.held_kv(offer.prompt, offer.kv))[slot]
+        )
         tokens = prompt
         if offer.cached is not None:
             tokens -= min(float(offer.cached[slot]), prompt - 1.0)
@@ -589,7 +586,7 @@ class Planner:
     def _price_whole(self, ticket: Ticket) -> Offer:
         """What it would cost on every slot to serve it, or as much of it as that slot serves."""
         rates = self.room.rates
-        cached, barrier = self.pricer(ticket)
+        cached = self.cached(ticket)
         prompt = float(max(1, ticket.prompt_tokens))
         if cached is None:
             work_s = prompt * rates.token_s + (0.5 * prompt * prompt) * rates.pair_s
@@ -597,7 +594,7 @@ class Planner:
             tokens = prompt - np.minimum(cached, prompt - 1.0)
             pairs = tokens * (prompt - 0.5 * tokens)
             work_s = tokens * rates.token_s + pairs * rates.pair_s
-        service_s = work_s + rates.overhead_s + barrier
+        service_s = work_s + rates.overhead_s + self.barrier(ticket)
         if prompt > self.room.length_least:
             service_s[prompt > self.room.length_max] = math.inf
         kv = prompt + float(ticket.output_tokens)

@@ -165,7 +165,8 @@ class Planning:
             terms=self._terms,
             odds=self._memory.predictor.odds,
             usual=self._usual,
-            pricer=self._price,
+            cached=self._cached,
+            barrier=lambda ticket: fleet.barrier(ticket.request.model),
             noise=self._memory.predictor.pace.noise,
             rng=self._rng,
             casting=casting,
@@ -180,19 +181,17 @@ class Planning:
             planner.decode(ticket, kept, self._fleet.endpoints[kept.endpoint].slot)
         onward.hold(legs)
 
-    def _price(self, ticket: Ticket) -> tuple[Floats | None, Floats]:
-        """A request's cached tokens on every slot, None where nobody has any, and where it may go."""
-        request, memory = ticket.request, self._memory
-        cached = None
+    def _cached(self, ticket: Ticket) -> Floats | None:
+        """A request's cached tokens on every slot, None where nobody has any."""
+        request, cached = ticket.request, None
         if request.blocks:
             cached = self._match(ticket)
         elif request.session:
             cached = np.zeros(len(self._fleet.by_slot))
-            for slot, tokens in memory.sessions.match(
-                request.session, ticket.prompt_tokens
-            ).items():
+            found = self._memory.sessions.match(request.session, ticket.prompt_tokens)
+            for slot, tokens in found.items():
                 cached[slot] = tokens
-        return cached, self._fleet.barrier(ticket.request.model)
+        return cached
 
     def _match(self, ticket: Ticket) -> Floats | None:
         """Its cached tokens by the index; looked up again only when that has changed."""

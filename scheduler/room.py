@@ -9,7 +9,8 @@ import numpy as np
 from scheduler.ledger import Backlog, Line, Rates
 from scheduler.pace import Load
 from scheduler.pins import Pins
-from scheduler.state import Floats, Ticket
+from scheduler.prefix import BLOCK_TOKENS
+from scheduler.state import Bools, Floats, Ticket
 
 
 class Decodes:
@@ -106,6 +107,10 @@ class Room:
         self.length_least = _least(length_max)
         self.reserved = np.zeros(len(seats), dtype=bool)
         "Slots that somebody more urgent waits for."
+        self.only_prefills: Bools | None = None
+        "Slots that hold the KV of prompts alone; None: nobody does."
+        self.version = 0
+        "Counts what makes fewer start."
         self._kv_least = _least(kv)
         self._used: Floats | None = None
         self._taken: list[tuple[int, float]] = []
@@ -143,18 +148,42 @@ class Room:
         """Whether so many KV tokens may be too many for somebody."""
         return self._kv_least < kv
 
+    def held_kv(self, prompt: float, kv: float) -> Floats:
+        """KV tokens that a request would hold on each slot: no more than there are, and of a prefill leg the prompt's."""
+        held: Floats = np.minimum(kv, self.kv_max)
+        if self.only_prefills is not None:
+            held = np.where(self.only_prefills, np.minimum(held, prompt + 1.0), held)
+        return held
+
+    def keep_out(self, offer: "Offer", total_s: Floats) -> None:
+        """Make it endless seconds where there is no KV for it, with what others there hold as well."""
+        kv = self.held_kv(offer.prompt, offer.kv)
+        lacking = kv - self.kv
+        blocks = offer.ticket.request.blocks
+        total_s[lacking > BLOCK_TOKENS * len(blocks)] = math.inf
+        if not blocks:
+            return
+        for slot in ((lacking > 0) & (total_s < math.inf)).nonzero()[0].tolist():
+            depth = math.ceil(lacking[slot] / BLOCK_TOKENS)
+            if depth > kv[slot] // BLOCK_TOKENS or blocks[depth - 1] not in self.pins.held(slot):
+                total_s[slot] = math.inf
+
     def shut(self, slot: int) -> None:
         """Nothing more may go there."""
-        self.open_s[slot] = math.inf
+        if self.open_s[slot] < math.inf:
+            self.open_s[slot] = math.inf
+            self.version += 1
 
     def withhold(self, kv: Floats) -> None:
         """So many KV tokens of each are not to be had after all."""
+        self.version += 1
         self.kv = self.kv - kv
         self._kv_least = _least(self.kv)
         self._used = None
 
     def pledge(self, slot: int, kv: float) -> None:
         """Keep a seat and KV for one that will decode there, whose prompt is computed elsewhere."""
+        self.version += 1
         self.kv[slot] -= kv
         self._kv_least = min(self._kv_least, float(self.kv[slot]))
         self._used = None
@@ -173,6 +202,7 @@ class Room:
 
     def take(self, slot: int, work_s: float, line: Line) -> None:
         """Hand it over: it also takes a seat and its KV."""
+        self.version += 1
         self.reserve(slot, work_s, line)
         self._taken.append((slot, work_s))
         self.kv[slot] -= line.kv

@@ -84,14 +84,15 @@ class TestAccounts:
         book.release(0, "b", now=1.0)
         assert book.kv[0] == 0.0
 
-    def test_how_deep_a_chain_is_in_use(self):
-        """From its start, without a gap."""
+    def test_a_block_is_in_use_until_the_last_who_holds_it_goes(self):
+        """Each holds its own chain, and the shared beginning outlives one of them."""
         pins = Pins()
         pins.open(0)
         pins.hold(0, ("a", "b", "c"))
+        pins.hold(0, ("a", "x"))
+        pins.drop(0, ("a", "b", "c"))
 
-        assert pins.depth(0, ("a", "b", "x", "y")) == 2
-        assert pins.depth(0, ("x",)) == 0
+        assert list(pins.held(0)) == ["a", "x"]
 
     def test_the_tightest_promise_is_kept_in_sight(self):
         """It goes with its request; without any, nothing binds."""

@@ -77,7 +77,8 @@ def planner(
         odds=lambda _, log_ratio: float(log_ratio >= 0),
         usual=usual(),
         noise=Noise,
-        pricer=lambda _: (held, np.zeros(n)),
+        cached=lambda _: held,
+        barrier=lambda _: np.zeros(n),
         rng=np.random.default_rng(0),
     )
 
@@ -122,6 +123,35 @@ def test_the_plan_ends_when_nothing_more_can_start():
 
     assert not made.is_exhausted
     assert served(made) == []
+
+
+def test_the_line_is_looked_at_as_far_as_its_last_who_fits():
+    """Time and a seat are no opening for those whose KV is nowhere free: nobody behind the last who fits is priced."""
+    for sizes, priced in (([500, 600, 700], []), ([90, 500, 600], ["r0"])):
+        made = planner([0.001], kv=[1000.0])
+        made.room.take(0, 0.0, Line(tokens=0.0, pairs=0.0, kv=900.0))
+        asked = []
+        made.cached = lambda ticket, asked=asked: asked.append(ticket.id)
+        made.serve([ticket(f"r{i}", size) for i, size in enumerate(sizes)])
+
+        assert asked == priced
+        assert not made.is_exhausted
+
+
+def test_whoever_shares_what_others_hold_counts_as_one_who_fits():
+    """Its own KV is what must be free: a prefix in use there is held once."""
+    for held, expected in (("a", [("r", 0)]), ("b", [])):
+        made = planner([0.001], kv=[1000.0])
+        made.room.pins.open(0)
+        made.room.pins.hold(0, tuple(f"{held}{i}" for i in range(7)))
+        made.room.take(0, 0.0, Line(tokens=0.0, pairs=0.0, kv=900.0))
+        waits = ticket("r", 920)
+        waits.request = msgspec.structs.replace(
+            waits.request, blocks=tuple(f"a{i}" for i in range(7))
+        )
+        made.serve([waits])
+
+        assert served(made) == expected
 
 
 def test_the_hopeless_are_set_aside_for_those_who_can():

@@ -1,0 +1,90 @@
+"""Which endpoints could begin something at once, and how far down the line anybody could use that.
+
+A line is looked at only as far as its last who fits: in deep overload endpoints have time and seats, and no KV for
+any of those who wait. Time and KV only become less while a step is planned, so whoever cannot start now cannot later
+in the step, and to place what is behind the last who can would change nothing that is handed over.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from scheduler.prefix import BLOCK_TOKENS
+from scheduler.room import Room
+from scheduler.state import Floats, Ticket
+
+
+class Openings:
+    """Of one line, in one step."""
+
+    def __init__(
+        self,
+        line: Sequence[Ticket],
+        room: Room,
+        *,
+        barrier: Callable[[Ticket], Floats],
+        within_s: float,
+    ) -> None:
+        """Look at this line.
+
+        Args:
+            line: most urgent first.
+            room: what there is; looked at anew each time.
+            barrier: 0 for each slot where a request may go, `inf` where not.
+            within_s: what starts so soon, starts now.
+        """
+        self._line = line
+        self._room = room
+        self._barrier = barrier
+        self._within_s = within_s
+        self._known: tuple[Floats, Floats] | None = None
+        self._seen = -1
+        self._last = -1
+
+    def last(self) -> int:
+        """The place of the last who could start; -1: nobody can."""
+        if self._seen != self._room.version:
+            self._seen = self._room.version
+            self._last = self._find()
+        return self._last
+
+    def _find(self) -> int:
+        room, end = self._room, len(self._line) - 1
+        if end < 0:
+            return -1
+        last = self._line[end]
+        if not room.is_tight(float(max(1, last.prompt_tokens) + last.output_tokens)):
+            open_s = room.open_s + self._barrier(last)
+            if np.minimum.reduce(open_s, initial=np.inf) <= self._within_s:
+                return end
+        found = -1
+        for slot in (room.open_s <= self._within_s).nonzero()[0].tolist():
+            found = max(found, self._last_at(slot, found))
+            if found == end:
+                break
+        return found
+
+    def _last_at(self, slot: int, known: int) -> int:
+        """The last who fits there, if he stands behind the one already known."""
+        room, after = self._room, known + 1
+        wanted, blocks = (sizes[after:] for sizes in self._sizes())
+        wanted = np.minimum(wanted, room.kv_max[slot])
+        short = np.ceil(np.maximum(0.0, wanted - room.kv[slot]) / BLOCK_TOKENS)
+        held = room.pins.held(slot)
+        rows = (short <= np.minimum(blocks, wanted // BLOCK_TOKENS)).nonzero()[0][::-1]
+        for at, depth in zip(rows.tolist(), short[rows].astype(int).tolist(), strict=True):
+            ticket = self._line[after + at]
+            if depth > 0 and ticket.request.blocks[depth - 1] not in held:
+                continue
+            if self._barrier(ticket)[slot] == 0:
+                return int(after + at)
+        return -1
+
+    def _sizes(self) -> tuple[Floats, Floats]:
+        """The KV tokens that each of the line wants, and its prefix blocks; float64[n_line] both."""
+        if self._known is None:
+            is_whole = self._room.only_prefills is None
+            kv = [float(max(1, t.prompt_tokens) + is_whole * t.output_tokens) for t in self._line]
+            blocks = [float(len(t.request.blocks)) for t in self._line]
+            self._known = np.array(kv), np.array(blocks)
+        return self._known
