@@ -50,7 +50,6 @@ class Engine:
         settings: EngineSettings,
         rng: np.random.Generator | None = None,
     ) -> None:
-        self.profile = profile
         self.settings = settings
         kv_tokens = profile.kv_tokens if settings.kv_tokens is None else settings.kv_tokens
         self.kv = BlockPool(kv_tokens // settings.block_size)
