@@ -129,6 +129,7 @@ def test_the_line_is_looked_at_as_far_as_its_last_who_fits():
     """Time and a seat are no opening for those whose KV is nowhere free: nobody behind the last who fits is priced."""
     for sizes, priced in (([500, 600, 700], []), ([90, 500, 600], ["r0"])):
         made = planner([0.001], kv=[1000.0])
+        made.room.pins.open(0)
         made.room.take(0, 0.0, Line(tokens=0.0, pairs=0.0, kv=900.0))
         asked = []
         made.cached = lambda ticket, asked=asked: asked.append(ticket.id)
