@@ -125,8 +125,6 @@ def _chosen(names: list[str] | None, file: Path | None) -> dict[str, Cell]:
 
 
 def _run_cell(name: str, cell: Cell, traces: Path, path: Path, jobs: int | None) -> None:
-    for label in cell.policies:
-        contender.named(label)
     done = _read(path)
     made = {(one.window, one.seed, one.load, one.policy): one for one in done}
     wanted = [
@@ -140,6 +138,9 @@ def _run_cell(name: str, cell: Cell, traces: Path, path: Path, jobs: int | None)
     ]
     if not wanted:
         return
+    stage = cells.lab(name, cell, 0, lambda trace_name: _arrivals(traces, trace_name))
+    for label in cell.policies:  # before minutes go into what the last of them refuses
+        stage.admit(contender.named(label))
     capacities = {
         (cell.windows.index(float(one.window)), one.seed): one.capacity_rps
         for one in done

@@ -107,6 +107,16 @@ class TestRun:
         )
         assert all(one["n"] == 40 for one in again), "the run-in is played and not measured"
 
+    def test_refuses_whom_the_fleet_does_not_suit_before_anything_is_run(self, files):
+        """Not after the capacity was measured and the others have run."""
+        text = LIST.replace('"a100x4"', '"pd-a100x4-a100x4"')
+        (files / "list.toml").write_text(text)
+
+        with pytest.raises(HeadgateError, match="'random' does not part prefill from decode"):
+            ran(files, "--policy", "fcfs,random")
+
+        assert not (files / "out" / "small.jsonl").exists()
+
     def test_takes_a_profile_from_a_file(self, files):
         """As `simulate` does: the core with somebody's own choice of endpoints."""
         profile = files / "mine.toml"
