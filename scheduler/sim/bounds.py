@@ -2,6 +2,9 @@
 
 Both pool the fleet into one server that prefills as fast as all endpoints together, sees every earlier block in
 every cache, decodes nothing and can be interrupted for free. The endpoints are taken as they really are.
+
+Where the first arrivals are a run-in, they fill the caches and nothing else: without them whoever comes later can only
+be sooner, so the bound of those alone holds for them.
 """
 
 from collections.abc import Sequence
@@ -46,36 +49,45 @@ def cached_at_best(arrivals: Sequence[Arrival]) -> list[int]:
     return found
 
 
-def ttft_mean_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> float:
-    """The larger of two lower bounds on the mean: each alone on its fastest endpoint, and the pooled server's SRPT."""
-    if not arrivals:
+def ttft_mean_s(
+    arrivals: Sequence[Arrival], machines: Sequence[Machine], *, first: int = 0
+) -> float:
+    """The larger of two lower bounds on the mean: each alone on its fastest endpoint, and the pooled server's SRPT.
+
+    Only of those from the place `first` on, here and below.
+    """
+    if not arrivals[first:]:
         return 0.0
     at_s = np.array([arrival.at_s for arrival in arrivals])
-    flow = srpt_mean_s(at_s, pooled_s(arrivals, machines))
-    return max(alone_mean_s(arrivals, machines), flow)
+    flow = srpt_mean_s(at_s[first:], pooled_s(arrivals, machines)[first:])
+    return max(alone_mean_s(arrivals, machines, first=first), flow)
 
 
-def alone_mean_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> float:
+def alone_mean_s(
+    arrivals: Sequence[Arrival], machines: Sequence[Machine], *, first: int = 0
+) -> float:
     """Mean of each alone on its fastest endpoint with all that came before in its cache."""
+    cached_at = cached_at_best(arrivals)
     alone = [
         min(
             service_s(machine, arrival.prompt_tokens, _spared(machine, cached))
             for machine in machines
         )
-        for arrival, cached in zip(arrivals, cached_at_best(arrivals), strict=True)
+        for arrival, cached in zip(arrivals[first:], cached_at[first:], strict=True)
     ]
     return float(np.mean(alone))
 
 
 def on_time_share(
-    arrivals: Sequence[Arrival], machines: Sequence[Machine], *, ttft_s: float
+    arrivals: Sequence[Arrival], machines: Sequence[Machine], *, ttft_s: float, first: int = 0
 ) -> float:
     """The most that can keep a TTFT promise which is the same for all: the pooled server's exact optimum."""
-    if not arrivals:
+    if not arrivals[first:]:
         return 1.0
-    at_s = np.array([arrival.at_s for arrival in arrivals])
+    at_s = np.array([arrival.at_s for arrival in arrivals[first:]])
+    work = pooled_s(arrivals, machines)[first:]
     frontend_s = min(machine.actual.frontend_s for machine in machines)
-    return most_on_time(at_s, pooled_s(arrivals, machines), ttft_s - frontend_s) / len(arrivals)
+    return most_on_time(at_s, work, ttft_s - frontend_s) / len(at_s)
 
 
 def pooled_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> Floats:

@@ -139,18 +139,19 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         return structs.replace(found, **named), run
 
     def bounds(self, seed: int, rate_rps: float) -> Bounds:
-        """The bounds of this seed's machines at this rate."""
+        """The bounds of this seed's machines at this rate, of those arrivals that figures are of."""
         made = self._made(seed)
+        first = int(self.cut * len(self.work.arrivals))
         if self.closed:  # when turns come is the policy's own doing: only each alone can be said
-            return Bounds(bounds.alone_mean_s(self.work.arrivals, made), None)
+            return Bounds(bounds.alone_mean_s(self.work.arrivals, made, first=first), None)
         arrivals = _at_rate(self.work.arrivals, rate_rps)
-        kinds = {(a.ttft_s, a.tpot_s, a.deadline_s) for a in arrivals}
+        kinds = {(a.ttft_s, a.tpot_s, a.deadline_s) for a in arrivals[first:]}
         on_time = None
         if len(kinds) == 1:
             ttft_s, tpot_s, deadline_s = kinds.pop()
             if ttft_s is not None and tpot_s is None and deadline_s is None:
-                on_time = bounds.on_time_share(arrivals, made, ttft_s=ttft_s)
-        return Bounds(bounds.ttft_mean_s(arrivals, made), on_time)
+                on_time = bounds.on_time_share(arrivals, made, ttft_s=ttft_s, first=first)
+        return Bounds(bounds.ttft_mean_s(arrivals, made, first=first), on_time)
 
     def _arriving(self, rate_rps: float) -> tuple[Arrival, ...]:
         return (_closed if self.closed else _at_rate)(self.work.arrivals, rate_rps)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
-from test_instrument import PAIR, crowd, lab, run
+from test_instrument import PAIR, crowd, lab, poisson, run
 
 from scheduler.sim import bounds
 
@@ -54,3 +54,18 @@ def test_no_policy_beats_the_bounds(name):
     if found.n_completed == found.n:  # who drops the long ones has a mean of the short ones
         assert found.ttft_mean_s > limit.ttft_mean_s
     assert found.on_time <= limit.on_time < 1.0
+
+
+def test_a_run_in_is_not_what_the_bounds_are_of():
+    """A crowd that is left out of the figures, and minutes later who is alone: bounds of those alone."""
+    busy = poisson([3000] * 150, 15.0, seed=4)
+    calm = [structs.replace(row, at_s=row.at_s + 120.0) for row in poisson([500] * 50, 1.0, seed=5)]
+    promised = [structs.replace(row, ttft_s=1.0) for row in [*busy, *calm]]
+    stage = lab(PAIR, promised, cut=0.75)
+
+    found, _ = run(stage, "fcfs")
+    limit = stage.bounds(0, found.rate_rps)
+
+    assert found.n == 50
+    assert limit.ttft_mean_s < found.ttft_mean_s < 1.0
+    assert found.on_time == limit.on_time == 1.0
