@@ -183,6 +183,11 @@ def named(text: str) -> Target:
     """
     name, *parts = text.split(":")
     kind = TARGETS.get(name)
+    if name.endswith(".toml") or any(part.startswith("profile=") for part in parts):
+        raise SettingsError(
+            f"policy is {text!r}, a profile: the log does not hold what its parts would read; wanted one of: "
+            f"{', '.join(TARGETS)}. `headgate simulate --policy plan:profile=FILE` plays a profile in the lab"
+        )
     if kind is None:
         raise SettingsError(f"policy is {name!r}, wanted one of: {', '.join(TARGETS)}")
     fields = {}
@@ -224,7 +229,8 @@ def estimate(logged: Sequence[Weighed], target: Target, *, label: str, metric: s
     if len(rows) < BLOCK:
         raise SettingsError(
             f"{len(rows)} decisions were left to chance and can be joined with a reward, wanted at least {BLOCK}: "
-            "set plan.explore above 0 where the log is written"
+            "set plan.explore above 0 where the log is written, and no [profile] there, whose picker "
+            "tells the chance of what it took and of nothing else"
         )
     wanted = [target.chances(one) for one in rows]
     support = float(np.mean([p[one.chance > 0].sum() for p, one in zip(wanted, rows, strict=True)]))

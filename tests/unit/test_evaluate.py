@@ -149,6 +149,8 @@ class TestJoined:
         ("best", "policy is 'best', wanted one of: plan, earliest-finish"),
         ("plan:fil=1", "no setting 'fil', wanted one of: fill, explore, tie, window_s"),
         ("plan:fill=much", "float"),
+        pytest.param("mine.toml", "a profile: the log does not hold", id="a profile's file"),
+        pytest.param("plan:profile=mine.toml", "plays a profile in the lab", id="as in the lab"),
     ],
 )
 def test_an_unknown_target_says_what_there_is(text, reason):

@@ -1,0 +1,134 @@
+"""A profile and shares of tenants, live: `[profile]` and `[fairness]` in the settings, through Redis to emulated engines."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from dispatcher import glance
+from dispatcher.client import Client
+from dispatcher.recovery import Saved
+from scheduler import codec
+from scheduler.wire import Decision
+
+HEADGATE = Path(sys.executable).with_name("headgate")
+
+N, PROMPT_TOKENS, ANSWER_TOKENS = 24, 3000, 2
+QUANTUM = 2 * PROMPT_TOKENS
+
+SETTINGS = f"""
+[plan]
+explore = 0.0
+
+[[profile.filters]]
+name = "label-filter"
+by = "hardware"
+deny = ["a100*"]
+
+[[profile.scorers]]
+name = "predicted-latency-scorer"
+
+[profile.picker]
+name = "max-score-picker"
+
+[fairness]
+quantum_tokens = {QUANTUM}
+
+[fairness.weights]
+gold = 2.0
+"""
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory):
+    """Two engines of which the profile forbids the faster."""
+    directory = tmp_path_factory.mktemp("choice")
+    config = directory / "settings.toml"
+    config.write_text(SETTINGS)
+    process = subprocess.Popen(
+        [
+            *(HEADGATE, "up", "--emulate", "2", "--profiles", "a100,l40s", "--json"),
+            *("--directory", directory, "--config", config),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PATH": os.environ["PATH"], "HOME": "/dev/null"},
+    )
+    try:
+        line = process.stdout.readline()
+        yield json.loads(line) if line else pytest.fail(process.communicate()[1])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+
+
+@pytest.fixture
+async def client(system):
+    async with Client(redis=system["redis"], pool=system["pool"]) as one:
+        yield one
+
+
+def asks(client, tenant, number):
+    """A prompt that shares no beginning with any other."""
+    body = {
+        "model": "emulated",
+        "prompt": f"{tenant} {number} " + "river " * (PROMPT_TOKENS * 2 // 3),
+        "max_tokens": 2 * ANSWER_TOKENS,
+        "vllm_xargs": {"output_tokens": ANSWER_TOKENS},
+    }
+    return client.request(body, id=f"{tenant}-{number}", tenant=tenant)
+
+
+async def assigned(client):
+    """Decisions that handed a request over, in order."""
+    entries = await client.connection.entries(client.keys.decisions, "-", count=10_000)
+    decisions = [codec.decode(Decision, fields) for _, fields in entries]
+    return [one for one in decisions if one.kind == "assigned"]
+
+
+async def test_shares_are_kept_and_the_filter_obeyed(system, client):
+    """One tenant has twice the other's share while both wait, and nobody is put where the profile forbids."""
+    tenants = ("plain", "gold")
+    handles = await client.submit_many(asks(client, t, n) for t in tenants for n in range(N))
+    async with asyncio.timeout(90):
+        async for handle in client.results(handles):
+            await handle
+
+    made = await assigned(client)
+    endpoints = {one.endpoint for one in made}
+    assert endpoints == {one["name"] for one in system["endpoints"] if one["hardware"] == "l40s"}
+    order = [one.id.partition("-")[0] for one in made]
+    both_wait = order[: max(at for at, tenant in enumerate(order) if tenant == "gold") + 1]
+    counts = Counter(both_wait)
+    # Whoever is a quantum ahead stands behind: a quantum over its weight is so many requests of either.
+    slack = QUANTUM / PROMPT_TOKENS * 2
+    assert counts["gold"] == N
+    assert abs(counts["plain"] - N / 2) <= slack
+
+    # What a new leader would take over, and what people see of it.
+    saved = await snapshot(client, n=2 * N)
+    assert "plain" in saved.core.given.had
+    assert saved.core.given.floor > 0
+    found = await glance.pool(client.connection, client.keys)
+    [served] = [one for one in found.endpoints if one.beat.endpoint in endpoints]
+    assert served.believed == "learned"
+    assert 0 < served.within_q90 <= 1
+
+
+async def snapshot(client, *, n):
+    """The first that holds what so many requests have taught."""
+    async with asyncio.timeout(20):
+        while True:
+            raw = await client.connection.command("GET", client.keys.snapshot)
+            saved = msgspec.json.decode(raw, type=Saved) if raw else None
+            if saved and sum(life.count for life in saved.core.learned.endpoints.values()) >= n:
+                return saved
+            await asyncio.sleep(0.2)
