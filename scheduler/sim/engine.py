@@ -4,11 +4,6 @@ A step takes one token from every decoding sequence, then fills what is left of 
 budget with chunks of prompts: first of those that run, then of those that wait. Its time
 comes from a `Profile`.
 
-Two deviations from vLLM, both invisible unless prompts under
-`long_prefill_token_threshold` exhaust a budget: decodes take their token before running
-prefills whatever their place in the list, and what a preempted sequence had already been
-given in the same step is not handed to another until the next.
-
 Half a request, as vLLM's KV connectors do it: a sequence that `hands_over` leaves its blocks held when it has ended;
 one that `is_remote` takes all blocks of its prompt when it is admitted, waits until its KV has come, and then
 computes the last token. Preempted, it is computed here from the start.
@@ -18,13 +13,13 @@ import numpy as np
 
 from scheduler.sim import refusal
 from scheduler.sim.arguments import EngineSettings
-from scheduler.sim.decodes import Decodes
 from scheduler.sim.durations import Durations
 from scheduler.sim.holdings import Holdings
 from scheduler.sim.kv import BlockPool
 from scheduler.sim.noise import Noise
 from scheduler.sim.profile import Profile
-from scheduler.sim.sequence import Line, Sequence, Status
+from scheduler.sim.roster import Chunk, Roster
+from scheduler.sim.sequence import Sequence, Status
 from scheduler.sim.step import Counters, Step
 
 
@@ -62,30 +57,19 @@ class Engine:
         )
         self.durations = Durations(profile, noise)
         self.counters = Counters()
-        self._line = Line(by_priority=settings.scheduling_policy == "priority")
+        self._roster = Roster(settings, self.holdings, self.counters)
         self._all: dict[str, Sequence] = {}
-        self._running: dict[str, Sequence] = {}
-        self._prefill: dict[str, Sequence] = {}
-        self._loading: list[Sequence] = []
-        # Loaded, and waiting for a seat only: behind one that waits for their blocks they would wait for ever.
-        self._ready: list[Sequence] = []
-        self._decodes = Decodes(settings.block_size)
-        # 1 between giving the decodes the blocks of a step and advancing the clock over it.
-        self._fed_ahead = 0
-        self._is_admitting = True
         self._is_frozen = False
-        # The head of the line cannot enter before something is freed.
-        self._is_blocked = False
 
     # What can be asked.
 
     @property
     def n_running(self) -> int:
-        return len(self._running)
+        return len(self._roster.running)
 
     @property
     def n_waiting(self) -> int:
-        return self._line.count
+        return self._roster.n_waiting
 
     @property
     def kv_usage(self) -> float:
@@ -98,19 +82,19 @@ class Engine:
     @property
     def decode_context(self) -> int:
         """KV tokens that the decodes read in their next step."""
-        return self._decodes.context
+        return self._roster.decodes.context
 
     def __contains__(self, sequence_id: str) -> bool:
         return sequence_id in self._all
 
     def produced(self, sequence: Sequence) -> int:
         """Output tokens of a sequence so far; its own count stands still while it decodes."""
-        return sequence.output_tokens + self._decodes.gained(sequence)
+        return sequence.output_tokens + self._roster.decodes.gained(sequence)
 
     def prefill_left(self) -> tuple[int, int]:
         """Prompt tokens to compute before a newcomer's, and their (query, key) pairs of attention."""
         tokens = pairs = 0
-        for sequence in [*self._prefill.values(), *self._ready, *self._line]:
+        for sequence in self._roster.before_newcomers():
             is_waiting = sequence.status is Status.WAITING and not sequence.is_loaded
             done = (
                 self.holdings.hits(sequence) * self.settings.block_size
@@ -127,9 +111,9 @@ class Engine:
 
         While it lasts a caller may let the engine be, and `step` with `until` when it has news.
         """
-        if self._is_frozen or self._can_admit() or self._prefill or not self._decodes:
+        roster, decodes = self._roster, self._roster.decodes
+        if self._is_frozen or roster.can_admit or roster.prefill or not decodes:
             return None
-        decodes = self._decodes
         return self.durations.quiet_s(decodes.next_end, len(decodes), decodes.context)
 
     # What can be told.
@@ -146,8 +130,7 @@ class Engine:
         refusal.check_size(sequence, self.settings, self.kv_tokens)
         self.check_admission()
         self._all[sequence.id] = sequence
-        self._line.push(sequence)
-        self._is_blocked = False
+        self._roster.wait(sequence)
 
     def check_admission(self) -> None:
         """Whether a newcomer would be taken in.
@@ -162,14 +145,7 @@ class Engine:
         sequence = self._all.get(sequence_id)
         if sequence is None:
             return None
-        if sequence in self._ready:
-            self._ready.remove(sequence)
-        elif sequence.status is Status.WAITING:
-            self._line.forget()
-        if sequence.status in (Status.PREFILL, Status.DECODE):
-            self._leave(sequence)
-        elif sequence.held:
-            self._let_go(sequence)
+        self._roster.drop(sequence)
         sequence.finish_reason = "abort"
         self._retire(sequence)
         return sequence
@@ -181,36 +157,30 @@ class Engine:
 
     def pause(self, *, freeze: bool) -> None:
         """Admit nobody; with `freeze` the running ones stand still too."""
-        self._is_admitting = False
+        self._roster.is_admitting = False
         self._is_frozen = freeze
 
     def resume(self) -> None:
-        self._is_admitting = True
+        self._roster.is_admitting = True
+        self._roster.stir()
         self._is_frozen = False
-        self._is_blocked = False
 
     def take_loading(self) -> list[Sequence]:
         """Who has been given blocks for KV that another engine has, since it was last asked."""
-        loading, self._loading = self._loading, []
-        return loading
+        return self._roster.take_loading()
 
     def loaded(self, sequence_id: str) -> bool:
         """A prompt's KV has come over the link; False: nobody waits for it any more."""
         sequence = self._all.get(sequence_id)
         if sequence is None or sequence.status is not Status.LOADING:
             return False
-        sequence.computed = sequence.prompt_tokens - 1
-        self.holdings.seal(sequence, sequence.computed)
-        sequence.is_loaded = True
-        sequence.status = Status.WAITING
-        self._ready.append(sequence)
-        self._is_blocked = False
+        self._roster.come(sequence)
         return True
 
     def forget(self, sequence_id: str) -> None:
         """Free what an ended sequence left, if that has not happened yet."""
         if self.holdings.forget(sequence_id):
-            self._is_blocked = False
+            self._roster.stir()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False, and nothing done, while any block is held."""
@@ -225,28 +195,22 @@ class Engine:
         """
         if self._is_frozen:
             return None
-        can_admit = self._can_admit()
-        if not (can_admit or self._running):
+        roster = self._roster
+        can_admit = roster.can_admit
+        if not (can_admit or roster.running):
             return None
-        if until is not None and self._decodes and not (can_admit or self._prefill):
+        if until is not None and roster.decodes and not (can_admit or roster.prefill):
             step = self._leap(now, until)
             if step is not None:
                 return step
         return self._turn(now)
 
-    def _can_admit(self) -> bool:
-        if not self._is_admitting:
-            return False
-        has_seat = len(self._running) < self.settings.max_num_seqs
-        return bool(self._ready and has_seat) or (not self._is_blocked and self._line.count > 0)
-
     # One step.
 
     def _turn(self, now: float) -> Step | None:
         step = Step(started_at=now)
-        self._feed_decodes(step)
-        chunks = self._feed_prefills(step)
-        if not (self._decodes or chunks):
+        chunks = self._roster.feed(step)
+        if not (self._roster.decodes or chunks):
             return self._turn_again(step)
         ended_at = now + self._duration_s(chunks, step)
         step.ends.append(ended_at)
@@ -257,141 +221,39 @@ class Engine:
 
     def _turn_again(self, step: Step) -> Step | None:
         """Everybody who ran was preempted: start over with all blocks free, in the same moment."""
-        self._fed_ahead = 0
+        self._roster.unfeed()
         if not step.preempted:
             return None
         is_loading = any(s.status is Status.LOADING for s in self._all.values())
-        if (self.holdings.n_kept or is_loading) and not self._ready:
+        if (self.holdings.n_kept or is_loading) and not self._roster.has_ready:
             # What is short is held for others, and comes free by their doing.
-            self._is_blocked = True
+            self._roster.block()
             return None
         again = self._turn(step.started_at)
         if again is not None:
             again.preempted[:0] = step.preempted
         return again
 
-    def _feed_decodes(self, step: Step) -> None:
-        """Give every decode that crosses a block's edge its next block, preempting for it."""
-        while (n_blocks := self._decodes.blocks(1)) > self.kv.free:
-            self._preempt(self._victim(), step)
-        self.kv.take(n_blocks)
-        self._fed_ahead = 1
-
-    def _feed_prefills(self, step: Step) -> list[tuple[Sequence, int]]:
-        """Who computes how many prompt tokens: the running first, then from the line."""
-        budget = self.settings.max_num_batched_tokens - len(self._decodes)
-        chunks: list[tuple[Sequence, int]] = []
-        for sequence in list(self._prefill.values()):
-            if budget == 0:
-                break
-            chunk = self._chunk(sequence.total_tokens - sequence.computed, budget)
-            n_blocks = self.holdings.blocks(sequence.computed + chunk) - len(sequence.held)
-            if sequence.status is Status.PREFILL and self._make_room(sequence, n_blocks, step):
-                self._extend(sequence, chunk, n_blocks)
-                chunks.append((sequence, chunk))
-                budget -= chunk
-        if step.preempted:
-            return [pair for pair in chunks if pair[0].status is Status.PREFILL]
-        if self._is_admitting:
-            budget = self._seat(budget, chunks)
-            if not self._is_blocked:
-                self._admit(budget, chunks, step)
-        return chunks
-
-    def _admit(self, budget: int, chunks: list[tuple[Sequence, int]], step: Step) -> None:
-        """Take from the head of the line while slots, tokens and blocks last."""
-        while budget > 0 and (sequence := self._line.peek()) is not None:
-            if len(self._running) >= self.settings.max_num_seqs:
-                self._is_blocked = True
-                return
-            n_hits = self.holdings.hits(sequence)
-            cached = n_hits * self.settings.block_size
-            if sequence.is_remote:
-                if not self.holdings.fits(sequence, n_hits, sequence.prompt_tokens):
-                    self._is_blocked = True
-                    return
-                self._line.pop()
-                self._load(sequence, n_hits, step)
-                continue
-            wanted = sequence.total_tokens - cached
-            if not self.settings.chunked_prefill and wanted > budget:
-                return
-            chunk = self._chunk(wanted, budget)
-            if not self.holdings.fits(sequence, n_hits, cached + chunk):
-                self._is_blocked = True
-                return
-            self._line.pop()
-            self._start(sequence, n_hits, step)
-            self._extend(sequence, chunk, self.holdings.blocks(cached + chunk) - n_hits)
-            chunks.append((sequence, chunk))
-            budget -= chunk
-
-    def _seat(self, budget: int, chunks: list[tuple[Sequence, int]]) -> int:
-        """Let those go on whose KV has come: each computes one token. What is left of the budget."""
-        while self._ready and budget > 0 and len(self._running) < self.settings.max_num_seqs:
-            sequence = self._ready.pop(0)
-            self._join(sequence)
-            chunks.append((sequence, 1))
-            budget -= 1
-        return budget
-
-    def _load(self, sequence: Sequence, n_hits: int, step: Step) -> None:
-        """Take blocks for all of a prompt whose KV is to come."""
-        self._begin(sequence, n_hits, step)
-        self.holdings.take(sequence, self.holdings.blocks(sequence.prompt_tokens) - n_hits)
-        sequence.status = Status.LOADING
-        self._loading.append(sequence)
-
-    def _start(self, sequence: Sequence, n_hits: int, step: Step) -> None:
-        self._begin(sequence, n_hits, step)
-        self._join(sequence)
-
-    def _join(self, sequence: Sequence) -> None:
-        sequence.status = Status.PREFILL
-        self._running[sequence.id] = sequence
-        self._prefill[sequence.id] = sequence
-
-    def _begin(self, sequence: Sequence, n_hits: int, step: Step) -> None:
-        """Hold what is cached; the first time, say so."""
-        self.holdings.begin(sequence, n_hits)
-        if sequence.scheduled_at is None:
-            sequence.scheduled_at = step.started_at
-            sequence.cached_tokens = sequence.computed
-            self.counters.prompt_tokens += sequence.prompt_tokens
-            if self.settings.prefix_caching:
-                self.counters.prefix_queries += sequence.prompt_tokens
-                self.counters.prefix_hits += sequence.computed
-        step.scheduled.append(sequence)
-
-    def _extend(self, sequence: Sequence, chunk: int, n_blocks: int) -> None:
-        """Hold the blocks of the next chunk, and let others share those it fills."""
-        self.holdings.take(sequence, n_blocks)
-        self.holdings.seal(sequence, sequence.computed + chunk)
-
-    def _duration_s(self, chunks: list[tuple[Sequence, int]], step: Step) -> float:
-        n_decodes = len(self._decodes)
+    def _duration_s(self, chunks: list[Chunk], step: Step) -> float:
+        decodes = self._roster.decodes
+        n_decodes = len(decodes)
         new_tokens = n_decodes + sum(chunk for _, chunk in chunks)
         attention = sum(
             chunk * sequence.computed + chunk * chunk // 2 + 1 for sequence, chunk in chunks
         )
         step.new_tokens = new_tokens
         return self.durations.step_s(
-            n_decodes + len(chunks), new_tokens, attention, self._decodes.context
+            n_decodes + len(chunks), new_tokens, attention, decodes.context
         )
 
     def _advance_decodes(self, n_steps: int, ended_at: float, step: Step) -> None:
-        self._fed_ahead = 0
-        if not self._decodes:
-            return
-        step.decoded = list(self._decodes.members.values())
+        step.decoded = list(self._roster.decodes.members.values())
         self.counters.generation_tokens += n_steps * len(step.decoded)
-        for sequence in self._decodes.advance(n_steps):
-            self._leave(sequence)
+        for sequence in self._roster.advance(n_steps):
+            self._roster.leave(sequence)
             self._finish(sequence, ended_at, step)
 
-    def _advance_prefills(
-        self, chunks: list[tuple[Sequence, int]], ended_at: float, step: Step
-    ) -> None:
+    def _advance_prefills(self, chunks: list[Chunk], ended_at: float, step: Step) -> None:
         for sequence, chunk in chunks:
             sequence.computed += chunk
             if sequence.computed < sequence.total_tokens:
@@ -402,50 +264,28 @@ class Engine:
                 sequence.first_token_at = ended_at
             step.prefilled.append(sequence)
             if sequence.output_tokens >= sequence.stop_after:
-                self._leave(sequence, keeps=sequence.hands_over)
+                self._roster.leave(sequence, keeps=sequence.hands_over)
                 self._finish(sequence, ended_at, step)
             else:
-                del self._prefill[sequence.id]
-                self._decodes.join(sequence)
+                self._roster.decode(sequence)
         # Prefills seal blocks that the head of the line may share: ask it again.
         if chunks:
-            self._is_blocked = False
+            self._roster.stir()
 
     # Many steps at once.
 
     def _leap(self, now: float, until: float) -> Step | None:
         """Decode until somebody ends or a step reaches `until`; None if blocks may run short."""
-        decodes = self._decodes
+        decodes = self._roster.decodes
         ends = self.durations.quiet_ends(
             now, until, decodes.next_end, len(decodes), decodes.context
         )
-        n_blocks = decodes.blocks(len(ends))
-        if n_blocks > self.kv.free:
+        if not self._roster.feed_decodes(len(ends)):
             return None
-        self.kv.take(n_blocks)
         step = Step(started_at=now, ends=ends, new_tokens=len(decodes))
         self._advance_decodes(len(ends), ends[-1], step)
         self.counters.steps += len(ends)
         return step
-
-    # Joining and leaving.
-
-    def _leave(self, sequence: Sequence, *, keeps: bool = False) -> None:
-        """Out of the running ones: settle what it computed and free its blocks, or keep them for another engine."""
-        del self._running[sequence.id]
-        n_owned = len(sequence.held)
-        if sequence.status is Status.DECODE:
-            self._decodes.leave(sequence)
-            n_owned = max(n_owned, self.holdings.blocks(sequence.computed + self._fed_ahead))
-        else:
-            del self._prefill[sequence.id]
-        self.holdings.own(sequence, n_owned)
-        self.holdings.seal(sequence, sequence.computed)
-        self._let_go(sequence, keeps=keeps)
-
-    def _let_go(self, sequence: Sequence, *, keeps: bool = False) -> None:
-        self.holdings.let_go(sequence, keeps=keeps)
-        self._is_blocked = False
 
     def _finish(self, sequence: Sequence, ended_at: float, step: Step) -> None:
         sequence.finished_at = ended_at
@@ -455,33 +295,3 @@ class Engine:
     def _retire(self, sequence: Sequence) -> None:
         sequence.status = Status.FINISHED
         del self._all[sequence.id]
-
-    def _preempt(self, sequence: Sequence, step: Step) -> None:
-        """Free all it holds; its tokens are recomputed when it is admitted again."""
-        self._leave(sequence)
-        sequence.status = Status.WAITING
-        sequence.computed = 0
-        sequence.is_remote = sequence.is_loaded = False
-        sequence.preemptions += 1
-        self.counters.preemptions += 1
-        self._line.push_front(sequence)
-        step.preempted.append(sequence)
-
-    def _victim(self) -> Sequence:
-        if self.settings.scheduling_policy == "priority":
-            return max(self._running.values(), key=lambda s: (s.priority, s.arrived_at, s.ticket))
-        return next(reversed(self._running.values()))
-
-    def _make_room(self, sequence: Sequence, n_blocks: int, step: Step) -> bool:
-        while self.kv.free < n_blocks:
-            victim = self._victim()
-            self._preempt(victim, step)
-            if victim is sequence:
-                return False
-        return True
-
-    def _chunk(self, wanted: int, budget: int) -> int:
-        threshold = self.settings.long_prefill_token_threshold
-        if 0 < threshold < wanted:
-            wanted = threshold
-        return min(wanted, budget)
