@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tied import tied
 
 ROOT = Path(__file__).parents[1]
 HEADGATE = Path(sys.executable).with_name("headgate")
@@ -15,10 +16,10 @@ HEADGATE = Path(sys.executable).with_name("headgate")
 def started(home, *words):
     """`headgate fleet up` in the background, and the endpoints it said."""
     process = subprocess.Popen(
-        [
+        tied(
             *(HEADGATE, "fleet", "up", *words, "--json", "--stay"),
             *("--venv", ROOT / ".venv-vllm", "--directory", home),
-        ],
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tied import tied
 
 from dispatcher import glance
 from dispatcher.client import Client
@@ -53,10 +54,10 @@ def system(tmp_path_factory):
     config = directory / "settings.toml"
     config.write_text(SETTINGS)
     process = subprocess.Popen(
-        [
+        tied(
             *(HEADGATE, "up", "--emulate", "2", "--profiles", "a100,l40s", "--json"),
             *("--directory", directory, "--config", config),
-        ],
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

