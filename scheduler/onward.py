@@ -12,9 +12,10 @@ import numpy as np
 
 from scheduler.fleet import Fleet
 from scheduler.legs import Legs
-from scheduler.room import Offer, Room
+from scheduler.room import Room
 from scheduler.state import Bools, Floats, Ticket
 from scheduler.transfer import Transfer
+from scheduler.work import Offer
 
 STALL_WORTH = 0.1
 """

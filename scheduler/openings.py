@@ -22,7 +22,7 @@ class Openings:
         line: Sequence[Ticket],
         room: Room,
         *,
-        barrier: Callable[[Ticket], Floats],
+        barrier: Callable[[str], Floats],
         within_s: float,
     ) -> None:
         """Look at this line.
@@ -30,7 +30,7 @@ class Openings:
         Args:
             line: most urgent first.
             room: what there is; looked at anew each time.
-            barrier: 0 for each slot where a request may go, `inf` where not.
+            barrier: by model, 0 for each slot where a request may go, `inf` where not.
             within_s: what starts so soon, starts now.
         """
         self._line = line
@@ -54,7 +54,7 @@ class Openings:
             return -1
         last = self._line[end]
         if not room.is_tight(float(max(1, last.prompt_tokens) + last.output_tokens)):
-            open_s = room.open_s + self._barrier(last)
+            open_s = room.open_s + self._barrier(last.request.model)
             if np.minimum.reduce(open_s, initial=np.inf) <= self._within_s:
                 return end
         found = -1
@@ -76,7 +76,7 @@ class Openings:
             ticket = self._line[after + at]
             if depth > 0 and ticket.request.blocks[depth - 1] not in held:
                 continue
-            if self._barrier(ticket)[slot] == 0:
+            if self._barrier(ticket.request.model)[slot] == 0:
                 return int(after + at)
         return -1
 

@@ -5,12 +5,13 @@ import numpy as np
 from scheduler import assign
 from scheduler.memory import Memory
 from scheduler.onward import Onward
-from scheduler.plan import Choice, Planner
-from scheduler.prefix import BLOCK_TOKENS
+from scheduler.plan import Choice
+from scheduler.planner import Planner
 from scheduler.price import Usual
 from scheduler.profile.casting import Assembly, Casting
 from scheduler.room import Decodes, Room
 from scheduler.state import Floats, Ticket
+from scheduler.work import Works
 
 RETEST_MAX = 16
 "How many of those set aside are tested again in one step; the rest keep."
@@ -26,9 +27,6 @@ PREFILLED_MAX = 64
 
 PACE_TICK_S = 0.05
 "When those between two legs are looked at again who wait for a better pace, with no new fact."
-
-MATCHES_MAX = 4096
-"Prefix matches that are remembered for those who wait; then all are made anew."
 
 TICK_S = 0.01
 "The core never asks to be woken sooner: predictions are no finer."
@@ -55,8 +53,7 @@ class Planning:
         profile = memory.settings.profile
         self._assembly = None if profile is None else Assembly(profile)
         self._usual = Usual()
-        self._matches: dict[str, tuple[int, Floats | None]] = {}
-        "By request, its cached tokens at this version of the index."
+        self._works = Works(memory.prefixes, memory.sessions)
         self._aside_credit_s = 0.0
         self._room_at: float | None = None
         self._rested_at: float | None = None
@@ -165,8 +162,8 @@ class Planning:
             terms=self._terms,
             odds=self._memory.predictor.odds,
             usual=self._usual,
-            cached=self._cached,
-            barrier=lambda ticket: fleet.barrier(ticket.request.model),
+            work=lambda ticket: self._works.of(ticket, len(fleet.by_slot)),
+            barrier=fleet.barrier,
             noise=self._memory.predictor.pace.noise,
             rng=self._rng,
             casting=casting,
@@ -180,34 +177,6 @@ class Planning:
             kept = legs.kept[ticket.id]
             planner.decode(ticket, kept, self._fleet.endpoints[kept.endpoint].slot)
         onward.hold(legs)
-
-    def _cached(self, ticket: Ticket) -> Floats | None:
-        """A request's cached tokens on every slot, None where nobody has any."""
-        request, cached = ticket.request, None
-        if request.blocks:
-            cached = self._match(ticket)
-        elif request.session:
-            cached = np.zeros(len(self._fleet.by_slot))
-            found = self._memory.sessions.match(request.session, ticket.prompt_tokens)
-            for slot, tokens in found.items():
-                cached[slot] = tokens
-        return cached
-
-    def _match(self, ticket: Ticket) -> Floats | None:
-        """Its cached tokens by the index; looked up again only when that has changed."""
-        index = self._memory.prefixes
-        version, cached = self._matches.get(ticket.id, (-1, None))
-        if version != index.version:
-            found = index.match(ticket.request.blocks)
-            cached = None
-            if found:
-                cached = np.zeros(len(self._fleet.by_slot))
-                cached[list(found)] = list(found.values())
-                cached *= BLOCK_TOKENS
-            if len(self._matches) >= MATCHES_MAX:
-                self._matches.clear()
-            self._matches[ticket.id] = index.version, cached
-        return cached
 
     def _serve_aged(self, planner: Planner) -> None:
         """The share of those set aside: the oldest goes first while there is credit."""
@@ -258,7 +227,7 @@ class Planning:
         if choice.pledge is not None:
             legs.pledges[ticket.id] = choice.pledge
         ticket.cached_tokens = choice.cached_tokens
-        self._matches.pop(ticket.id, None)
+        self._works.forget(ticket.id)
         self._usual.learn(choice.work_s, ticket.prompt_tokens)
         memory.predictor.pace.prefill(choice.slot, choice.work_s, memory.now)
         ticket.pace = memory.pace_row(choice.slot)

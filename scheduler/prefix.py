@@ -133,19 +133,25 @@ class Index:
 
     def match(self, chain: Sequence[str]) -> dict[int, int]:
         """How many blocks from the start each slot holds without a gap; slots that hold none are left out."""
-        found: dict[int, int] = {}
-        holders = self._holders.get(chain[0], 0) if chain else 0
-        for depth, block in enumerate(chain):
-            still = holders & self._holders.get(block, 0)
-            if still != holders:
-                for slot in _slots(holders & ~still):
-                    found[slot] = depth
-            holders = still
+        return {slot: depth for mask, depth in self.held(chain) for slot in slots(mask)}
+
+    def held(self, chain: Sequence[str]) -> tuple[tuple[int, int], ...]:
+        """The same as bits: slots that hold as much as one another, and how many blocks, the least first."""
+        found: list[tuple[int, int]] = []
+        by_block = self._holders
+        holders = by_block.get(chain[0], 0) if chain else 0
+        depth = 0
+        for block in chain:
             if not holders:
-                return found
-        for slot in _slots(holders):
-            found[slot] = len(chain)
-        return found
+                return tuple(found)
+            still = holders & by_block.get(block, 0)
+            if still != holders:
+                found.append((holders & ~still, depth))
+                holders = still
+            depth += 1
+        if holders:
+            found.append((holders, depth))
+        return tuple(found)
 
     def insert(self, slot: int, chain: Sequence[str]) -> None:
         """This prompt goes there: its blocks are the most recent, the first of them most of all."""
@@ -240,7 +246,7 @@ class Index:
 
 
 @functools.lru_cache(maxsize=4096)
-def _slots(mask: int) -> tuple[int, ...]:
+def slots(mask: int) -> tuple[int, ...]:
     """The positions of the bits set, lowest first."""
     found = []
     while mask:

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
 from scheduler.ledger import Backlog, Line, Rates
 from scheduler.pace import Load
 from scheduler.pins import Pins
-from scheduler.prefix import BLOCK_TOKENS
-from scheduler.state import Bools, Floats, Ticket
+from scheduler.state import Bools, Floats
 
 
 class Decodes:
@@ -155,19 +153,6 @@ class Room:
             held = np.where(self.only_prefills, np.minimum(held, prompt + 1.0), held)
         return held
 
-    def keep_out(self, offer: "Offer", total_s: Floats) -> None:
-        """Make it endless seconds where there is no KV for it, with what others there hold as well."""
-        kv = self.held_kv(offer.prompt, offer.kv)
-        lacking = kv - self.kv
-        blocks = offer.ticket.request.blocks
-        total_s[lacking > BLOCK_TOKENS * len(blocks)] = math.inf
-        if not blocks:
-            return
-        for slot in ((lacking > 0) & (total_s < math.inf)).nonzero()[0].tolist():
-            depth = math.ceil(lacking[slot] / BLOCK_TOKENS)
-            if depth > kv[slot] // BLOCK_TOKENS or blocks[depth - 1] not in self.pins.held(slot):
-                total_s[slot] = math.inf
-
     def shut(self, slot: int) -> None:
         """Nothing more may go there."""
         if self.open_s[slot] < math.inf:
@@ -213,24 +198,6 @@ class Room:
         self.seats[slot] -= 1
         if self.seats[slot] <= 0:
             self.shut(slot)
-
-
-class Offer(msgspec.Struct, frozen=True):
-    """What one request would cost on every slot."""
-
-    ticket: Ticket
-    prompt: float
-    "Its prompt's tokens, at least one."
-    kv: float
-    "The KV tokens that it wants to hold: prompt and expected answer."
-    cached: Floats | None
-    "Of its prompt, what each has; None: nobody has any of it."
-    work_s: Floats
-    "Seconds of the endpoint's time."
-    service_s: Floats
-    "The same and the overhead; `inf` where it may not go."
-    is_second: bool = False
-    "Its prompt is computed, and only its decode leg is asked for."
 
 
 def _least(values: Floats) -> float:

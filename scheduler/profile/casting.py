@@ -20,8 +20,9 @@ from scheduler.profile.parts import Fetcher, Filter, Pick
 from scheduler.profile.profile import Profile
 from scheduler.profile.scene import Scene
 from scheduler.profile.trail import Trail
-from scheduler.room import Offer, Room
+from scheduler.room import Room
 from scheduler.state import Bools, Endpoint, Floats
+from scheduler.work import Offer
 
 T = TypeVar("T", bound=np.generic)
 

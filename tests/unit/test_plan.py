@@ -9,14 +9,17 @@ import pytest
 from scheduler.ledger import Backlog, Ledger, Line, Rates
 from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
-from scheduler.plan import ASIDE_MAX, Planner, PlanSettings
+from scheduler.plan import PlanSettings
+from scheduler.planner import ASIDE_MAX, Planner
 from scheduler.policies import Terms
 from scheduler.price import Usual
 from scheduler.room import Decodes, Room
 from scheduler.slo import Promise
 from scheduler.state import Ticket
 from scheduler.wire import Request
+from scheduler.work import Work, left
 
+SETTINGS = PlanSettings(commit_window_s=1.0, tie=0.0)
 FREE = Promise(ttft_s=None, tpot_s=None, deadline_at=None, priority=0, weight=1.0, refuse_at=None)
 
 
@@ -47,6 +50,8 @@ def planner(
     busy_tokens: list[float] | None = None,
     kv: list[float] | None = None,
     cached: list[float] | None = None,
+    asked: list[str] | None = None,
+    settings: PlanSettings = SETTINGS,
     **terms: float,
 ) -> Planner:
     """Endpoints of these speeds, at time 0, with nothing but tokens to cost anything."""
@@ -69,15 +74,21 @@ def planner(
         wanted_s=np.zeros(n),
     )
     held = np.array(cached or [0.0] * n)
+
+    def work(one: Ticket) -> Work:
+        if asked is not None:
+            asked.append(one.id)
+        return left(one, held)
+
     return Planner(
         room,
         now=0.0,
-        settings=PlanSettings(commit_window_s=1.0, tie=0.0),
+        settings=settings,
         terms=Terms(**terms),
         odds=lambda _, log_ratio: float(log_ratio >= 0),
         usual=usual(),
         noise=Noise,
-        cached=lambda _: held,
+        work=work,
         barrier=lambda _: np.zeros(n),
         rng=np.random.default_rng(0),
     )
@@ -128,11 +139,10 @@ def test_the_plan_ends_when_nothing_more_can_start():
 def test_the_line_is_looked_at_as_far_as_its_last_who_fits():
     """Time and a seat are no opening for those whose KV is nowhere free: nobody behind the last who fits is priced."""
     for sizes, priced in (([500, 600, 700], []), ([90, 500, 600], ["r0"])):
-        made = planner([0.001], kv=[1000.0])
+        asked = []
+        made = planner([0.001], kv=[1000.0], asked=asked)
         made.room.pins.open(0)
         made.room.take(0, 0.0, Line(tokens=0.0, pairs=0.0, kv=900.0))
-        asked = []
-        made.cached = lambda ticket, asked=asked: asked.append(ticket.id)
         made.serve([ticket(f"r{i}", size) for i, size in enumerate(sizes)])
 
         assert asked == priced
@@ -261,9 +271,14 @@ class TestLedger:
             assert row[0] == 0.0
 
 
-def decoding(promised: list[float], pace_s: list[float], alone_s: float = 0.01) -> Planner:
+def decoding(
+    promised: list[float],
+    pace_s: list[float],
+    alone_s: float = 0.01,
+    settings: PlanSettings = SETTINGS,
+) -> Planner:
     """Two alike but for what decodes there: this many promises of 50 ms, at this pace."""
-    made = planner([0.001, 0.001])
+    made = planner([0.001, 0.001], settings=settings)
     load = Load(np.array(pace_s), np.full(2, 0.001), np.zeros(2), np.full(2, alone_s))
     made.room.decodes = Decodes(
         lambda: load,
@@ -301,8 +316,8 @@ class TestPace:
 
     def test_it_can_be_switched_off(self):
         """I10: with no worth for pace, the earliest first token decides alone."""
-        made = decoding([40.0, 40.0], [0.05, 0.05])
-        made.settings = msgspec.structs.replace(made.settings, pace_worth=0.0)
+        settings = msgspec.structs.replace(SETTINGS, pace_worth=0.0)
+        made = decoding([40.0, 40.0], [0.05, 0.05], settings=settings)
 
         made.serve([paced("r")])
 
@@ -321,8 +336,8 @@ class TestFill:
     def test_among_near_equals_the_emptier_is_taken(self):
         """A full KV cache is worth some seconds of wait; off, only the first token counts (I10)."""
         for fill, slot in ((0.6, 1), (0.0, 0)):
-            made = planner([0.001, 0.0011])
-            made.settings = msgspec.structs.replace(made.settings, fill=fill)
+            settings = msgspec.structs.replace(SETTINGS, fill=fill)
+            made = planner([0.001, 0.0011], settings=settings)
             made.room.used[:] = 0.9, 0.1
 
             made.serve([ticket("r", 1000)])

@@ -1,0 +1,116 @@
+"""Which of the endpoints a request takes: soon is good, empty is good, and chance decides between equals."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from scheduler import explore
+from scheduler.onward import Onward
+from scheduler.plan import PlanSettings
+from scheduler.profile.casting import Casting
+from scheduler.room import Room
+from scheduler.state import Floats
+from scheduler.work import Offer
+
+CANDIDATES = 5
+"How many of the endpoints a decision's record names."
+
+
+class Picker:
+    """Made for one step, with its room."""
+
+    def __init__(
+        self,
+        room: Room,
+        *,
+        now: float,
+        settings: PlanSettings,
+        rng: np.random.Generator,
+        onward: Onward | None,
+        casting: Casting | None,
+    ) -> None:
+        """Pick by these; a profile (`casting`) picks itself."""
+        self._room = room
+        self._now = now
+        self._settings = settings
+        self._rng = rng
+        self._onward = onward
+        self._casting = casting
+        self._chances: Floats | None = None
+        "Of the draw that the next hand-over follows from; None: nothing was drawn."
+
+    def pick(self, offer: Offer, total_s: Floats, best: int) -> tuple[int, float, str]:
+        """The slot, with what chance it was taken, and why."""
+        left_s = offer.ticket.due_at - self._now
+        if self._casting is not None:
+            return self._casting.pick(offer, total_s < math.inf, self._rng)
+        score_s = total_s + self._settings.fill * self._used(offer)
+        if self._onward is not None and not offer.is_second:
+            score_s += self._onward.stalls_s(offer)
+        if left_s < math.inf:
+            # Who is promised a first token pays for others only out of its slack.
+            score_s[total_s > max(left_s, float(total_s[best]))] = math.inf
+        cheapest = int(score_s.argmin())
+        why = "earliest first token" if cheapest == best else "a little later, where more is free"
+        if self._settings.explore > 0:
+            slot, propensity = self._explored(total_s, score_s, cheapest, left_s)
+            return slot, propensity, f"{why}, drawn" if propensity < 1 else why
+        near = (score_s <= score_s[cheapest] * (1.0 + self._settings.tie)).nonzero()[0]
+        if len(near) == 1:
+            return cheapest, 1.0, why
+        drawn = int(self._rng.random() * len(near))
+        return int(near[drawn]), 1.0 / len(near), f"{why}, one of {len(near)} equals"
+
+    def _explored(
+        self, total_s: Floats, score_s: Floats, cheapest: int, left_s: float
+    ) -> tuple[int, float]:
+        """A draw among the nearest that could start now: whoever must wait is drawn again until it need not."""
+        window_s = self._settings.commit_window_s
+        open_ = np.zeros(len(total_s), dtype=bool)
+        near = total_s.argsort(kind="stable")[:CANDIDATES]
+        open_[near] = self._room.start_s[near] <= window_s
+        if not open_[cheapest]:
+            return cheapest, 1.0
+        chances = explore.chances(np.where(open_, score_s, np.inf), scale=self._settings.explore)
+        chances = explore.paid(
+            chances, total_s, open_, left_s=left_s, share=self._settings.explore_paid
+        )
+        self._chances = chances
+        slot = explore.drawn(chances, self._rng.random())
+        return slot, float(chances[slot])
+
+    def weighed(
+        self, offer: Offer, candidates: Sequence[tuple[int, float]]
+    ) -> tuple[tuple[int, float, float, int, float], ...]:
+        """What an off-policy estimate wants to know of each candidate; nothing where nothing was drawn."""
+        chances, self._chances = self._chances, None
+        if chances is None:
+            return ()
+        used = self._used(offer)
+        cached = np.zeros(len(used)) if offer.cached is None else offer.cached
+        return tuple(
+            (
+                slot,
+                float(chances[slot]),
+                float(self._room.start_s[slot]),
+                int(cached[slot]),
+                float(used[slot]),
+            )
+            for slot, _ in candidates
+        )
+
+    def _used(self, offer: Offer) -> Floats:
+        """The part of KV given away where its answer would be decoded."""
+        used = self._room.used
+        if self._onward is not None and not offer.is_second:
+            used = used.copy()
+            used[self._onward.is_prefill] = used[self._onward.target(offer.ticket)[0]]
+        return used
+
+
+def nearest(total_s: Floats) -> tuple[tuple[int, float], ...]:
+    """The slots of the shortest, with their seconds, best first."""
+    order = total_s.argsort(kind="stable")[:CANDIDATES]
+    pairs = zip(order.tolist(), total_s[order].tolist(), strict=True)
+    return tuple(pair for pair in pairs if pair[1] < math.inf)

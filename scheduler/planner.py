@@ -1,0 +1,356 @@
+"""Who starts where, in seconds: the rolling plan of one step.
+
+    room  = for each endpoint, when it could begin something new, and what seats and KV it has left
+    for each request, most urgent first:
+        the endpoint where its first token comes earliest, by prediction
+        too unlikely to be on time even there, for what its time is worth?   set aside
+        would it start within the commit window?   hand it over
+        else                                       keep the place for it, bind it later
+    what the plan leaves idle takes a short one of those set aside
+
+Nothing here changes a ticket or the ledger: the plan is a list of turns that the core then takes. It ends as soon
+as nobody of the line could start anything within the window, so a full fleet costs next to nothing.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from scheduler.ledger import Line, chain
+from scheduler.legs import Pledge
+from scheduler.offers import Offers
+from scheduler.onward import Onward
+from scheduler.openings import Openings
+from scheduler.pace import Noise
+from scheduler.picking import Picker, nearest
+from scheduler.plan import Choice, PlanSettings, Turn
+from scheduler.policies import Terms
+from scheduler.price import Usual
+from scheduler.profile.casting import Casting
+from scheduler.room import Room
+from scheduler.state import Floats, Kept, Ticket
+from scheduler.wire import Leg
+from scheduler.work import Offer, Work
+from scheduler.worth import Worth
+
+ASIDE_MAX = 16
+"The most that one step sets aside (I8); the next step, at once, goes on behind them."
+
+IDLE_S = 1e-3
+"An endpoint that could begin within this is idle."
+
+BLOCKED_MAX = 16
+"After so many who wait for a better pace, others who were promised one are not tried in this step (I8)."
+
+Odds = Callable[[float, float], float]
+"The chance that log(actual / predicted) is no more than the second, for one that stands behind the first in seconds."
+
+
+class Planner:
+    """One step's plan, made and then forgotten."""
+
+    def __init__(
+        self,
+        room: Room,
+        *,
+        now: float,
+        settings: PlanSettings,
+        terms: Terms,
+        odds: Odds,
+        usual: Usual,
+        work: Callable[[Ticket], Work],
+        barrier: Callable[[str], Floats],
+        noise: Callable[[], Noise],
+        rng: np.random.Generator,
+        onward: Onward | None = None,
+        casting: Casting | None = None,
+    ) -> None:
+        """Plan with this room.
+
+        Args:
+            room: what the endpoints can take; used up.
+            now: unix seconds.
+            settings: how far and how early.
+            terms: what the policy asks.
+            odds: how far predictions are off.
+            usual: the size of requests, to price one by.
+            work: what is left to compute of a request.
+            barrier: by model, 0 for each slot where a request may go, `inf` where not.
+            noise: how far off the predicted pace may be; asked once, if ever.
+            rng: decides between equals.
+            casting: a profile that says where and which; None: the plan's own choice.
+            onward: what follows a prefill leg; None where nobody only prefills.
+        """
+        self.room = room
+        self.now = now
+        self.settings = settings
+        self.terms = terms
+        self.barrier = barrier
+        self.casting = casting
+        self.onward = onward
+        if onward is not None:
+            room.only_prefills = onward.is_prefill
+        self.odds = odds
+        self.usual = usual
+        self.offers = Offers(room, work=work, barrier=barrier, onward=onward, casting=casting)
+        self.worth = Worth(
+            room,
+            self.offers,
+            pace_worth=settings.pace_worth,
+            noise=noise,
+            onward=onward,
+            casting=casting,
+        )
+        self.picker = Picker(
+            room, now=now, settings=settings, rng=rng, onward=onward, casting=casting
+        )
+        self.choices: list[Choice] = []
+        self.turns: list[Turn] = []
+        "Who is to be set aside, and who after all is not."
+        self.is_cut = False
+        "Whether it stopped only because it had set enough aside for one step."
+        self.is_exhausted = False
+        "Whether all of the line was considered: what is idle then, nobody urgent wants."
+        self._asking: Sequence[Ticket] = ()
+        self._known: dict[str, Offer] = {}
+        "Of those who are tried again: they were priced a moment ago."
+        self._blocked = 0
+        "How many were found no place in which they gain more than they break."
+
+    @functools.cached_property
+    def waits(self) -> float:
+        """How much waits for each endpoint, in requests of the usual size."""
+        return self.usual.waits(self._asking, self.room)
+
+    def serve(self, line: Sequence[Ticket]) -> None:
+        """Plan these, most urgent first, until nothing more could start within the window."""
+        self._asking = line
+        self.is_exhausted = False
+        openings = Openings(
+            line, self.room, barrier=self.barrier, within_s=self.settings.commit_window_s
+        )
+        for at, ticket in enumerate(line):
+            if at > openings.last():
+                return
+            if self._blocked >= BLOCKED_MAX and ticket.promise.tpot_s is not None:
+                continue
+            if len(self.turns) >= ASIDE_MAX:
+                self.is_cut = True
+                return
+            self._place(self._known.get(ticket.id) or self.offers.of(ticket))
+        self.is_exhausted = True
+
+    def hopeful(self, aside: Sequence[Ticket]) -> list[Ticket]:
+        """Who of those set aside could make it alone, by the plain prediction: worth another place in the plan."""
+        if not self.room.can_start(self.settings.commit_window_s):
+            return []
+        earliest_s = self.room.earliest_s
+        found = []
+        for ticket in aside:
+            left_s = ticket.due_at - self.now
+            if left_s <= earliest_s:
+                continue
+            offer = self.offers.of(ticket)
+            if np.minimum.reduce(self.room.open_s + offer.service_s) <= left_s:
+                found.append(ticket)
+                self._known[ticket.id] = offer
+        return found
+
+    def fill(self, aside: Sequence[Ticket], *, is_calm: bool) -> None:
+        """Give what the plan leaves idle to these, in their order.
+
+        Args:
+            aside: set aside, shortest first.
+            is_calm: nobody urgent waits. Otherwise only what is shorter than the window is let in, since it
+                cannot be interrupted.
+        """
+        for ticket in aside:
+            idle = (self.room.open_s <= IDLE_S) & ~self.room.reserved
+            if self.onward is not None:
+                idle &= self.onward.is_idle()
+            if not idle.any():
+                return
+            offer = self.offers.of(ticket)
+            worthy = self.worth.allows(offer, idle)
+            if worthy is not None:
+                idle &= worthy
+            total_s = np.where(idle, self.offers.total_s(offer), np.inf)
+            slot = int(total_s.argmin())
+            if total_s[slot] == math.inf:
+                return
+            if is_calm or offer.work_s[slot] <= self.settings.commit_window_s:
+                self._hand_over(offer, slot, total_s, 1.0, "late, on an endpoint that is idle")
+
+    def serve_aged(self, ticket: Ticket) -> None:
+        """Give one that was set aside its share, whatever its chances, if it could start now."""
+        offer = self.offers.of(ticket)
+        total_s = self.offers.total_s(offer)
+        slot = int(total_s.argmin())
+        if total_s[slot] < math.inf and self._starts_now(slot):
+            self._hand_over(offer, slot, total_s, 1.0, "late, its turn by the aside share")
+
+    def decode(self, ticket: Ticket, kept: Kept, source: int) -> None:
+        """Bind the second leg of one whose prompt is computed, where its pace is kept and it begins soonest.
+
+        Where it would break more than it gains it waits a little, for as long as it can and its KV is sure to be there.
+        """
+        assert self.onward is not None
+        offer = self.onward.second_leg(self.offers.whole(ticket), source)
+        total_s = self.offers.total_s(offer)
+        best = int(total_s.argmin())
+        if total_s[best] == math.inf:
+            return
+        worthy = self.worth.allows(offer)
+        if worthy is not None and not worthy.all():
+            worthy_s = np.where(worthy, total_s, np.inf)
+            kept_slot = int(worthy_s.argmin())
+            patient_until_at = min(kept.patient_until_at, ticket.due_at - float(total_s[best]))
+            if worthy_s[kept_slot] < math.inf:
+                total_s, best = worthy_s, kept_slot
+            elif self.now < patient_until_at:
+                return
+        slot, propensity, why = self.picker.pick(offer, total_s, best)
+        self._hand_over(offer, slot, total_s, propensity, why)
+
+    def _place(self, offer: Offer) -> None:
+        total_s = self.offers.total_s(offer)
+        best = int(total_s.argmin())
+        if total_s[best] == math.inf:
+            self._wait_for_room(offer)
+            return
+        can_make_it = self._can_make_it(offer, total_s, best)
+        worthy = self.worth.allows(offer)
+        if worthy is not None and not worthy.all():
+            worthy_s = np.where(worthy, total_s, np.inf)
+            kept = int(worthy_s.argmin())
+            if worthy_s[kept] < math.inf:
+                total_s, best = worthy_s, kept
+            elif can_make_it:
+                self._blocked += offer.ticket.promise.tpot_s is not None
+                return
+        if can_make_it == (
+            offer.ticket.state == "set_aside"
+        ):  # a change; a test without one says nothing
+            kind: Literal["set_aside", "take_up"] = "take_up" if can_make_it else "set_aside"
+            self.turns.append(Turn(kind=kind, ticket=offer.ticket, total_s=float(total_s[best])))
+        if not can_make_it:
+            return
+        slot, propensity, why = self.picker.pick(offer, total_s, best)
+        if self._starts_now(slot):
+            self._hand_over(offer, slot, total_s, propensity, why)
+        else:
+            self.room.reserve(slot, float(offer.work_s[slot]), self._line(offer, slot))
+
+    def _leg(self, offer: Offer, slot: int) -> Leg:
+        if self.onward is None:
+            return "whole"
+        if offer.is_second:
+            return "decode"
+        return "prefill" if self.onward.is_prefill[slot] else "whole"
+
+    def _hand_over(
+        self, offer: Offer, slot: int, total_s: Floats, propensity: float, why: str
+    ) -> None:
+        line, leg = self._line(offer, slot), self._leg(offer, slot)
+        pledge, onward_s = None, 0.0
+        features: tuple[str, ...] = ()
+        if self.onward is not None and leg == "prefill":
+            target, onward_s = self.onward.target(offer.ticket)
+            pledge = Pledge(target, min(offer.kv, float(self.room.kv_max[target])))
+        elif self.onward is not None and leg == "decode":
+            features = self.onward.features(offer, slot)
+        cached = best_cached = 0.0
+        if offer.cached is not None:
+            cached = min(float(offer.cached[slot]), offer.prompt - 1.0)
+            open_to_it = offer.cached[np.isfinite(offer.service_s)]
+            best_cached = min(float(open_to_it.max()), offer.prompt - 1.0)
+        work_s = float(offer.work_s[slot])
+        candidates = nearest(total_s)
+        self.choices.append(
+            Choice(
+                ticket=offer.ticket,
+                slot=slot,
+                line=line,
+                cached_tokens=int(cached),
+                best_cached_tokens=int(best_cached),
+                start_s=float(self.room.start_s[slot]),
+                work_s=work_s,
+                total_s=float(total_s[slot]),
+                ahead_tokens=float(self.room.tokens[slot]),
+                ahead_pairs=float(self.room.pairs[slot]),
+                propensity=propensity,
+                candidates=candidates,
+                weighed=self.picker.weighed(offer, candidates),
+                why=why,
+                leg=leg,
+                onward_s=onward_s,
+                pledge=pledge,
+                features=features,
+            )
+        )
+        self.room.take(slot, work_s, line)
+        if self.casting is not None:
+            self.casting.took(offer, slot)
+        if pledge is not None:
+            self.room.pledge(pledge.slot, pledge.kv)
+
+    def _wait_for_room(self, offer: Offer) -> None:
+        """It fits nowhere now. The endpoint that suits it best is kept from those behind it, so that it empties.
+
+        Otherwise small requests would keep every endpoint too full for a large one for ever.
+        """
+        slot = int((self.room.start_s + offer.service_s).argmin())
+        if offer.service_s[slot] < math.inf:
+            self.room.shut(slot)
+
+    def _can_make_it(self, offer: Offer, total_s: Floats, best: int) -> bool:
+        """Whether its chance to be on time on its best endpoint is worth that endpoint's time."""
+        ticket, terms = offer.ticket, self.terms
+        if terms.odds_min <= 0 or ticket.due_at == math.inf:
+            return True
+        left_s = ticket.due_at - self.now
+        if left_s <= 0:
+            return False
+        predicted_s = float(total_s[best])
+        odds = self.odds(float(self.room.backlog_s[best]), math.log(left_s / predicted_s))
+        if odds < terms.odds_min:
+            return False
+        if terms.price <= 0:
+            return True
+        promised_s = ticket.due_at - ticket.enqueued_at
+        others = self.waits
+        if ticket.state != "set_aside":
+            others -= self.usual.share(ticket, self.room)
+        asked = terms.price * others * float(offer.work_s[best]) / promised_s
+        return odds * ticket.promise.weight >= asked
+
+    def _line(self, offer: Offer, slot: int) -> Line:
+        """What the ledger is to hold; a promise per token that cannot be kept there binds nobody."""
+        prompt, own_s = offer.prompt, offer.ticket.promise.tpot_s
+        kv = min(offer.kv, float(self.room.kv_max[slot]))
+        leg = self._leg(offer, slot)
+        if leg == "prefill":
+            kv, own_s = min(kv, prompt + 1.0), None
+        keeps = (
+            own_s is not None
+            and own_s >= self.room.decodes.pace_s(self.room.held_kv(offer.prompt, offer.kv))[slot]
+        )
+        tokens = prompt
+        if offer.cached is not None:
+            tokens -= min(float(offer.cached[slot]), prompt - 1.0)
+        if leg == "decode":
+            tokens = 0.0
+        return Line(
+            tokens=tokens,
+            pairs=tokens * (prompt - 0.5 * tokens),
+            kv=kv,
+            tpot_s=own_s if own_s is not None and keeps else math.inf,
+            weight=offer.ticket.promise.weight,
+            blocks=chain(offer.ticket.request.blocks, kv),
+        )
+
+    def _starts_now(self, slot: int) -> bool:
+        return bool(self.room.start_s[slot] <= self.settings.commit_window_s)

@@ -1,0 +1,115 @@
+"""What is left to compute of a prompt on every slot, looked up again only when the prefix index has changed."""
+
+import functools
+
+import msgspec
+import numpy as np
+
+from scheduler.prefix import BLOCK_TOKENS, Index, slots
+from scheduler.sessions import Sessions
+from scheduler.state import Floats, Ticket
+
+KNOWN_MAX = 4096
+"Of so many who wait it is remembered; then all are looked up anew."
+
+
+class Work(msgspec.Struct, frozen=True):
+    """One prompt's, without regard to speed."""
+
+    prompt: float
+    "All its tokens, at least one."
+
+    cached: Floats | None
+    "Of them, what each slot has: never the last, which an engine always computes. None: nobody has any."
+
+    tokens: Floats | float
+    "The others."
+
+    pairs: Floats | float
+    "Pairs of attention of those."
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What one request would cost on every slot."""
+
+    ticket: Ticket
+    prompt: float
+    "Its prompt's tokens, at least one."
+    kv: float
+    "The KV tokens that it wants to hold: prompt and expected answer."
+    cached: Floats | None
+    "Of its prompt, what each has; None: nobody has any of it."
+    work_s: Floats
+    "Seconds of the endpoint's time."
+    service_s: Floats
+    "The same and the overhead; `inf` where it may not go."
+    is_second: bool = False
+    "Its prompt is computed, and only its decode leg is asked for."
+
+
+class _Known(msgspec.Struct):
+    version: int
+    "Of the index."
+    held: tuple[tuple[int, int], ...]
+    n_slots: int
+    work: Work
+
+
+class Works:
+    """Of everybody who waits."""
+
+    def __init__(self, prefixes: Index, sessions: Sessions) -> None:
+        """Look prompts up here."""
+        self._prefixes = prefixes
+        self._sessions = sessions
+        self._known: dict[str, _Known] = {}
+
+    def of(self, ticket: Ticket, n_slots: int) -> Work:
+        """What is left of this one."""
+        request = ticket.request
+        if request.blocks:
+            return self._by_blocks(ticket, n_slots)
+        cached = None
+        if request.session:
+            cached = np.zeros(n_slots)
+            found = self._sessions.match(request.session, ticket.prompt_tokens)
+            for slot, tokens in found.items():
+                cached[slot] = tokens
+        return left(ticket, cached)
+
+    def forget(self, request_id: str) -> None:
+        """It waits no longer."""
+        self._known.pop(request_id, None)
+
+    def _by_blocks(self, ticket: Ticket, n_slots: int) -> Work:
+        known, version = self._known.get(ticket.id), self._prefixes.version
+        if known is not None and known.version == version:
+            return known.work
+        held = self._prefixes.held(ticket.request.blocks)
+        if known is not None and known.held == held and known.n_slots == n_slots:
+            known.version = version
+            return known.work
+        if len(self._known) >= KNOWN_MAX:
+            self._known.clear()
+        work = left(ticket, _dense(held, n_slots) if held else None)
+        self._known[ticket.id] = _Known(version, held, n_slots, work)
+        return work
+
+
+@functools.lru_cache(maxsize=256)
+def _dense(held: tuple[tuple[int, int], ...], n_slots: int) -> Floats:
+    """Tokens by slot. Many who wait begin alike."""
+    cached = np.zeros(n_slots)
+    for mask, depth in held:
+        cached[list(slots(mask))] = depth * BLOCK_TOKENS
+    return cached
+
+
+def left(ticket: Ticket, cached: Floats | None) -> Work:
+    """What is left of its prompt where so much is cached; float64[n_slots], None: nobody has any."""
+    prompt = float(max(1, ticket.prompt_tokens))
+    if cached is None:
+        return Work(prompt, None, prompt, 0.5 * prompt * prompt)
+    cached = np.minimum(cached, prompt - 1.0)
+    tokens = prompt - cached
+    return Work(prompt, cached, tokens, tokens * (prompt - 0.5 * tokens))
