@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from dispatcher.streams import dispatch
-from dispatcher.streams.connection import Call, Connection
+from dispatcher.streams.connection import Begun, Call, Connection
 from scheduler.errors import FencedError, StreamError
 
 BATCH_MAX = 512
@@ -50,7 +50,11 @@ class Delivery:
         self.round_trips = 0
         "How often Redis was asked."
 
-    async def send(self, calls: Sequence[Call]) -> list[object]:
+    def begin(self, calls: Sequence[Call]) -> Begun | None:
+        """Say these now, to be given to `send` with them; None: nothing was said yet."""
+        return self._connection.begin(calls) if len(calls) <= BATCH_MAX else None
+
+    async def send(self, calls: Sequence[Call], begun: Begun | None = None) -> list[object]:
         """Every call's reply, in order; a `StreamError` where the server complained about that call itself.
 
         Raises:
@@ -58,11 +62,11 @@ class Delivery:
         """
         replies: list[object] = []
         for at in range(0, len(calls), BATCH_MAX):
-            replies += await self._send(calls[at : at + BATCH_MAX])
+            replies += await self._send(calls[at : at + BATCH_MAX], begun)
         return replies
 
-    async def _send(self, calls: Sequence[Call]) -> list[object]:
-        replies = await self._ask(calls)
+    async def _send(self, calls: Sequence[Call], begun: Begun | None) -> list[object]:
+        replies = await self._ask(calls, begun)
         tries = 0
         while unsaid := [at for at, reply in enumerate(replies) if _is_passing(reply)]:
             self._on_wait()
@@ -72,10 +76,10 @@ class Delivery:
                 replies[at] = answer
         return replies
 
-    async def _ask(self, calls: Sequence[Call]) -> list[object]:
+    async def _ask(self, calls: Sequence[Call], begun: Begun | None = None) -> list[object]:
         self.round_trips += 1
         try:
-            replies = await self._connection.batch(calls)
+            replies = await self._connection.batch(calls, begun)
         except StreamError as error:
             return [_Away(str(error))] * len(calls)
         if dispatch.FENCED in replies:

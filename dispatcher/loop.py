@@ -1,12 +1,15 @@
 """The live loop: read all, receive all, decide once, send, acknowledge.
 
 One reign of one leader. Two blocked reads fill a bounded inbox; each turn empties it, asks the core once, and sends
-all that follows in one pipeline. What Redis refuses is told to the core before the next turn. Whoever is fenced
-leaves by `FencedError`; what was read and not carried out stays pending in Redis for the next leader.
+all that follows in one pipeline. What comes while nothing is under way does not wait for its turn: who read it begins
+one, and what follows is sent before anything else happens. What Redis refuses is told to the core before the next
+turn. Whoever is fenced leaves by `FencedError`; what was read and not carried out stays pending in Redis for the next
+leader.
 """
 
 import asyncio
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -17,7 +20,7 @@ from dispatcher.journal import Core
 from dispatcher.metrics import Meter
 from dispatcher.moves import Move, Moves
 from dispatcher.recovery import FORMAT, Recovery, Saved
-from dispatcher.streams.connection import Connection, Entry
+from dispatcher.streams.connection import Begun, Connection, Entry
 from scheduler.errors import FencedError, StreamError
 from scheduler.events import (
     Arrived,
@@ -58,6 +61,15 @@ class Batch(msgspec.Struct, frozen=True):
     entries: Sequence[Entry]
 
 
+class _Turn(NamedTuple):
+    """What one look at the news comes to, perhaps on its way already."""
+
+    moves: list[Move]
+    unreadable: Sequence[Unreadable]
+    commands: Sequence[Command]
+    begun: Begun | None
+
+
 class Loop:
     """Drives one core under one epoch."""
 
@@ -87,6 +99,11 @@ class Loop:
         self._delivery = delivery
         self._meter = meter
         self._inbox: asyncio.Queue[Batch] = asyncio.Queue(INBOX_MAX)
+        self._is_idle = False
+        "Nothing is under way and nothing waits: news may begin a turn."
+        self._begun: _Turn | None = None
+        "The turn that a reader has begun."
+        self._woken = asyncio.Event()
         self._cursors: dict[str, str] = {}
         "The last entry of each log that the core has received."
         self._trouble = False
@@ -105,7 +122,7 @@ class Loop:
         unreadable = self._receive(past.events)
         async for found in self._recovery.claim_all():
             unreadable += self._receive(found)
-        await self._carry([], unreadable, [])
+        await self._finish(self._carry([], unreadable, []))
         return is_warm
 
     async def run(self) -> None:
@@ -114,7 +131,7 @@ class Loop:
             tasks.create_task(self._read_requests())
             tasks.create_task(self._read_logs())
             while True:
-                await self._turn(await self._news())
+                await self._finish(await self._next())
                 if self._connection.now() >= self._strays_at:
                     await self._look_for_strays()
 
@@ -129,18 +146,35 @@ class Loop:
 
     # One turn
 
-    async def _news(self) -> list[Batch]:
-        """All that was read, as soon as there is something; nothing, when the core wants to be woken."""
-        batches: list[Batch] = []
+    async def _next(self) -> _Turn:
+        """The turn that somebody has begun, or that all that was read or the core's own wish calls for."""
         if self._inbox.empty():
+            self._is_idle = True
             try:
                 async with asyncio.timeout(self._pause_s()):
-                    batches.append(await self._inbox.get())
+                    await self._woken.wait()
             except TimeoutError:
-                return []
+                pass
+            finally:
+                self._is_idle = False
+                self._woken.clear()
+            turn, self._begun = self._begun, None
+            if turn is not None:
+                return turn
+        batches: list[Batch] = []
         while not self._inbox.empty():
             batches.append(self._inbox.get_nowait())
-        return batches
+        return self._turn(batches)
+
+    async def _came(self, batch: Batch) -> None:
+        """News, from whoever read it."""
+        if self._is_idle:
+            self._is_idle = False
+            self._begun = self._turn([batch])
+            self._woken.set()
+            return
+        await self._inbox.put(batch)
+        await asyncio.sleep(0)  # what came is planned before more is asked for
 
     def _pause_s(self) -> float:
         wakeup_at = self._core.wakeup_at()
@@ -150,13 +184,14 @@ class Loop:
         shortest_s = TROUBLE_S if self._trouble else TURN_MIN_S
         return min(longest_s, max(shortest_s, wakeup_at - self._connection.now()))
 
-    async def _turn(self, batches: Sequence[Batch]) -> None:
+    def _turn(self, batches: Sequence[Batch]) -> _Turn:
+        """Begin a turn: no other task has its own between the news and what follows from them."""
         self._trouble = False
         events, arrived, unreadable = self._decoded(batches)
         self._receive(events)
         with self._meter.deciding():
             commands = self._core.decide(self._connection.now())
-        await self._carry(arrived, unreadable, commands)
+        return self._carry(arrived, unreadable, commands)
 
     def _decoded(
         self, batches: Sequence[Batch]
@@ -201,21 +236,26 @@ class Loop:
         except StreamError as error:
             log.warning("strays_not_seen", reason=str(error))
             return
-        await self._carry([], self._receive(found), [])
+        await self._finish(self._carry([], self._receive(found), []))
 
     # What follows from it
 
-    async def _carry(
+    def _carry(
         self,
         arrived: Sequence[Arrived],
         unreadable: Sequence[Unreadable],
         commands: Sequence[Command],
-    ) -> None:
+    ) -> _Turn:
+        """Send off what a turn comes to."""
+        moves = self._moves.of(arrived, unreadable, commands, self._connection.now())
+        begun = self._delivery.begin([move.call for move in moves])
+        return _Turn(moves, unreadable, commands, begun)
+
+    async def _finish(self, turn: _Turn) -> None:
         """Carry out a turn, and tell the core what came otherwise than it wished."""
-        now = self._connection.now()
+        moves, unreadable, commands, begun = turn
         self._meter.unreadable += len(unreadable)
-        moves = self._moves.of(arrived, unreadable, commands, now)
-        replies = await self._delivery.send([move.call for move in moves])
+        replies = await self._delivery.send([move.call for move in moves], begun)
         self._meter.commands(commands)
         refused = [
             move
@@ -292,8 +332,7 @@ class Loop:
                 continue
             if entries:
                 last = entries[-1][0]
-                await self._inbox.put(Batch(requests, entries))
-                await asyncio.sleep(0)  # what came is planned before more is asked for
+                await self._came(Batch(requests, entries))
 
     async def _read_logs(self) -> None:
         """Rewards, beats and controls, each from its own cursor."""
@@ -309,7 +348,7 @@ class Loop:
                 continue
             for stream, entries in read.items():
                 cursors[stream] = entries[-1][0]
-                await self._inbox.put(Batch(stream, entries))
+                await self._came(Batch(stream, entries))
 
 
 def _say(command: Command) -> None:

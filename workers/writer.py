@@ -1,18 +1,19 @@
 """Everything a worker writes to Redis about its jobs, in order, many moves in one round trip.
 
 Token logs gather for a few milliseconds; the first token of a request, its start and its end go at once, and take
-along whatever is ready. One batch is under way at a time: under load the batches grow by themselves. While Redis
-is away the same batch is sent again and again; every move recognises its own repetition.
+along whatever is ready: a first token and an end leave in the same turn of the loop in which they come. One batch
+is under way at a time: under load the batches grow by themselves. While Redis is away the same batch is sent again
+and again; every move recognises its own repetition.
 """
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import structlog
 
 from dispatcher.streams import sidecar
-from dispatcher.streams.connection import Call, Connection
+from dispatcher.streams.connection import Begun, Call, Connection
 from scheduler.errors import StreamError
 from scheduler.keys import Keys
 from scheduler.settings import WorkerSettings
@@ -28,6 +29,7 @@ RETRY_MIN_S, RETRY_MAX_S = 0.05, 1.0
 log = structlog.get_logger()
 
 Replied = Callable[[int], None]
+_Move: TypeAlias = tuple[Attempt | None, Call, Replied]
 
 
 class Writer:
@@ -42,7 +44,10 @@ class Writer:
             settings,
             meter,
         )
-        self._pending: list[tuple[Attempt | None, Call, Replied]] = []
+        self._pending: list[_Move] = []
+        self._begun: tuple[list[_Move], Begun] | None = None
+        "Sent already, before `run` had its turn."
+        self._is_flushing = False
         self._dirty: dict[Attempt, None] = {}
         self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -56,6 +61,7 @@ class Writer:
         """The attempt has new pieces for its token log."""
         if is_urgent:
             self._log(attempt)
+            self._begin()
             return
         self._dirty[attempt] = None
         if self._timer is None:
@@ -73,6 +79,7 @@ class Writer:
         if attempt.job.stream:
             self._log(attempt)
         self.send(attempt, call(attempt.pieces), replied)
+        self._begin()
 
     def drop(self, attempt: Attempt) -> None:
         """Write nothing more of it."""
@@ -91,7 +98,7 @@ class Writer:
             self._wake.clear()
             if self._is_due:
                 self._gather()
-            while self._pending:
+            while self._pending or self._begun:
                 if await self._flush():
                     retry_s = RETRY_MIN_S
                     continue
@@ -127,15 +134,32 @@ class Writer:
             self._meter.fenced.inc()
             attempt.halt(FENCED)
 
+    def _begin(self) -> None:
+        """Send what is ready, unless a batch is under way; `run` hears the replies."""
+        if self._is_flushing or self._begun or self.is_away:
+            return
+        batch = self._pending[:BATCH_MAX]
+        begun = self._connection.begin([call for _, call, _ in batch])
+        if begun is not None:
+            self._pending = self._pending[BATCH_MAX:]
+            self._begun = batch, begun
+
     async def _flush(self) -> bool:
         """One round trip; False where Redis did not take all of it."""
-        batch, self._pending = self._pending[:BATCH_MAX], self._pending[BATCH_MAX:]
+        if self._begun:
+            (batch, begun), self._begun = self._begun, None
+        else:
+            batch, self._pending = self._pending[:BATCH_MAX], self._pending[BATCH_MAX:]
+            begun = None
+        self._is_flushing = True
         try:
-            replies: list[Any] = await self._connection.batch([call for _, call, _ in batch])
+            replies: list[Any] = await self._connection.batch([call for _, call, _ in batch], begun)
         except StreamError as error:
             self._note_weather(str(error))
             self._pending = batch + self._pending
             return False
+        finally:
+            self._is_flushing = False
         refused = [reply for reply in replies if isinstance(reply, StreamError)]
         if not refused:
             self._note_weather("")
@@ -146,7 +170,7 @@ class Writer:
         self._again(batch, replies)
         return False
 
-    def _again(self, batch: list[tuple[Attempt | None, Call, Replied]], replies: list[Any]) -> None:
+    def _again(self, batch: list[_Move], replies: list[Any]) -> None:
         """Keep what was refused with an error, and all that follows it of the same attempt."""
         kept = []
         held_up: set[Attempt | None] = set()

@@ -21,11 +21,11 @@ import msgspec
 import redis.exceptions as weather
 
 from dispatcher.streams.clock import Clock
-from dispatcher.streams.pipe import Address, Pipe, Words
+from dispatcher.streams.pipe import Address, Begun, Pipe, Words
 from dispatcher.streams.where import REPLY_TIMEOUT_S, Where, client, without_password
 from scheduler.errors import StreamError
 
-__all__ = ("Call", "Connection", "Entry", "Value", "Where")
+__all__ = ("Begun", "Call", "Connection", "Entry", "Value", "Where")
 
 PREFIX = "hg1_"
 "What our functions' names begin with: the number is the calling convention of functions.lua."
@@ -114,14 +114,23 @@ class Connection:
             raise reply
         return reply
 
-    async def batch(self, calls: Sequence[Call]) -> list[Any]:
+    def begin(self, calls: Sequence[Call]) -> Begun | None:
+        """Send these calls now, before any other task has its turn, to be given to `batch` with them.
+
+        None: there is no open pipe, and nothing was sent; `batch` will.
+        """
+        if self._calls is None or not calls:
+            return None
+        return self._calls.begin([_words(call) for call in calls])
+
+    async def batch(self, calls: Sequence[Call], begun: Begun | None = None) -> list[Any]:
         """The replies of many calls in one round trip, in order; each is atomic, the batch is not.
 
         A call that the server refuses with an error gives that error as its reply: a `StreamError`.
         """
         if not calls:
             return []
-        replies = await self._batch(calls)
+        replies = await self._batch(calls, begun)
         errors = [reply for reply in replies if isinstance(reply, Exception)]
         if not errors:
             return replies
@@ -131,10 +140,10 @@ class Connection:
             replies = await self._batch(calls)
         return [_as_stream_error(reply, self.shown) for reply in replies]
 
-    async def _batch(self, calls: Sequence[Call]) -> list[Any]:
+    async def _batch(self, calls: Sequence[Call], begun: Begun | None = None) -> list[Any]:
         if self._calls is not None:
             with _trouble(self.shown):
-                return await _insisted(self._calls, [_words(call) for call in calls])
+                return await _insisted(self._calls, [_words(call) for call in calls], begun)
         with _Weather(self.shown):
             async with self._client.pipeline(transaction=False) as pipe:
                 for call in calls:
@@ -394,14 +403,17 @@ def _as_stream_error(reply: Any, shown: str) -> Any:
     return StreamError(f"redis at {shown}: {reply}") if isinstance(reply, Exception) else reply
 
 
-async def _insisted(pipe: Pipe, many: Sequence[Words]) -> list[Any]:
+async def _insisted(pipe: Pipe, many: Sequence[Words], begun: Begun | None = None) -> list[Any]:
     """Ask again after a lost connection: every function recognises its own repetition."""
     for pause_s in AGAIN_S:
         try:
+            if begun is not None:
+                return await pipe.replies(begun, limit_s=REPLY_TIMEOUT_S)
             return await pipe.ask(many, limit_s=REPLY_TIMEOUT_S)
         except TimeoutError:
             raise
         except OSError:
+            begun = None
             await asyncio.sleep(pause_s)
     return await pipe.ask(many, limit_s=REPLY_TIMEOUT_S)
 

@@ -12,7 +12,7 @@ left to redis-py. Nothing is ever said again here: whoever asks knows whether th
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import hiredis
@@ -25,6 +25,9 @@ CONNECT_S = 5.0
 
 Words = tuple[str | bytes | int | float, ...]
 "A command: its name and its arguments."
+
+Begun: TypeAlias = asyncio.Future[list[Any]]
+"The replies to come of commands that are written."
 
 
 class Address(NamedTuple):
@@ -74,22 +77,36 @@ class Pipe:
         self._wire: _Wire | None = None
         self._opening = asyncio.Lock()
 
-    async def ask(self, commands: Sequence[Words], *, limit_s: float | None) -> list[Any]:
-        """The replies, in order; an error of the server's is such a reply.
+    def begin(self, commands: Sequence[Words]) -> Begun | None:
+        """Write these now, before any other task has its turn; None: there is no connection, nothing was written."""
+        wire = self._wire
+        return None if wire is None or wire.is_lost else wire.ask(commands)
+
+    async def replies(self, begun: Begun, *, limit_s: float | None) -> list[Any]:
+        """The replies to what was begun, in order; an error of the server's is such a reply.
 
         Raises:
-            OSError: the connection cannot be made, or was lost before the last reply.
+            OSError: the connection was lost before the last reply.
             TimeoutError: not all had come after `limit_s`; the connection is given up.
         """
-        wire = (
-            self._wire if self._wire is not None and not self._wire.is_lost else await self._open()
-        )
         try:
             async with asyncio.timeout(limit_s):
-                return await wire.ask(commands)
+                return await begun
         except TimeoutError:
-            wire.abort()  # a frozen server's late replies would be the next asker's
+            self.close()  # a frozen server's late replies would be the next asker's
             raise
+
+    async def ask(self, commands: Sequence[Words], *, limit_s: float | None) -> list[Any]:
+        """Begin, over a new connection where there is none, and wait for the replies.
+
+        Raises:
+            OSError: as `replies`, or the connection cannot be made.
+            TimeoutError: as `replies`.
+        """
+        if not commands:
+            return []
+        begun = self.begin(commands) or (await self._open()).ask(commands)
+        return await self.replies(begun, limit_s=limit_s)
 
     def close(self) -> None:
         """Drop the connection; whoever waits gets `ConnectionError`."""
@@ -106,7 +123,7 @@ class Pipe:
                     _, wire = await loop.create_unix_connection(_Wire, address.path)
                 else:
                     _, wire = await loop.create_connection(_Wire, address.host, address.port)
-                for reply in await wire.ask(address.login):
+                for reply in await wire.ask(address.login) if address.login else ():
                     if isinstance(reply, Exception):
                         wire.abort()
                         raise reply
@@ -124,16 +141,16 @@ class _Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.is_lost = False
 
-    async def ask(self, commands: Sequence[Words]) -> list[Any]:
-        if not commands:
-            return []
+    def ask(self, commands: Sequence[Words]) -> Begun:
+        """Write these; what will hold their replies."""
+        assert commands, "nothing is asked"
         if self.is_lost or self._transport is None:
             raise ConnectionError("connection lost")
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        future: Begun = asyncio.get_running_loop().create_future()
         self._waiting.append((future, [], len(commands)))
         pack: Callable[[Words], bytes] = hiredis.pack_command  # type: ignore[assignment]  # its stub says 1-tuple
         self._transport.write(b"".join([pack(words) for words in commands]))
-        return await future
+        return future
 
     def abort(self) -> None:
         self.is_lost = True
