@@ -92,8 +92,10 @@ class Feed:
             finally:
                 if listening is not None:
                     listening.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await listening
+                    # Not `await listening`: its cancel and one of our own could not be told apart.
+                    await asyncio.wait([listening])
+                    if not listening.cancelled():
+                        listening.result()  # a bug of ours is not to be silent
 
     async def _listen(self, source: Source) -> None:
         log.info("kv_events", endpoint=self._name, source=source.events, replay=source.replay)

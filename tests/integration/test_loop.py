@@ -12,7 +12,7 @@ from dispatcher.node import Node
 from dispatcher.streams import producer, sidecar
 from dispatcher.streams.connection import Connection, Where
 from dispatcher.upkeep import Upkeep
-from scheduler.errors import SettingsError
+from scheduler.errors import SettingsError, StreamError
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.settings import LeaseSettings, LoopSettings, Settings
 from scheduler.wire import Request, Result
@@ -346,6 +346,35 @@ class TestTakeover:
                 await worker.finish(await worker.jobs())
 
                 assert await results(redis, keys, 1) == {"anew": "completed"}
+
+
+class TestEnd:
+    async def test_a_cancel_in_the_moment_of_a_failure_is_obeyed(
+        self, redis_url, settings, monkeypatch
+    ):
+        """A reign that just fails takes no cancel with it: the node ends, and does not stand for leader again."""
+        failing, has_failed = asyncio.Event(), asyncio.Event()
+
+        async def fail(_):
+            await failing.wait()
+            has_failed.set()
+            raise StreamError("Redis went away in this very moment")
+
+        monkeypatch.setattr(Upkeep, "run", fail)
+        connection = await Connection.connect(Where(url=redis_url))
+        node = Node(connection, settings, name="d1")
+        task = asyncio.create_task(node.run())
+        await until(lambda: is_so(node.is_leader))
+
+        failing.set()
+        await has_failed.wait()
+        task.cancel()
+
+        async with asyncio.timeout(LIMIT_S):
+            done, _ = await asyncio.wait([task])
+        assert task in done
+        assert task.cancelled()
+        await connection.close()
 
 
 class TestUpkeep:
