@@ -18,8 +18,9 @@ from msgspec import structs
 from scheduler import forecast, spread
 from scheduler.core import Scheduler
 from scheduler.forecast import PARTS, Forecast
-from scheduler.sim import cells, policy, trace
+from scheduler.sim import cells, trace
 from scheduler.sim.cells import Cell
+from scheduler.sim.policies import ours
 from scheduler.wire import Reward
 
 CELLS = ("A1-conv", "A2-mixed", "K1-conv", "K3-small")
@@ -56,7 +57,7 @@ class Heard:
         self._core.receive(event, now)
 
 
-class Listening(type(policy.named("plan")), frozen=True, tag="listening"):
+class Listening(ours.Plan, frozen=True, tag="listening"):
     """`plan`, with an ear to its core."""
 
     heard: list[Heard] = msgspec.field(default_factory=list)

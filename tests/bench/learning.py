@@ -1,19 +1,24 @@
-"""How soon it has learned: `python tests/bench/learning.py [SEEDS]`.
+"""How soon it has learned: `python tests/bench/learning.py [SEEDS]`, or with real traces `... SEEDS TRACES [CELL...]`.
 
 Each run is paired with one over the same arrivals and machines whose core knows already: started from the other's
-snapshot (cold start), or with an endpoint that was slow from the beginning (slow-down). Told is from when on the rolling
-mean of the time to first token stays within 10 % of the pair's.
+snapshot (cold start, join), or with an endpoint that was slow or gone from the beginning. Told is from when on the
+rolling mean of the time to first token stays within 10 % of the pair's. A trace's own load comes and goes, so its mean
+is held against the pair's and not against what it is at the end.
 """
 
+import functools
 import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
 from msgspec import structs
 
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.sim import fleet, workload, world
+from scheduler.sim import cells, fleet, trace, workload, world
+from scheduler.sim.cells import Cell
 from scheduler.sim.fleet import EndpointSpec, Fault, Fleet
+from scheduler.sim.policies import ours
 from scheduler.sim.world import World
 
 SPAN_S = 150.0
@@ -76,13 +81,15 @@ def run(where: Fleet, seed: int, *, known: Scheduler | None = None):
     return played.fates, core
 
 
-def told(fates, known, *, since_s: float) -> Told:
+def told(fates, known, *, since_s: float, window_s: float = WINDOW_S) -> Told:
     """When the one has caught up with the other for good."""
     at = np.array([fate.enqueued_at for fate in fates])
-    ours, theirs = (np.array([fate.ttft_s for fate in each]) for each in (fates, known))
+    ours, theirs = (np.array([fate.ttft_s for fate in each], float) for each in (fates, known))
+    served = np.isfinite(ours) & np.isfinite(theirs)  # a window's last ones may not have ended
+    at, ours, theirs = at[served], ours[served], theirs[served]
     last = since_s
     for moment in np.arange(since_s + 1.0, at[-1], 1.0):
-        window = (at > max(since_s, moment - WINDOW_S)) & (at <= moment)
+        window = (at > max(since_s, moment - window_s)) & (at <= moment)
         if window.any() and ours[window].mean() > (1 + PART) * theirs[window].mean():
             last = moment
     after = at > since_s
@@ -118,17 +125,131 @@ CASES = {
 }
 
 
-def main() -> None:
-    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    for name, case in CASES.items():
-        found = [case(seed) for seed in range(seeds)]
-        seconds = ", ".join(f"{one.seconds:.0f}" for one in found)
-        samples = ", ".join(str(one.samples) for one in found)
-        ratio = float(np.median([one.mean_s / one.known_s for one in found]))
-        sys.stdout.write(
-            f"{name}: within {PART:.0%} after {seconds} s ({samples} samples); mean {ratio:.3f} times\n"
+# The same on the evaluation's cells, in the part of the trace where policies are tuned.
+
+CELLS = {
+    "A1-conv": (EndpointSpec(profile="a30", count=4), EndpointSpec(profile="a30", count=4)),
+    "A2-mixed": fleet.built_in("mixed-h100-a100-l40s").endpoints,
+}
+"Their fleets; the last kind is the one that may declare what it is not, and that joins and dies."
+
+WRONG = {"a30": "a100", "l40s": "l4"}
+"Classes about twice as fast, and half as fast: 2.05 and 2.3 times."
+
+LOAD = 0.7
+CELL_SPAN_S, CELL_FAULT_S, CELL_WINDOW_S = 420.0, 180.0, 60.0
+
+
+class Starting(ours.Plan, frozen=True, tag="starting"):
+    """`plan`, from what another has learned; its core can be had afterwards."""
+
+    known: Scheduler | None = None
+    cores: list[Scheduler] = msgspec.field(default_factory=list)
+
+    def dispatch(self, stage):
+        core = super().dispatch(stage)
+        if self.known is not None:
+            assert core.restore(self.known.snapshot())
+        self.cores.append(core)
+        return core
+
+
+class OnCell:
+    """One cell's tuning window, with one seed."""
+
+    def __init__(self, name: str, cell: Cell, read, seed: int) -> None:
+        self.name, self.read, self.seed = name, read, seed
+        self.kinds = CELLS[name]
+        self.cell = structs.replace(
+            cell, windows=(0.0,), window_s=CELL_SPAN_S, run_in_s=0.0, fleet="", endpoints=self.kinds
         )
-        sys.stdout.flush()
+        self.rate_rps = LOAD * self.lab().capacity_rps(seed)
+        last = self.kinds[-1]
+        self.one = f"{last.name or last.profile}-{sum(k.count for k in self.kinds if k.profile == last.profile) - 1}"
+
+    def lab(self, **changes):
+        return cells.lab(self.name, structs.replace(self.cell, **changes), 0, self.read)
+
+    def run(self, known: Scheduler | None = None, **changes):
+        chosen = Starting(known=known, cores=[])
+        _, played = self.lab(**changes).run(
+            chosen, label="plan", seed=self.seed, rate_rps=self.rate_rps
+        )
+        return played.fates, chosen.cores[-1]
+
+    def cold(self, **changes) -> Told:
+        fates, core = self.run(**changes)
+        known, _ = self.run(core, **changes)
+        return told(fates, known, since_s=0.0, window_s=CELL_WINDOW_S)
+
+    def wrong(self) -> Told:
+        """The last kind declares another class."""
+        last = structs.replace(self.kinds[-1], hardware=WRONG[self.kinds[-1].profile])
+        return self.cold(endpoints=(*self.kinds[:-1], last))
+
+    def slowed(self) -> Told:
+        return self.befallen("slow", factor=3.0)
+
+    def died(self) -> Told:
+        return self.befallen("die")
+
+    def joined(self) -> Told:
+        """One comes that nobody has seen before; the pair's core has."""
+        faults = (Fault(at_s=CELL_FAULT_S, endpoint=self.one, kind="join"),)
+        fates, core = self.run(faults=faults)
+        known, _ = self.run(core, faults=faults)
+        return told(fates, known, since_s=CELL_FAULT_S, window_s=CELL_WINDOW_S)
+
+    def befallen(self, kind: str, **how) -> Told:
+        """What befalls one in the middle has befallen the pair's from the beginning."""
+        fault = Fault(at_s=CELL_FAULT_S, endpoint=self.one, kind=kind, **how)
+        fates, _ = self.run(faults=(fault,))
+        known, _ = self.run(faults=(structs.replace(fault, at_s=0.0),))
+        return told(fates, known, since_s=CELL_FAULT_S, window_s=CELL_WINDOW_S)
+
+
+CELL_CASES = {
+    "cold start": OnCell.cold,
+    "cold start, half declared twice as fast (A1) or slow (A2)": OnCell.wrong,
+    "one three times slower": OnCell.slowed,
+    "one joins": OnCell.joined,
+    "one dies": OnCell.died,
+}
+
+
+def reader(traces: Path):
+    """Arrivals of a trace by its name."""
+
+    @functools.cache
+    def arrivals(name: str):
+        path = next(traces.glob(f"{name}.jsonl*"))
+        with path.open("rb") as raw:
+            return trace.read(raw, name=str(path)).arrivals
+
+    return arrivals
+
+
+def say(name: str, found: list[Told]) -> None:
+    seconds = ", ".join(f"{one.seconds:.0f}" for one in found)
+    samples = ", ".join(str(one.samples) for one in found)
+    ratio = float(np.median([one.mean_s / one.known_s for one in found]))
+    sys.stdout.write(
+        f"{name}: within {PART:.0%} after {seconds} s ({samples} samples); mean {ratio:.3f} times\n"
+    )
+    sys.stdout.flush()
+
+
+def main() -> None:
+    seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    if len(sys.argv) < 3:
+        for name, case in CASES.items():
+            say(name, [case(seed) for seed in seeds])
+        return
+    read, shipped = reader(Path(sys.argv[2])), cells.shipped()
+    for cell in sys.argv[3:] or CELLS:
+        stages = [OnCell(cell, shipped.cells[cell], read, seed) for seed in seeds]
+        for name, case in CELL_CASES.items():
+            say(f"{cell}, {name}", [case(stage) for stage in stages])
 
 
 if __name__ == "__main__":
