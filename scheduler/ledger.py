@@ -51,12 +51,19 @@ class Backlog(msgspec.Struct, frozen=True):
     pairs: Floats
     "The same in pairs of attention."
 
-    overdue_s: Floats
-    "How long the head has been later than can be believed; the endpoint is not free, whatever the sums say."
+    overdue_s: Floats | None = None
+    """
+    How long the head has been later than can be believed; the endpoint is not free, whatever the sums say.
+
+    None: nobody's is.
+    """
 
     def seconds(self, rates: Rates) -> Floats:
         """Predicted seconds until the endpoint can begin something new."""
-        return self.tokens * rates.token_s + self.pairs * rates.pair_s + self.overdue_s
+        seconds: Floats = self.tokens * rates.token_s + self.pairs * rates.pair_s
+        if self.overdue_s is not None:
+            seconds += self.overdue_s
+        return seconds
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -89,6 +96,8 @@ class Ledger:
         self.decoding: list[dict[str, Line]] = []
         self.pins = Pins()
         self._promises: list[list[float]] = []
+        self.bound = 0
+        "How many hold a promise per token."
         self._sums = np.zeros((12, 0))
         self._name_rows()
 
@@ -124,6 +133,7 @@ class Ledger:
         self.kv[slot] += line.kv - shared * BLOCK_TOKENS
         self.read_kv[slot] += line.kv
         if line.tpot_s < math.inf:
+            self.bound += 1
             self.promised[slot] += line.weight
             bisect.insort(self._promises[slot], line.tpot_s)
             self.tightest_s[slot] = self._promises[slot][0]
@@ -146,6 +156,7 @@ class Ledger:
         self.kv[slot] -= line.kv - shared * BLOCK_TOKENS
         self.read_kv[slot] -= line.kv
         if line.tpot_s < math.inf:
+            self.bound -= 1
             promises = self._promises[slot]
             del promises[bisect.bisect_left(promises, line.tpot_s)]
             # Weights are any numbers: what their differences leave is taken away with the last.
@@ -159,7 +170,7 @@ class Ledger:
         age_s = self.head_is * (now - self.head_since)
         passed = age_s / np.maximum(head_s, 1e-9)
         done = np.minimum(PROGRESS_MAX, passed)
-        overdue_s = np.zeros(len(done))
+        overdue_s = None
         if np.maximum.reduce(passed, initial=0.0) > OVERDUE_FACTOR:
             late_s = age_s - OVERDUE_FACTOR * (head_s + rates.overhead_s) - OVERDUE_GRACE_S
             overdue_s = np.maximum(0.0, late_s)

@@ -78,9 +78,12 @@ class Queue:
         """The last `count`, last first."""
         return [self._tickets[place[2]] for place in self._places[: -count - 1 : -1]]
 
-    def arrange(self, tickets: Iterable[Ticket]) -> list[Ticket]:
-        """These in the order of this line."""
-        return sorted(tickets, key=self._place)
+    def joined(self, line: list[Ticket], others: Iterable[Ticket]) -> list[Ticket]:
+        """A part of this line with others at their places in it."""
+        joined = line.copy()
+        for ticket in others:
+            bisect.insort(joined, ticket, key=self._place)
+        return joined
 
 
 class Turns:
@@ -132,13 +135,13 @@ class Turns:
         first = [tenant for _, _, tenant in self._order[:count]]
         return self._merged({tenant: self._lines[tenant].items() for tenant in first}, count)
 
-    def arrange(self, tickets: Iterable[Ticket]) -> list[Ticket]:
-        """These in the order in which they would have their turns."""
-        line = sorted((ticket.order, ticket) for ticket in tickets)
+    def joined(self, line: list[Ticket], others: Iterable[Ticket]) -> list[Ticket]:
+        """These and others in the order in which they would have their turns."""
+        everybody = sorted((ticket.order, ticket) for ticket in (*line, *others))
         by_tenant: dict[str, list[tuple[Place, Ticket]]] = {}
-        for one in line:
+        for one in everybody:
             by_tenant.setdefault(one[1].request.tenant, []).append(one)
-        return self._merged({t: iter(own) for t, own in by_tenant.items()}, len(line))
+        return self._merged({t: iter(own) for t, own in by_tenant.items()}, len(everybody))
 
     def _merged(self, lines: dict[str, Iterator[tuple[Place, Ticket]]], count: int) -> list[Ticket]:
         """The first of these lines together, as if whoever is named had been given what it will probably cost."""

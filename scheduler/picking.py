@@ -113,4 +113,4 @@ def nearest(total_s: Floats) -> tuple[tuple[int, float], ...]:
     """The slots of the shortest, with their seconds, best first."""
     order = total_s.argsort(kind="stable")[:CANDIDATES]
     pairs = zip(order.tolist(), total_s[order].tolist(), strict=True)
-    return tuple(pair for pair in pairs if pair[1] < math.inf)
+    return tuple([pair for pair in pairs if pair[1] < math.inf])

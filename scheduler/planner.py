@@ -264,9 +264,9 @@ class Planner:
             features = self.onward.features(offer, slot)
         cached = best_cached = 0.0
         if offer.cached is not None:
-            cached = min(float(offer.cached[slot]), offer.prompt - 1.0)
-            open_to_it = offer.cached[np.isfinite(offer.service_s)]
-            best_cached = min(float(open_to_it.max()), offer.prompt - 1.0)
+            cached = float(offer.cached[slot])
+            may_go = offer.service_s < math.inf
+            best_cached = float(np.maximum.reduce(offer.cached, where=may_go, initial=0.0))
         work_s = float(offer.work_s[slot])
         candidates = nearest(total_s)
         self.choices.append(
@@ -340,7 +340,7 @@ class Planner:
         )
         tokens = prompt
         if offer.cached is not None:
-            tokens -= min(float(offer.cached[slot]), prompt - 1.0)
+            tokens -= float(offer.cached[slot])
         if leg == "decode":
             tokens = 0.0
         return Line(

@@ -72,7 +72,7 @@ class Planning:
         asked += [t.request.model for t in prefilled if t.request.model not in asked]
         wanted_s = self._fleet.wanted(dict.fromkeys(asked))
         self._let_rest(wanted_s)
-        if not (wanted_s < np.inf).any():
+        if np.minimum.reduce(wanted_s, initial=np.inf) == np.inf:
             return
         planner = self._planner(wanted_s)
         if planner.onward is not None:
@@ -117,8 +117,6 @@ class Planning:
     def _planner(self, wanted_s: Floats) -> Planner:
         ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now
         rates = self._memory.predictor.rates(ledger.decode_kv)
-        token_s = rates.token_s[wanted_s < np.inf]
-        self._memory.token_s = float(np.add.reduce(token_s)) / len(token_s)
         room = Room(
             rates=rates,
             backlog=ledger.backlog(rates, now),
@@ -128,12 +126,14 @@ class Planning:
             pins=ledger.pins,
             decodes=Decodes(
                 lambda: self._memory.predictor.pace.load(ledger.seats, ledger.read_kv, now),
-                tightest_s=ledger.tightest_s.copy(),
-                promised=ledger.promised.copy(),
+                tightest_s=ledger.tightest_s,
+                promised=ledger.promised,
+                is_bound=ledger.bound > 0,
             ),
             length_max=fleet.length_max,
             wanted_s=wanted_s,
         )
+        self._memory.token_s = float(np.add.reduce(rates.token_s[room.usable])) / room.count
         onward = None
         if fleet.prefilling:
             legs, predictor = self._book.legs, self._memory.predictor
@@ -192,7 +192,7 @@ class Planning:
         chosen = {choice.ticket.id for choice in planner.choices}
         hopeful = planner.hopeful(self._book.lines.aside.tail(RETEST_MAX))
         again = [ticket for ticket in hopeful if ticket.id not in chosen]
-        return self._book.lines.waiting.arrange(line + again) if again else line
+        return self._book.lines.waiting.joined(line, again) if again else line
 
     def _turn(self, planner: Planner) -> None:
         """Set aside and take up as planned; each change is noted once."""

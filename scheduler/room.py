@@ -18,22 +18,28 @@ class Decodes:
     """
 
     def __init__(
-        self, make_load: Callable[[], Load], *, tightest_s: Floats, promised: Floats
+        self,
+        make_load: Callable[[], Load],
+        *,
+        tightest_s: Floats,
+        promised: Floats,
+        is_bound: bool,
     ) -> None:
-        """Start from the ledger.
+        """Start from the ledger, which is not changed.
 
         Args:
             make_load: what decoding costs now.
             tightest_s: float64[n_slots], the shortest seconds per token promised to somebody there.
             promised: float64[n_slots], what the promises per token made there are worth together.
+            is_bound: whether anybody anywhere was promised a pace.
         """
         self._make_load = make_load
         self._load: Load | None = None
         self._taken: list[tuple[int, float]] = []
         self.tightest_s = tightest_s
         self.promised = promised
-        self.is_bound = bool(promised.any())
-        "Whether anybody anywhere was promised a pace."
+        self.is_bound = is_bound
+        self._is_own = False
 
     @property
     def load(self) -> Load:
@@ -58,6 +64,9 @@ class Decodes:
         """One more decodes there."""
         self.expect(slot, line.kv)
         if line.tpot_s < math.inf:
+            if not self._is_own:
+                self.tightest_s, self.promised = self.tightest_s.copy(), self.promised.copy()
+                self._is_own = True
             self.tightest_s[slot] = min(self.tightest_s[slot], line.tpot_s)
             self.promised[slot] += line.weight
             self.is_bound = True
@@ -88,8 +97,10 @@ class Room:
         "Until each could begin something new when the step began."
         self.start_s = self.backlog_s.copy()
         "The same now, with the places kept for the more urgent."
-        self.open_s = self.start_s + np.where(seats > 0, wanted_s, np.inf)
+        self.open_s = self.start_s + wanted_s
         "The same; `inf` where nothing more may go."
+        if _least(seats) <= 0:
+            self.open_s[seats <= 0] = math.inf
         self.usable = wanted_s < np.inf
         "Which may take something of what waits, once there is room."
         self.count = max(1, int(np.count_nonzero(self.usable)))
@@ -125,7 +136,7 @@ class Room:
     def used(self) -> Floats:
         """The part of its KV that each has given away; 0 where unknown."""
         if self._used is None:
-            if _least(self.kv_max) > 0 and _least(-self.kv_max) > -math.inf:
+            if _least(self.kv_max) > 0 and np.maximum.reduce(self.kv_max, initial=0.0) < math.inf:
                 self._used = 1.0 - self.kv / self.kv_max
             else:
                 known = np.isfinite(self.kv_max) & (self.kv_max > 0)

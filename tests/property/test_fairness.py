@@ -120,7 +120,7 @@ def test_nobody_who_waits_is_left_out(weights, rows, count):
 
     assert sorted(t.id for t in order) == sorted(f"r{i}" for i in range(len(rows)))
     assert lines.waiting.head(count) == order[:count]
-    assert lines.waiting.arrange(order) == order
+    assert lines.waiting.joined(order, []) == order
     for tenant in "abc":
         own = [t for t in order if t.request.tenant == tenant]
         assert own == sorted(own, key=by_rank)
@@ -163,7 +163,7 @@ def test_seats_follow_whatever_happens(turns):
             lines.remove(waiting[0])
 
     line, turns_ = list(lines.waiting), lines.turns
-    assert [t.id for t in lines.waiting.head(99)] == [t.id for t in turns_.arrange(line)]
+    assert [t.id for t in lines.waiting.head(99)] == [t.id for t in turns_.joined(line, [])]
     assert len(turns_) == len(line)
     assert all(turns_.accounts.had(t) >= 0 for t in "abc")
 

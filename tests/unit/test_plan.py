@@ -69,6 +69,7 @@ def planner(
             lambda: Load(np.full(n, 0.01), np.zeros(n), np.zeros(n), np.full(n, 0.01)),
             tightest_s=np.full(n, np.inf),
             promised=np.zeros(n),
+            is_bound=False,
         ),
         length_max=np.full(n, np.inf),
         wanted_s=np.zeros(n),
@@ -284,6 +285,7 @@ def decoding(
         lambda: load,
         tightest_s=np.where(np.array(promised) > 0, 0.05, np.inf),
         promised=np.array(promised),
+        is_bound=any(promised),
     )
     return made
 
