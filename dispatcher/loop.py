@@ -1,8 +1,8 @@
 """The live loop: read all, receive all, decide once, send, acknowledge.
 
 One reign of one leader. Two blocked reads fill a bounded inbox; each turn empties it, asks the core once, and sends
-all that follows in one pipeline. What comes while nothing is under way does not wait for its turn: who read it begins
-one, and what follows is sent before anything else happens. What Redis refuses is told to the core before the next
+all that follows in one pipeline. What comes while nothing is under way does not wait for its turn: it begins one, and
+what follows is sent before anything else happens. What Redis refuses is told to the core before the next
 turn. Whoever is fenced leaves by `FencedError`; what was read and not carried out stays pending in Redis for the next
 leader.
 """
@@ -20,7 +20,7 @@ from dispatcher.journal import Core
 from dispatcher.metrics import Meter
 from dispatcher.moves import Move, Moves
 from dispatcher.recovery import FORMAT, Recovery, Saved
-from dispatcher.streams.connection import Begun, Connection, Entry
+from dispatcher.streams.connection import Begun, Connection, Entry, Read
 from scheduler.errors import FencedError, StreamError
 from scheduler.events import (
     Arrived,
@@ -102,7 +102,9 @@ class Loop:
         self._is_idle = False
         "Nothing is under way and nothing waits: news may begin a turn."
         self._begun: _Turn | None = None
-        "The turn that a reader has begun."
+        "The turn that news have begun."
+        self._taken: Read | None = None
+        "Those news."
         self._woken = asyncio.Event()
         self._cursors: dict[str, str] = {}
         "The last entry of each log that the core has received."
@@ -166,14 +168,21 @@ class Loop:
             batches.append(self._inbox.get_nowait())
         return self._turn(batches)
 
-    async def _came(self, batch: Batch) -> None:
-        """News, from whoever read it."""
-        if self._is_idle:
+    def _came(self, read: Read) -> None:
+        """News, the moment they are here: they begin a turn, unless something is under way."""
+        if read and self._is_idle and self._taken is None:
             self._is_idle = False
-            self._begun = self._turn([batch])
+            self._taken = read
+            self._begun = self._turn([Batch(*row) for row in read.items()])
             self._woken.set()
+
+    async def _queue(self, read: Read) -> None:
+        """The same news, from their reader: they wait for the next turn, unless they have begun one."""
+        if read is self._taken:
+            self._taken = None
             return
-        await self._inbox.put(batch)
+        for row in read.items():
+            await self._inbox.put(Batch(*row))
         await asyncio.sleep(0)  # what came is planned before more is asked for
 
     def _pause_s(self) -> float:
@@ -313,8 +322,8 @@ class Loop:
                         [requests],
                         count=self._settings.read_max,
                         block_s=BLOCK_S,
+                        came=self._came,
                     )
-                    entries = read.get(requests, [])
                 else:
                     await self._connection.ensure_group(requests, DISPATCHER_GROUP)
                     entries = await self._connection.history(
@@ -325,14 +334,15 @@ class Loop:
                         count=self._settings.read_max,
                     )
                     is_sure = not entries
+                    read = {requests: entries} if entries else {}
                 tries = 0
             except StreamError as error:
                 is_sure = False
                 tries = await wait_out(str(error), tries)
                 continue
-            if entries:
-                last = entries[-1][0]
-                await self._came(Batch(requests, entries))
+            if read:
+                last = read[requests][-1][0]
+                await self._queue(read)
 
     async def _read_logs(self) -> None:
         """Rewards, beats and controls, each from its own cursor."""
@@ -340,7 +350,7 @@ class Loop:
         while True:
             try:
                 read = await self._connection.read(
-                    cursors, count=self._settings.read_max, block_s=BLOCK_S
+                    cursors, count=self._settings.read_max, block_s=BLOCK_S, came=self._came
                 )
                 tries = 0
             except StreamError as error:
@@ -348,7 +358,7 @@ class Loop:
                 continue
             for stream, entries in read.items():
                 cursors[stream] = entries[-1][0]
-                await self._came(Batch(stream, entries))
+            await self._queue(read)
 
 
 def _say(command: Command) -> None:

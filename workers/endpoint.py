@@ -183,7 +183,7 @@ class Endpoint:
         while True:
             await self._hands.has_room.wait()
             try:
-                await self._inbox.read(self._hands.room)
+                await self._inbox.read(self._hands.room, self._came)
                 await self._take()
                 await asyncio.sleep(0)  # what came is posted before more is asked for
             except StreamError as error:
@@ -223,6 +223,16 @@ class Endpoint:
             await asyncio.sleep(self._settings.probe_s)
 
     # Arriving.
+
+    def _came(self) -> None:
+        """A job that comes alone is on its way to the engine before any other task has its turn."""
+        if self._vigil.due_s() <= 0:
+            return
+        arrival = self._inbox.take_one(self._epoch, self._hands.knows)
+        if arrival is not None:
+            self._arrive(arrival)
+            self._admit()
+            self._changed.set()
 
     async def _take(self) -> None:
         arrivals = await self._inbox.take(self._epoch, self._cancel, self._hands.knows)

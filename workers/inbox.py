@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import structlog
 
-from dispatcher.streams.connection import Connection, Entry
+from dispatcher.streams.connection import Connection, Entry, Read
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
 from scheduler.errors import StreamError, WireError
@@ -72,28 +72,37 @@ class Inbox:
         """Make the stream and its group, unless they exist."""
         await self._connection.ensure_group(self._stream, WORKER_GROUP)
 
-    async def read(self, room: int) -> None:
-        """Wait for entries, at most `room` of them; after a lost reply first for those that were in it."""
+    async def read(self, room: int, came: Callable[[], None] = lambda: None) -> None:
+        """Wait for entries, at most `room` of them; after a lost reply first for those that were in it.
+
+        `came` is called the moment there are new ones: a lonely one may be taken by `take_one`.
+        """
         if self._entries:
             return
         if not self._is_sure:
             await self._read_again()
             return
         asked_at = self._connection.now()
+
+        def put(read: Read) -> None:
+            entries = read.get(self._stream, [])
+            self._entries.extend(entries)
+            self._seen_at = _moment(entries[-1][0]) if entries else asked_at - BEHIND_S
+            if entries:
+                came()
+
         try:
-            read = await self._connection.read_group(
+            await self._connection.read_group(
                 WORKER_GROUP,
                 self._consumer,
                 [self._stream],
                 count=min(room, READ_MAX),
                 block_s=BLOCK_S,
+                came=put,
             )
         except StreamError:
             self._is_sure = False
             raise
-        entries = read.get(self._stream, [])
-        self._entries.extend(entries)
-        self._seen_at = _moment(entries[-1][0]) if entries else asked_at - BEHIND_S
 
     async def _read_again(self) -> None:
         after = "0"
@@ -147,6 +156,24 @@ class Inbox:
             if not self._entries:
                 self.read_at = self._seen_at
         return arrivals
+
+    def take_one(self, epoch: int, is_known: Callable[[str, int], bool]) -> Arrival | None:
+        """The one job that was read, where nothing of it must be fetched; None: `take` must look."""
+        if self._taking.locked() or len(self._entries) != 1:
+            return None
+        [(entry, fields)] = self._entries
+        if b"action" in fields:
+            return None
+        try:
+            job = codec.decode(Job, fields)
+        except WireError:
+            return None
+        is_resumed = job.stream and job.attempt > 1
+        if job.epoch != epoch or is_resumed or not job.body or is_known(job.id, job.attempt):
+            return None
+        self._entries.clear()
+        self.read_at = self._seen_at
+        return Arrival(Held(self._endpoint, job, entry), job.body)
 
     def _sorted(
         self,

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from dispatcher.streams.connection import Connection, Entry
+from dispatcher.streams.connection import Connection, Entry, Read
 from scheduler.errors import StreamError
 
 READERS_MAX = 8
@@ -36,11 +36,14 @@ log = logging.getLogger("headgate.client")
 IsLast = Callable[[Mapping[bytes, bytes]], bool]
 "Whether an entry with these fields is its stream's last."
 
+Told = Callable[["Following"], None]
+"Called when entries have come."
+
 
 class Following:
     """One stream being followed: entries that came, and a signal that some did."""
 
-    def __init__(self, stream: str, after: str, is_last: IsLast) -> None:
+    def __init__(self, stream: str, after: str, is_last: IsLast, told: Told | None) -> None:
         self.stream = stream
         self.after = after
         "The last entry that was read."
@@ -49,6 +52,7 @@ class Following:
         self.room = asyncio.Event()
         self.room.set()
         self._is_last = is_last
+        self._told = told
         self._entries: deque[Entry] = deque()
 
     def put(self, entries: list[Entry]) -> None:
@@ -59,6 +63,8 @@ class Following:
         if len(self._entries) >= AHEAD_MAX:
             self.room.clear()
         self.news.set()
+        if self._told is not None:
+            self._told(self)
 
     def take(self) -> list[Entry]:
         """All that has come since the last call."""
@@ -76,9 +82,19 @@ class Follower:
         self._connection = connection
         self._readers: dict[asyncio.Task[None], _Reader] = {}
 
-    def follow(self, stream: str, after: str, *, is_last: IsLast = lambda _: False) -> Following:
-        """Read the stream from behind `after` until its last entry, or until `stop`."""
-        following = Following(stream, after, is_last)
+    def follow(
+        self,
+        stream: str,
+        after: str,
+        *,
+        is_last: IsLast = lambda _: False,
+        told: Told | None = None,
+    ) -> Following:
+        """Read the stream from behind `after` until its last entry, or until `stop`.
+
+        `told` may take what came at once; whoever waits for `news` has his turn after it.
+        """
+        following = Following(stream, after, is_last, told)
         if len(self._readers) < READERS_MAX:
             reader = _Reader(self._connection)
             task = asyncio.create_task(self._run(reader), name=f"headgate-reader-{stream}")
@@ -172,14 +188,18 @@ class _Reader:
         # Two followers of one stream take turns: a command can name it once.
         self.share.append(self.share.pop(0))
         wanted = {one.stream: one for one in open_ones}
-        came = await self._connection.read(
-            {name: one.after for name, one in wanted.items()}, count=AHEAD_MAX, block_s=WAIT_S
+
+        def came(read: Read) -> None:
+            for name, entries in read.items():
+                if entries:
+                    wanted[name].put(entries)
+
+        await self._connection.read(
+            {name: one.after for name, one in wanted.items()},
+            count=AHEAD_MAX,
+            block_s=WAIT_S,
+            came=came,
         )
-        for name, entries in came.items():
-            if entries:
-                wanted[name].put(entries)
-        # Whoever waits for these comes before the next read is sent.
-        await asyncio.sleep(0)
 
 
 async def _any_room(share: list[Following]) -> None:

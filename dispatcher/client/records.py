@@ -126,11 +126,11 @@ class Records:
         self._readers[stream] = reader
 
     async def _bring(self, stream: str, after: str) -> None:
-        following = self._follower.follow(stream, after)
+        following = self._follower.follow(stream, after, told=self._take)
         try:
             while stream == self._own or self._is_wanted(stream):
                 await following.news.wait()
-                self._take(following)
+                following.news.clear()
                 await self._trim(following)
         finally:
             self._follower.stop(following)

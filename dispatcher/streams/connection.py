@@ -13,7 +13,7 @@ the 101st call at once is an error (so calls wait for one of few connections).
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -25,7 +25,7 @@ from dispatcher.streams.pipe import Address, Begun, Pipe, Words
 from dispatcher.streams.where import REPLY_TIMEOUT_S, Where, client, without_password
 from scheduler.errors import StreamError
 
-__all__ = ("Begun", "Call", "Connection", "Entry", "Value", "Where")
+__all__ = ("Begun", "Call", "Connection", "Entry", "Read", "Value", "Where")
 
 PREFIX = "hg1_"
 "What our functions' names begin with: the number is the calling convention of functions.lua."
@@ -39,6 +39,12 @@ AGAIN_S = (0.0, 0.02, 0.1)
 Value = str | bytes | int | float
 Entry = tuple[str, dict[bytes, bytes]]
 "An entry's id and fields."
+
+Read = dict[str, list[Entry]]
+"What a read brought, by stream."
+
+Came = Callable[[Read], None]
+"Told of what a read brought."
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -183,9 +189,17 @@ class Connection:
                     raise
 
     async def read(
-        self, after: Mapping[str, str], *, count: int, block_s: float | None = None
-    ) -> dict[str, list[Entry]]:
-        """Entries after the given ids (`$`: only new ones), a list a stream; waits up to `block_s` for the first."""
+        self,
+        after: Mapping[str, str],
+        *,
+        count: int,
+        block_s: float | None = None,
+        came: Came | None = None,
+    ) -> Read:
+        """Entries after the given ids (`$`: only new ones), a list a stream; waits up to `block_s` for the first.
+
+        Where that waits, `came` gets what is returned first: before any task has its turn, over a pipe.
+        """
         if block_s is None:
             with _Weather(self.shown):
                 return _streams(await self._client.xread(dict(after), count=count))
@@ -199,7 +213,7 @@ class Connection:
             *after,
             *after.values(),
         )
-        return await self._waited(words, block_s)
+        return await self._waited(words, block_s, came)
 
     async def read_group(
         self,
@@ -209,14 +223,17 @@ class Connection:
         *,
         count: int,
         block_s: float | None,
-    ) -> dict[str, list[Entry]]:
-        """Entries that no consumer of the group has seen; they stay pending until acknowledged."""
+        came: Came | None = None,
+    ) -> Read:
+        """Entries that no consumer of the group has seen; they stay pending until acknowledged. `came`: as `read`."""
         if block_s is None:
             with _Weather(self.shown):
                 news = dict.fromkeys(streams, ">")
                 return _streams(await self._client.xreadgroup(group, consumer, news, count=count))
         head = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", _block_ms(block_s))
-        return await self._waited((*head, "STREAMS", *streams, *(">" for _ in streams)), block_s)
+        return await self._waited(
+            (*head, "STREAMS", *streams, *(">" for _ in streams)), block_s, came
+        )
 
     async def history(
         self, group: str, consumer: str, stream: str, *, after: str, count: int
@@ -301,18 +318,30 @@ class Connection:
             info = await self._client.info("memory")
         return dict(info if "used_memory" in info else next(iter(info.values())))
 
-    async def _waited(self, words: Words, block_s: float) -> dict[str, list[Entry]]:
+    async def _waited(self, words: Words, block_s: float, came: Came | None) -> Read:
         """The reply to a read that waits on the server; never asked twice, whatever becomes of it."""
         limit_s = block_s + REPLY_TIMEOUT_S  # a frozen server must not hold us for ever
+        read: Read = {}
         if self._address is None:
             with _Weather(self.shown):
                 async with asyncio.timeout(limit_s):
-                    return _streams(await self._reader.execute_command(*words))
+                    read = _streams(await self._reader.execute_command(*words))
+            if came is not None:
+                came(read)
+            return read
+
+        def told(replies: list[Any]) -> None:
+            nonlocal read
+            if not isinstance(replies[0], Exception):
+                read = _plain_streams(replies[0])
+                if came is not None:
+                    came(read)
+
         pipe = self._idle.pop() if self._idle else Pipe(self._address)
         self._reading.add(pipe)
         try:
             with _trouble(self.shown):
-                [reply] = await pipe.ask([words], limit_s=limit_s)
+                [reply] = await pipe.ask([words], limit_s=limit_s, came=told)
         except BaseException:
             pipe.close()  # what it still brings is nobody's
             raise
@@ -321,7 +350,7 @@ class Connection:
         self._idle.append(pipe)
         if isinstance(reply, Exception):
             raise _as_stream_error(reply, self.shown)
-        return _plain_streams(reply)
+        return read
 
     async def _check_version(self) -> None:
         try:

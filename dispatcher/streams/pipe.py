@@ -29,6 +29,9 @@ Words = tuple[str | bytes | int | float, ...]
 Begun: TypeAlias = asyncio.Future[list[Any]]
 "The replies to come of commands that are written."
 
+Came = Callable[[list[Any]], None]
+"Told of replies as soon as all are there."
+
 
 class Address(NamedTuple):
     """A server that a `Pipe` can reach."""
@@ -77,10 +80,10 @@ class Pipe:
         self._wire: _Wire | None = None
         self._opening = asyncio.Lock()
 
-    def begin(self, commands: Sequence[Words]) -> Begun | None:
+    def begin(self, commands: Sequence[Words], came: Came | None = None) -> Begun | None:
         """Write these now, before any other task has its turn; None: there is no connection, nothing was written."""
         wire = self._wire
-        return None if wire is None or wire.is_lost else wire.ask(commands)
+        return None if wire is None or wire.is_lost else wire.ask(commands, came)
 
     async def replies(self, begun: Begun, *, limit_s: float | None) -> list[Any]:
         """The replies to what was begun, in order; an error of the server's is such a reply.
@@ -96,8 +99,12 @@ class Pipe:
             self.close()  # a frozen server's late replies would be the next asker's
             raise
 
-    async def ask(self, commands: Sequence[Words], *, limit_s: float | None) -> list[Any]:
+    async def ask(
+        self, commands: Sequence[Words], *, limit_s: float | None, came: Came | None = None
+    ) -> list[Any]:
         """Begin, over a new connection where there is none, and wait for the replies.
+
+        `came` gets them first, before any task has its turn; what it raises is raised here.
 
         Raises:
             OSError: as `replies`, or the connection cannot be made.
@@ -105,7 +112,7 @@ class Pipe:
         """
         if not commands:
             return []
-        begun = self.begin(commands) or (await self._open()).ask(commands)
+        begun = self.begin(commands, came) or (await self._open()).ask(commands, came)
         return await self.replies(begun, limit_s=limit_s)
 
     def close(self) -> None:
@@ -136,18 +143,18 @@ class _Wire(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._reader = hiredis.Reader(replyError=ResponseError)
-        self._waiting: deque[tuple[asyncio.Future[list[Any]], list[Any], int]] = deque()
-        "Who asked, what they have got so far, and how many replies they want."
+        self._waiting: deque[tuple[Begun, list[Any], int, Came | None]] = deque()
+        "Who asked, what they have got so far, how many replies they want, and who is told of them first."
         self._transport: asyncio.Transport | None = None
         self.is_lost = False
 
-    def ask(self, commands: Sequence[Words]) -> Begun:
+    def ask(self, commands: Sequence[Words], came: Came | None = None) -> Begun:
         """Write these; what will hold their replies."""
         assert commands, "nothing is asked"
         if self.is_lost or self._transport is None:
             raise ConnectionError("connection lost")
         future: Begun = asyncio.get_running_loop().create_future()
-        self._waiting.append((future, [], len(commands)))
+        self._waiting.append((future, [], len(commands), came))
         pack: Callable[[Words], bytes] = hiredis.pack_command  # type: ignore[assignment]  # its stub says 1-tuple
         self._transport.write(b"".join([pack(words) for words in commands]))
         return future
@@ -164,17 +171,27 @@ class _Wire(asyncio.Protocol):
         reader, waiting = self._reader, self._waiting
         reader.feed(data)
         while (reply := reader.gets()) is not False:
-            future, replies, wanted = waiting[0]
+            future, replies, wanted, came = waiting[0]
             replies.append(reply)
             if len(replies) == wanted:
                 waiting.popleft()
                 if not future.done():  # else whoever asked was cancelled meanwhile
-                    future.set_result(replies)
+                    _settle(future, replies, came)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
         error = ConnectionError(f"connection lost: {exc or 'closed by the server'}")
         while self._waiting:
-            future, _, _ = self._waiting.popleft()
+            future, *_ = self._waiting.popleft()
             if not future.done():
                 future.set_exception(error)
+
+
+def _settle(future: Begun, replies: list[Any], came: Came | None) -> None:
+    try:
+        if came is not None:
+            came(replies)
+    except Exception as error:  # noqa: BLE001  the asker's to judge, not the event loop's
+        future.set_exception(error)
+    else:
+        future.set_result(replies)
