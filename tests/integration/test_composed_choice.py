@@ -9,11 +9,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
 from tied import tied
 
 from dispatcher import glance
+from dispatcher.cli import explain
 from dispatcher.client import Client
 from dispatcher.recovery import Saved
 from scheduler import codec
@@ -122,6 +124,15 @@ async def test_shares_are_kept_and_the_filter_obeyed(system, client):
     [served] = [one for one in found.endpoints if one.beat.endpoint in endpoints]
     assert served.believed == "learned"
     assert 0 < served.within_q90 <= 1
+    story = await explain.told(client, "gold-0")
+    assert any("nine in ten within" in line.detail for line in explain.lines(story))
+    async with (
+        aiohttp.ClientSession() as visitor,
+        visitor.get(system["metrics"]["dispatcher"]) as page,
+    ):
+        figures = await page.text()
+    assert f'headgate_endpoint_on_prior{{endpoint="{served.beat.endpoint}"' in figures
+    assert "headgate_forecasts_covered_total{pool=" in figures
 
 
 async def snapshot(client, *, n):
