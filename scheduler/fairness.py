@@ -40,7 +40,11 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     "The lower edge of the lowest band in which anybody waited."
 
     had: dict[str, float] = {}
-    "By tenant, for requests that have ended; those that a worker holds are charged again when they are found there."
+    """
+    By tenant, for requests that have ended; those that a worker holds are charged again when they are found there.
+
+    What ends between a leader's last snapshot and the next one's beginning is nobody's debt: seconds of work.
+    """
 
     def is_sound(self) -> bool:
         """Whether these are accounts, and no more than are ever kept."""
