@@ -44,6 +44,12 @@ async def whole(ask: Ask, handle: Handle, refused: Judge) -> web.Response:
     return web.Response(body=record.body, content_type="application/json", headers=headers)
 
 
+class _Events(web.StreamResponse):
+    """A response whose head leaves with its first word: one write, and the client is woken once."""
+
+    _send_headers_immediately = False  # aiohttp's own, for its whole responses
+
+
 class Stream:
     """An answer as chunks."""
 
@@ -60,7 +66,7 @@ class Stream:
         self._request, self._ask, self._handle = request, ask, handle
         self._write_s, self._quiet_s = write_s, keepalive_s or None
         self._chunks = Chunks(ask, request_id=ask.name or handle.id, created=int(time.time()))
-        self._response = web.StreamResponse(headers=STREAM_HEADERS | named(ask, handle))
+        self._response = _Events(headers=STREAM_HEADERS | named(ask, handle))
         self.broken_by = ""
         "The reason of the error it ended with, after its first word."
 

@@ -4,8 +4,11 @@ import asyncio
 
 import pytest
 
+from dispatcher.streams import dispatch
+from dispatcher.streams.connection import Connection
 from dispatcher.streams.pipe import Address, Pipe
 from dispatcher.streams.where import Where
+from scheduler.keys import Keys
 
 LIMIT_S = 10
 
@@ -60,6 +63,35 @@ class TestPipe:
         assert (await ask(pipe, ("CLIENT", "ID")))[0] > number
         other.close()
 
+    async def test_what_is_begun_is_on_its_way(self, pipe):
+        """What is begun is written at once, before what others ask later; without a connection nothing is begun."""
+        assert pipe.begin([("INCR", "n")]) is None
+
+        await ask(pipe, ("DEL", "n"))
+        later = asyncio.create_task(ask(pipe, ("INCR", "n")))
+        begun = pipe.begin([("INCR", "n")])
+
+        assert await pipe.replies(begun, limit_s=LIMIT_S) == [1]
+        assert await later == [2]
+
+    async def test_who_is_to_be_told_is_told_first(self, pipe):
+        """Replies are told of before any task has its turn, and what is raised then is the asker's alone."""
+        await ask(pipe, ("PING",))
+        told = []
+
+        def came(replies):
+            told.append(replies)
+            raise LookupError("not what was expected")
+
+        fine = asyncio.create_task(pipe.ask([("ECHO", "a")], limit_s=LIMIT_S, came=told.append))
+        fine.add_done_callback(lambda _: told.append("asker"))
+        assert await fine == [b"a"]
+        with pytest.raises(LookupError):
+            await pipe.ask([("ECHO", "b")], limit_s=LIMIT_S, came=came)
+
+        assert told == [[b"a"], "asker", [b"b"]]
+        assert await ask(pipe, ("ECHO", "mine")) == [b"mine"]
+
     async def test_silence_is_not_waited_out(self, pipe):
         """What comes after the limit is nobody's: the connection is given up with it."""
         with pytest.raises(TimeoutError):
@@ -78,3 +110,19 @@ class TestPipe:
         assert (who, there, await ask(pipe, ("GET", "x"))) == (b"me", b"1", [None])
         mine.close()
         await ask(pipe, ("ACL", "DELUSER", "me"))
+
+
+async def test_what_was_begun_and_lost_is_said_again(redis_url, pool):
+    """A call that was under way when its connection went is said over another, like any other call."""
+    connection = await Connection.connect(Where(url=redis_url))
+    keys = Keys("hg", pool)
+    call = dispatch.lead(keys, "node", ttl_s=60)
+    await connection.batch([call])  # opens the pipe
+
+    begun = connection.begin([call])
+    assert begun is not None
+    connection._calls.close()  # before its reply can come
+    [reply] = await connection.batch([call], begun)
+
+    assert reply[1] == b"node"
+    await connection.close()
