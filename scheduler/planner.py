@@ -42,6 +42,9 @@ ASIDE_MAX = 16
 IDLE_S = 1e-3
 "An endpoint that could begin within this is idle."
 
+KEPT_MAX = 16
+"Of those who wait for room, how many keep the endpoint that suits them from those set aside."
+
 BLOCKED_MAX = 16
 "After so many who wait for a better pace, others who were promised one are not tried in this step (I8)."
 
@@ -113,8 +116,10 @@ class Planner:
         self.is_cut = False
         "Whether it stopped only because it had set enough aside for one step."
         self.is_exhausted = False
-        "Whether all of the line was considered: what is idle then, nobody urgent wants."
+        "Whether all of the line was considered."
         self._asking: Sequence[Ticket] = ()
+        self._passed_over: Sequence[Ticket] = ()
+        "The most urgent who have no room anywhere."
         self._known: dict[str, Offer] = {}
         "Of those who are tried again: they were priced a moment ago."
         self._blocked = 0
@@ -128,12 +133,14 @@ class Planner:
     def serve(self, line: Sequence[Ticket]) -> None:
         """Plan these, most urgent first, until nothing more could start within the window."""
         self._asking = line
+        self._passed_over = ()
         self.is_exhausted = False
         openings = Openings(
             line, self.room, barrier=self.barrier, within_s=self.settings.commit_window_s
         )
         for at, ticket in enumerate(line):
             if at > openings.last():
+                self._passed_over = line[at : at + KEPT_MAX]
                 return
             if self._blocked >= BLOCKED_MAX and ticket.promise.tpot_s is not None:
                 continue
@@ -159,6 +166,10 @@ class Planner:
                 self._known[ticket.id] = offer
         return found
 
+    def has_idle(self) -> bool:
+        """Whether the plan leaves anybody idle."""
+        return self.room.can_start(IDLE_S)
+
     def fill(self, aside: Sequence[Ticket], *, is_calm: bool) -> None:
         """Give what the plan leaves idle to these, in their order.
 
@@ -167,6 +178,8 @@ class Planner:
             is_calm: nobody urgent waits. Otherwise only what is shorter than the window is let in, since it
                 cannot be interrupted.
         """
+        for ticket in self._passed_over:
+            self._keep_place(self.offers.of(ticket))
         for ticket in aside:
             idle = (self.room.open_s <= IDLE_S) & ~self.room.reserved
             if self.onward is not None:
@@ -296,6 +309,15 @@ class Planner:
             self.casting.took(offer, slot)
         if pledge is not None:
             self.room.pledge(pledge.slot, pledge.kv)
+
+    def _keep_place(self, offer: Offer) -> None:
+        """Whatever suits it best is not for those set aside."""
+        total_s = self.offers.total_s(offer)
+        slot = int(total_s.argmin())
+        if total_s[slot] < math.inf:
+            self.room.reserved[slot] = True
+        else:
+            self._wait_for_room(offer)
 
     def _wait_for_room(self, offer: Offer) -> None:
         """It fits nowhere now. The endpoint that suits it best is kept from those behind it, so that it empties.

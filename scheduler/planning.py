@@ -80,7 +80,7 @@ class Planning:
         self._serve_aged(planner)
         line = self._serve_line(planner)
         self._turn(planner)
-        if planner.is_exhausted:
+        if not planner.is_cut and self._book.lines.aside and planner.has_idle():
             self._fill(planner)
         for choice in planner.choices:
             self._hand_over(choice)
@@ -209,8 +209,6 @@ class Planning:
 
     def _fill(self, planner: Planner) -> None:
         lines = self._book.lines
-        if not lines.aside:
-            return
         chosen = {choice.ticket.id for choice in planner.choices}
         shortest = lines.aside_by_size.head(FILL_MAX)
         is_calm = all(t.id in chosen for t in lines.waiting.head(len(chosen) + 1))

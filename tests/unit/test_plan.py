@@ -75,6 +75,8 @@ def planner(
         wanted_s=np.zeros(n),
     )
     held = np.array(cached or [0.0] * n)
+    for slot in range(n):
+        room.pins.open(slot)
 
     def work(one: Ticket) -> Work:
         if asked is not None:
@@ -142,7 +144,6 @@ def test_the_line_is_looked_at_as_far_as_its_last_who_fits():
     for sizes, priced in (([500, 600, 700], []), ([90, 500, 600], ["r0"])):
         asked = []
         made = planner([0.001], kv=[1000.0], asked=asked)
-        made.room.pins.open(0)
         made.room.take(0, 0.0, Line(tokens=0.0, pairs=0.0, kv=900.0))
         made.serve([ticket(f"r{i}", size) for i, size in enumerate(sizes)])
 
@@ -150,11 +151,22 @@ def test_the_line_is_looked_at_as_far_as_its_last_who_fits():
         assert not made.is_exhausted
 
 
+def test_whoever_finds_no_room_keeps_one_endpoint_from_those_set_aside():
+    """The one that suits it best empties for it; what is idle besides may serve somebody late."""
+    made = planner([0.001, 0.002], kv=[1000.0, 1000.0])
+    made.room.withhold(np.array([900.0, 900.0]))
+
+    made.serve([ticket("large", 500)])
+    assert made.has_idle()
+    made.fill([ticket("late", 50), ticket("later", 50)], is_calm=False)
+
+    assert served(made) == [("late", 1)]
+
+
 def test_whoever_shares_what_others_hold_counts_as_one_who_fits():
     """Its own KV is what must be free: a prefix in use there is held once."""
     for held, expected in (("a", [("r", 0)]), ("b", [])):
         made = planner([0.001], kv=[1000.0])
-        made.room.pins.open(0)
         made.room.pins.hold(0, tuple(f"{held}{i}" for i in range(7)))
         made.room.take(0, 0.0, Line(tokens=0.0, pairs=0.0, kv=900.0))
         waits = ticket("r", 920)
