@@ -12,7 +12,6 @@ Nothing here changes a ticket or the ledger: the plan is a list of turns that th
 as nobody of the line could start anything within the window, so a full fleet costs next to nothing.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -118,6 +117,7 @@ class Planner:
         self.is_exhausted = False
         "Whether all of the line was considered."
         self._asking: Sequence[Ticket] = ()
+        self._waits: float | None = None
         self._passed_over: Sequence[Ticket] = ()
         "The most urgent who have no room anywhere."
         self._known: dict[str, Offer] = {}
@@ -125,19 +125,19 @@ class Planner:
         self._blocked = 0
         "How many were found no place in which they gain more than they break."
 
-    @functools.cached_property
+    @property
     def waits(self) -> float:
-        """How much waits for each endpoint, in requests of the usual size."""
-        return self.usual.waits(self._asking, self.room)
+        """How much waits for each endpoint, in requests of the usual size, as of the first who asks."""
+        if self._waits is None:
+            self._waits = self.usual.waits(self._asking, self.room)
+        return self._waits
 
     def serve(self, line: Sequence[Ticket]) -> None:
         """Plan these, most urgent first, until nothing more could start within the window."""
         self._asking = line
         self._passed_over = ()
         self.is_exhausted = False
-        openings = Openings(
-            line, self.room, barrier=self.barrier, within_s=self.settings.commit_window_s
-        )
+        openings = self._openings(line)
         for at, ticket in enumerate(line):
             if at > openings.last():
                 self._passed_over = line[at : at + KEPT_MAX]
@@ -152,7 +152,7 @@ class Planner:
 
     def hopeful(self, aside: Sequence[Ticket]) -> list[Ticket]:
         """Who of those set aside could make it alone, by the plain prediction: worth another place in the plan."""
-        if not self.room.can_start(self.settings.commit_window_s):
+        if self._openings(aside).last() < 0:
             return []
         earliest_s = self.room.earliest_s
         found = []
@@ -227,6 +227,10 @@ class Planner:
                 return
         slot, propensity, why = self.picker.pick(offer, total_s, best)
         self._hand_over(offer, slot, total_s, propensity, why)
+
+    def _openings(self, line: Sequence[Ticket]) -> Openings:
+        within_s = self.settings.commit_window_s
+        return Openings(line, self.room, barrier=self.barrier, within_s=within_s)
 
     def _place(self, offer: Offer) -> None:
         total_s = self.offers.total_s(offer)

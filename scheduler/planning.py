@@ -133,7 +133,7 @@ class Planning:
             length_max=fleet.length_max,
             wanted_s=wanted_s,
         )
-        self._memory.token_s = float(np.add.reduce(rates.token_s[room.usable])) / room.count
+        self._memory.token_s = room.mean(rates.token_s)
         onward = None
         if fleet.prefilling:
             legs, predictor = self._book.legs, self._memory.predictor

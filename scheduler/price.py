@@ -10,8 +10,6 @@ This is a bid price, as in revenue management: worth per second against what the
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from scheduler.room import Room
 from scheduler.state import Ticket
 
@@ -39,7 +37,7 @@ class Usual:
         """How much waits for each endpoint, in requests of the usual size: what was handed over, and this line."""
         if not self.tokens:
             return 0.0
-        ahead_s = float(np.add.reduce(room.backlog_s[room.usable])) / room.count
+        ahead_s = room.mean(room.backlog_s)
         # Those set aside who are tried again do not count: they compete only if they are taken up.
         tokens = sum(ticket.prompt_tokens for ticket in line if ticket.state != "set_aside")
         return ahead_s / max(self.work_s, 1e-6) + tokens / self.tokens / room.count

@@ -144,6 +144,11 @@ class Room:
                 self._used = 1.0 - free
         return self._used
 
+    def mean(self, values: Floats) -> float:
+        """Over the slots that may take something; float64[n_slots]."""
+        usable = values if self.count == len(values) else values[self.usable]
+        return float(np.add.reduce(usable)) / self.count
+
     @property
     def earliest_s(self) -> float:
         """No first token can come sooner, however short its prompt."""
