@@ -27,7 +27,7 @@ def noting(cls, method, name):
     setattr(cls, method, noted)
 
 
-def function(commands, **_):
+def function(commands, *_):
     """The function of ours that a batch begins with."""
     first = commands[0] if commands else ("",)
     return f"calls {first[1].partition('_')[2]}" if first[0] == "FCALL" else ""
@@ -35,9 +35,7 @@ def function(commands, **_):
 
 def install():
     """In every role alike: what a role has not, it never enters."""
-    from aiohttp import ClientSession  # noqa: PLC0415  only where it is wanted
-
-    from dispatcher.client.follower import Following  # noqa: PLC0415
+    from dispatcher.client.follower import Following  # noqa: PLC0415  only where it is wanted
     from dispatcher.door.answer import Stream  # noqa: PLC0415
     from dispatcher.door.server import Door  # noqa: PLC0415
     from dispatcher.loop import Loop  # noqa: PLC0415
@@ -45,12 +43,13 @@ def install():
     from workers.emulator.answer import Answer  # noqa: PLC0415
     from workers.emulator.server import Emulator  # noqa: PLC0415
     from workers.endpoint import Endpoint  # noqa: PLC0415
+    from workers.posts import Posts  # noqa: PLC0415
 
     noting(Door, "_generate", lambda _: "door: request")
-    noting(Pipe, "ask", function)
+    noting(Pipe, "begin", function)
     noting(Loop, "_turn", lambda batches: "dispatcher: turn" if batches else "")
-    noting(Endpoint, "_take", lambda: "worker: job")
-    noting(ClientSession, "post", lambda *_: "worker: posts")
+    noting(Endpoint, "_came", lambda: "worker: job")
+    noting(Posts, "send", lambda *_: "worker: posts")
     noting(Emulator, "_generate", lambda *_: "engine: request")
     noting(Answer, "_write", lambda _: "engine: writes")
     noting(Endpoint, "_heard", lambda _: "worker: token")
