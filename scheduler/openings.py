@@ -38,6 +38,8 @@ class Openings:
         self._barrier = barrier
         self._within_s = within_s
         self._known: tuple[Floats, Floats] | None = None
+        self._bounds: dict[int, tuple[float, int, bool]] = {}
+        "By slot, at so much free KV: nobody behind this place fits there, and whether he there does."
         self._seen = -1
         self._last = -1
 
@@ -59,7 +61,13 @@ class Openings:
                 return end
         found = -1
         for slot in (room.open_s <= self._within_s).nonzero()[0].tolist():
-            found = max(found, self._last_at(slot, found))
+            kv = float(room.kv[slot])
+            known_kv, bound, is_exact = self._bounds.get(slot, (-1.0, end, False))
+            if known_kv != kv or (bound > found and not is_exact):
+                last = self._last_at(slot, found)
+                bound, is_exact = max(last, found), last > found
+                self._bounds[slot] = kv, bound, is_exact
+            found = max(found, bound)
             if found == end:
                 break
         return found
