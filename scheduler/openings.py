@@ -64,8 +64,8 @@ class Openings:
             kv = float(room.kv[slot])
             known_kv, bound, is_exact = self._bounds.get(slot, (-1.0, end, False))
             if known_kv != kv or (bound > found and not is_exact):
-                last = self._last_at(slot, found)
-                bound, is_exact = max(last, found), last > found
+                at = self._last_at(slot, found)
+                bound, is_exact = max(at, found), at > found
                 self._bounds[slot] = kv, bound, is_exact
             found = max(found, bound)
             if found == end:
