@@ -35,7 +35,7 @@ from scheduler.wire import Leg
 from scheduler.work import Offer, Work
 from scheduler.worth import Worth
 
-ASIDE_MAX = 16
+ASIDE_MAX = 8
 "The most that one step sets aside (I8); the next step, at once, goes on behind them."
 
 IDLE_S = 1e-3

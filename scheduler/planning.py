@@ -13,7 +13,7 @@ from scheduler.room import Decodes, Room
 from scheduler.state import Floats, Ticket
 from scheduler.work import Works
 
-RETEST_MAX = 16
+RETEST_MAX = 8
 "How many of those set aside are tested again in one step; the rest keep."
 
 PARTS_MAX = 4

@@ -6,11 +6,13 @@
 Wall-clock figures of this machine; nothing is asserted.
 """
 
+import gc
 import statistics
 import time
 
 import numpy as np
 
+from dispatcher.cli.root import COLLECT_EVERY
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
 from scheduler.wire import Beat, Request, Reward
@@ -142,6 +144,7 @@ def say(name: str, seconds: list[float]) -> None:
 
 
 def main() -> None:
+    gc.set_threshold(COLLECT_EVERY, 10, 10)  # as the dispatcher does
     for endpoints, rate in ((16, 60.0), (16, 160.0), (100, 600.0)):
         print(f"{endpoints} endpoints, {rate:.0f} requests/s")
         for name, seconds in flow(endpoints, rate, 3000).items():
