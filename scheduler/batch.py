@@ -130,8 +130,6 @@ def admit(
     room = limits.seats - len(running)
     if room <= 0 or not held:
         return []
-    if not running and len(held) == 1:
-        return [0]  # as below, without the arrays
     joined: list[int] = []
     load = _Load(running, law, limits)
     line = order(held, load.prefill_tokens, law, now, patience_s=limits.patience_s)

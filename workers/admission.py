@@ -33,8 +33,10 @@ class Admission:
         """Those that may go in, in this order; none while the engine is away or doubted."""
         if not self._hands.held or self._health.away or self._health.is_doubted:
             return []
-        tick = perf_counter()
         held = list(self._hands.held.values())
+        if len(held) == 1 and not self._hands.running:
+            return held  # an empty batch always takes one
+        tick = perf_counter()
         places = batch.admit(
             [attempt.member(tick) for attempt in self._hands.running.values()],
             [attempt.candidate() for attempt in held],
