@@ -5,6 +5,8 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduler.ledger import Backlog, Ledger, Line, Rates
 from scheduler.pace import Load, Noise
@@ -149,6 +151,34 @@ def test_the_line_is_looked_at_as_far_as_its_last_who_fits():
 
         assert asked == priced
         assert not made.is_exhausted
+
+
+SIZES = st.lists(st.integers(1, 1500), min_size=1, max_size=ASIDE_MAX)
+SOME = st.lists(st.sampled_from([0.0, 200.0, 500.0, 900.0, 1100.0, 3000.0]), min_size=3, max_size=3)
+
+
+@given(
+    sizes=SIZES, busy=SOME, free=SOME, held=st.integers(0, 5), odds_min=st.sampled_from([0, 0.5])
+)
+def test_whoever_is_looked_at_no_more_would_not_have_started(sizes, busy, free, held, odds_min):
+    """To end early hands over the same, at the same places, as to look at everybody."""
+    found = []
+    for is_patient in (False, True):
+        made = planner([0.001, 0.002, 0.004], busy_tokens=busy, kv=[3000.0] * 3, odds_min=odds_min)
+        made.room.withhold(3000.0 - np.array(free))
+        made.room.pins.hold(1, tuple(f"b{i}" for i in range(held)))
+        line = [ticket(f"r{i}", size, due_at=1.0 + i) for i, size in enumerate(sizes)]
+        for one in line[::2]:
+            blocks = tuple(f"b{i}" for i in range(one.prompt_tokens // 128))
+            one.request = msgspec.structs.replace(one.request, blocks=blocks)
+        if is_patient:
+            for one in line:
+                made._place(made.offers.of(one))
+        else:
+            made.serve(line)
+        found.append(served(made))
+
+    assert found[0] == found[1]
 
 
 def test_whoever_finds_no_room_keeps_one_endpoint_from_those_set_aside():
