@@ -137,7 +137,11 @@ WRONG = {"a30": "a100", "l40s": "l4"}
 "Classes about twice as fast, and half as fast: 2.05 and 2.3 times."
 
 LOAD = 0.7
-CELL_SPAN_S, CELL_FAULT_S, CELL_WINDOW_S = 420.0, 180.0, 60.0
+CELL_END_S, CELL_WINDOW_S = 740.0, 60.0
+"Of the trace, which is played faster or slower than it was; and of the rolling mean."
+
+FAULT_PART = 0.4
+"Of the run: then it happens."
 
 
 class Starting(ours.Plan, frozen=True, tag="starting"):
@@ -161,9 +165,11 @@ class OnCell:
         self.name, self.read, self.seed = name, read, seed
         self.kinds = CELLS[name]
         self.cell = structs.replace(
-            cell, windows=(0.0,), window_s=CELL_SPAN_S, run_in_s=0.0, fleet="", endpoints=self.kinds
+            cell, windows=(0.0,), window_s=CELL_END_S, run_in_s=0.0, fleet="", endpoints=self.kinds
         )
-        self.rate_rps = LOAD * self.lab().capacity_rps(seed)
+        lab = self.lab()
+        self.rate_rps = LOAD * lab.capacity_rps(seed)
+        self.fault_s = FAULT_PART * len(lab.work.arrivals) / self.rate_rps
         last = self.kinds[-1]
         self.one = f"{last.name or last.profile}-{sum(k.count for k in self.kinds if k.profile == last.profile) - 1}"
 
@@ -195,17 +201,17 @@ class OnCell:
 
     def joined(self) -> Told:
         """One comes that nobody has seen before; the pair's core has."""
-        faults = (Fault(at_s=CELL_FAULT_S, endpoint=self.one, kind="join"),)
+        faults = (Fault(at_s=self.fault_s, endpoint=self.one, kind="join"),)
         fates, core = self.run(faults=faults)
         known, _ = self.run(core, faults=faults)
-        return told(fates, known, since_s=CELL_FAULT_S, window_s=CELL_WINDOW_S)
+        return told(fates, known, since_s=self.fault_s, window_s=CELL_WINDOW_S)
 
     def befallen(self, kind: str, **how) -> Told:
         """What befalls one in the middle has befallen the pair's from the beginning."""
-        fault = Fault(at_s=CELL_FAULT_S, endpoint=self.one, kind=kind, **how)
+        fault = Fault(at_s=self.fault_s, endpoint=self.one, kind=kind, **how)
         fates, _ = self.run(faults=(fault,))
         known, _ = self.run(faults=(structs.replace(fault, at_s=0.0),))
-        return told(fates, known, since_s=CELL_FAULT_S, window_s=CELL_WINDOW_S)
+        return told(fates, known, since_s=self.fault_s, window_s=CELL_WINDOW_S)
 
 
 CELL_CASES = {
