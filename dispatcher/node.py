@@ -75,7 +75,9 @@ class Node:
                 await self._lease.resign()  # it may have been granted in this very moment
                 raise
             try:
-                await self._reign(epoch)
+                # A task of its own: a group that fails leaves its own cancel counted with its parent (Python 3.11),
+                # and ours must count only what others ask of us.
+                await asyncio.create_task(self._reign(epoch), name=f"reign {epoch}")
             except* (FencedError, StreamError) as group:
                 log.warning("stood_down", epoch=epoch, reasons=[str(e) for e in _leaves(group)])
             finally:
