@@ -46,7 +46,9 @@ class Intake:
             request = codec.decode(Request, fields)
             if not request.id:
                 request = msgspec.structs.replace(request, id=entry_id)
-            servable.check(request, body_bytes=self._body_bytes, reply_root=self._keys.results + ":")
+            servable.check(
+                request, body_bytes=self._body_bytes, reply_root=self._keys.results + ":"
+            )
         except WireError as error:
             return Unreadable(self._keys.requests, entry_id, fields, str(error))
         return Arrived(request=request, entry=entry_id, enqueued_at=stamped_at(entry_id))

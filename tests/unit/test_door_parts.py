@@ -35,7 +35,9 @@ class TestHeaders:
             pytest.param({"x-llm-d-inference-ttl": "0s"}, {"max_queue_s": None}, id="no ttl"),
             pytest.param({"x-headgate-max-queue-ms": "5"}, {"max_queue_s": 0.005}, id="queue"),
             pytest.param({"x-headgate-deadline-ms": "2000"}, {"deadline_s": 2.0}, id="deadline"),
-            pytest.param({"x-headgate-expected-tokens": "90"}, {"expected_tokens": 90}, id="expected"),
+            pytest.param(
+                {"x-headgate-expected-tokens": "90"}, {"expected_tokens": 90}, id="expected"
+            ),
             pytest.param({"x-vllm-priority": "5"}, {"priority": -5}, id="vllm's is lower first"),
             pytest.param(
                 {"x-vllm-priority": "5", "x-headgate-priority": "7"}, {"priority": 7}, id="ours"
