@@ -236,8 +236,9 @@ def _standings(found: list[Standing]) -> str:
         "|---" * 5 + "|",
     ]
     for one in found:
-        overall = f"{one.overall:.3f} times" if one.is_ratio else f"{one.overall:+.1%}"
-        lines.append(f"| {one.other} | {overall} | {one.n_won} | {one.n_lost} | {one.n_places} |")
+        points = f"{100 * one.overall:+.1f} points"
+        overall = f"{one.overall:.2f} times" if one.is_ratio else points
+        lines.append(f"| `{one.other}` | {overall} | {one.n_won} | {one.n_lost} | {one.n_places} |")
     return "\n".join(lines)
 
 

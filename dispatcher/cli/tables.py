@@ -57,7 +57,9 @@ def _beside(row: Contrast, metric: str) -> str:
     if row.versus is None:
         return ""
     shown = _said(row.versus, "" if row.is_ratio else metric, signed=not row.is_ratio)
-    return shown if row.closed_gap is None else f"{shown}, {row.closed_gap:.0%} of the way"
+    if row.closed_gap is None or row.closed_gap <= 0:  # of the way back nothing is told by a share
+        return shown
+    return f"{shown}, {row.closed_gap:.0%} of the way"
 
 
 def _said(found: Estimate, metric: str, *, signed: bool = False) -> str:

@@ -38,15 +38,17 @@ class TestMarkdown:
 
     def test_shares_are_percentages_and_intervals_are_shown_where_there_is_one(self):
         ours = row("ours", 0.9, 0.98, versus=0.03, closed_gap=0.5)
+        worse = row("worse", 0.9, 0.94, versus=-0.01, closed_gap=-0.2)
         base = row("base", 0.9, 0.95, spread=0.01)
 
-        found = lines("on_time", [ours, base], "base", {0.9: 0.999})
+        found = lines("on_time", [ours, worse, base], "base", {0.9: 0.999})
 
         assert found[0] == "**on_time, %**, median of 3 runs [95 %]"
         assert found[2] == "| policy | at 0.9 | less `base` |"
         assert found[4:] == [
             "| `ours` | 98.0 | +3.0, 50% of the way |",
             "| `base` | 95.0 [94.0, 96.0] |  |",
+            "| `worse` | 94.0 | -1.0 |",
             "| bound | 99.9 |  |",
         ]
 
