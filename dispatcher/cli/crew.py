@@ -1,10 +1,13 @@
 """Parallel processes that are all begun alike, and a bar that says how far they are."""
 
+import functools
+import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from threading import Thread
 from types import FrameType
 from typing import Self, TypeVar
 
@@ -21,12 +24,10 @@ class Crew:
         """Each process calls `begin` with what is given before its first task."""
         n_jobs = jobs or os.cpu_count() or 1
         self._begin = begin, given
-        self._pool = (
-            ProcessPoolExecutor(n_jobs, initializer=begin, initargs=given) if n_jobs > 1 else None
-        )
+        child = functools.partial(_begin, begin, *given)
+        self._pool = ProcessPoolExecutor(n_jobs, initializer=child) if n_jobs > 1 else None
 
     def __enter__(self) -> Self:
-        # Ended by its parent's SIGTERM, a process would leave its own children waiting for ever.
         self._before = signal.signal(signal.SIGTERM, _leave)
         if self._pool is None:
             begin, given = self._begin
@@ -76,5 +77,21 @@ class Crew:
         return {self._pool.submit(function, *call): at for at, call in enumerate(calls)}
 
 
+def _begin(begin: Callable[..., None], *given: object) -> None:
+    """In a child: it ends with its parent, whatever that one dies of."""
+    Thread(target=_end_with_parent, daemon=True).start()
+    begin(*given)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only children run this"
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    sys.exit(128 + number)
+    """End by the signal, with the cursor that the bar hid; an exception could be lost where a process is forked."""
+    Console(stderr=True).show_cursor()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

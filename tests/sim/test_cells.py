@@ -178,15 +178,16 @@ with Crew(2, begin) as crew:
 
 
 class TestCrew:
-    def test_children_end_with_their_parent(self):
-        """After SIGTERM to the parent alone nobody is left who holds its output open."""
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_children_end_with_their_parent(self, number):
+        """Whatever the parent alone dies of, nobody is left who holds its output open."""
         command = [sys.executable, "-c", CREW]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as parent:
             parent.stdout.readline()
-            parent.terminate()
+            parent.send_signal(number)
             parent.communicate()  # to the end of what its children write, too
 
-        assert parent.returncode == 128 + signal.SIGTERM
+        assert parent.returncode == -number
 
 
 class TestShape:
