@@ -72,6 +72,7 @@ class TestShipped:
             assert made.work.arrivals
             assert (made.cut > 0) == (cell.run_in_s > 0), name
             assert cell.closed or min(cell.windows) >= 740
+            assert cell.closed or max(cell.windows) + cell.window_s <= 1200
 
     def test_an_unknown_cell_or_key_says_what_exists(self, files):
         with pytest.raises(HeadgateError, match="cell is 'A9', wanted one of: A1-conv"):
