@@ -190,6 +190,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         return Engine(self.actual, self.settings, np.random.default_rng(self.seed))
 
     @property
+    def decodes(self) -> bool:
+        return self.role != "prefill"
+
+    @property
     def kv_tokens(self) -> int:
         kv_tokens = self.settings.kv_tokens or self.actual.kv_tokens
         return kv_tokens // self.settings.block_size * self.settings.block_size

@@ -76,7 +76,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         """Refuse a policy that does not know this kind of fleet.
 
         Raises:
-            SettingsError: the fleet parts prefill from decode, and the policy's source does not.
+            SettingsError: the fleet parts prefill from decode, and the policy's source does not; or it asks for
+                more seats than the engines' flags give.
         """
         if self.fleet.is_disaggregated and not chosen.parts:
             known = ", ".join(name for name, kind in policy.BY_NAME.items() if kind().parts)
@@ -84,6 +85,13 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
                 f"policy {chosen.label!r} does not part prefill from decode, as fleet "
                 f"{self.fleet.name} does; wanted one of: {known}"
             )
+        if chosen.seats is not None:
+            most = min(one.settings.max_num_seqs for one in self._made(0) if one.decodes)
+            if chosen.seats > most:
+                raise SettingsError(
+                    f"policy {chosen.label!r} has seats {chosen.seats}, wanted at most {most}, the max_num_seqs "
+                    f"of fleet {self.fleet.name}"
+                )
 
     def capacity_rps(self, seed: int) -> float:
         """Completions a second in deep overload under earliest-finish, on this seed's machines."""
@@ -115,7 +123,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
     ) -> tuple[Report, World]:
         """One cell with one seed."""
         self.admit(chosen)
-        made = self._made(seed)
+        made = _seated(self._made(seed), chosen.seats)
         rows = world.rows(self._arriving(rate_rps), self.work.weights, self.work.objectives)
         run = self._world(rows, made, chosen, timer)
         stage = self._stage(seed)
@@ -189,6 +197,18 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             objectives=self.work.known,
             tenants=self.work.tenants,
         )
+
+
+def _seated(made: Sequence[Machine], seats: int | None) -> tuple[Machine, ...]:
+    """The same machines with so many seats where they decode."""
+    if seats is None:
+        return tuple(made)
+    return tuple(
+        structs.replace(one, settings=structs.replace(one.settings, max_num_seqs=seats))
+        if one.decodes
+        else one
+        for one in made
+    )
 
 
 def _at_rate(arrivals: Sequence[Arrival], rate_rps: float) -> tuple[Arrival, ...]:

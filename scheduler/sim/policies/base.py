@@ -5,6 +5,8 @@ docstring says whose it is. `dispatch` makes the thing that the world drives. Wh
 it hands to its router: see `baselines.senses`.
 """
 
+from typing import Annotated
+
 import msgspec
 import numpy as np
 
@@ -31,6 +33,13 @@ class LabPolicy(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"
 ):
     """What all of them offer."""
+
+    seats: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """
+    The engines' `max_num_seqs` under this policy, where they decode; None for the fleet's own.
+
+    Whoever runs a policy that does not watch the pace of decoding sets this by hand, so each may be run as set best.
+    """
 
     @property
     def label(self) -> str:
