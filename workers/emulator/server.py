@@ -1,4 +1,4 @@
-"""The emulated server's routes and its life as a process.
+"""The emulated server's routes for clients, and its life as a process.
 
 How vLLM 0.32 behaves where it is surprising, and this therefore too: a stream that admission
 refuses after it was let in is a 200 with an error chunk; `/health` is 200 while paused, asleep and draining;
@@ -19,8 +19,9 @@ from scheduler.errors import SettingsError
 from scheduler.sim.refusal import QueueFullError
 from workers.emulator import faults
 from workers.emulator.answer import DONE, ENGINE_DEAD, Answer, framed_event
-from workers.emulator.protocol import Kind, RefusedError, error_body, tokens, understand
-from workers.emulator.service import PauseMode, Service
+from workers.emulator.controls import Controls, json_reply
+from workers.emulator.protocol import Kind, RefusedError, tokens, understand
+from workers.emulator.service import Service
 from workers.emulator.settings import EmulatorSettings
 
 VERSION = "0.32.0"
@@ -172,18 +173,9 @@ class Emulator:
                 web.get("/load", self._load),
                 web.get("/version", self._version),
                 web.get("/kv_event_sources", self._kv_event_sources),
-                web.post("/pause", self._pause),
-                web.post("/resume", self._resume),
-                web.get("/is_paused", self._is_paused),
-                web.post("/sleep", self._sleep),
-                web.post("/wake_up", self._wake_up),
-                web.get("/is_sleeping", self._is_sleeping),
-                web.post("/reset_prefix_cache", self._reset_prefix_cache),
-                web.post("/inference/v1/abort_requests", self._abort_requests),
             ]
         )
-        if self.settings.allow_faults:
-            app.add_routes([web.post("/emulator/fault", self._fault)])
+        app.add_routes(Controls(self.service).routes(allow_faults=self.settings.allow_faults))
         return app
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
@@ -197,7 +189,7 @@ class Emulator:
         try:
             return await self._answer(request, kind)
         except RefusedError as error:
-            return _json(error.body(), status=error.status)
+            return json_reply(error.body(), status=error.status)
         finally:
             self._n_in_server -= 1
 
@@ -222,7 +214,7 @@ class Emulator:
         if self.settings.enable_force_include_usage:
             ask = msgspec.structs.replace(ask, has_usage=True)
         if self.service.life == "dead":
-            return _json(ENGINE_DEAD, status=500)
+            return json_reply(ENGINE_DEAD, status=500)
         answer = self.service.open(ask, _external_id(request, kind), created=int(time.time()))
         if isinstance(fault, faults.NoTokens) or self.service.life == "draining":
             return await self._say_nothing(request, answer)
@@ -251,10 +243,10 @@ class Emulator:
         finally:
             self.service.abort(answer)
         if ending == "error":
-            return _json(ENGINE_DEAD, status=500)
+            return json_reply(ENGINE_DEAD, status=500)
         if ending == "cut":
             _cut(request)
-        return _json(answer.body(ending))
+        return json_reply(answer.body(ending))
 
     async def _stream(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         response = await self._open_stream(request, answer)
@@ -272,7 +264,7 @@ class Emulator:
     async def _say_nothing(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         """200 and no token: what a draining vLLM says to new requests."""
         if not answer.ask.is_stream:
-            return _json(answer.body("empty"))
+            return json_reply(answer.body("empty"))
         response = await self._open_stream(request, answer)
         answer.end("empty")
         await response.write_eof()
@@ -322,16 +314,16 @@ class Emulator:
             "parent": None,
             "max_model_len": self.service.max_model_len,
         }
-        return _json(msgspec.json.encode({"object": "list", "data": [card]}))
+        return json_reply(msgspec.json.encode({"object": "list", "data": [card]}))
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         try:
             ids = tokens(await request.read())
         except RefusedError as error:
-            return _json(error.body(), status=error.status)
+            return json_reply(error.body(), status=error.status)
         limit = self.service.max_model_len
         found = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None}
-        return _json(msgspec.json.encode(found))
+        return json_reply(msgspec.json.encode(found))
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=503 if self.service.life == "dead" else 200)
@@ -345,86 +337,24 @@ class Emulator:
         return web.Response(body=text.encode(), headers={"Content-Type": METRICS_TYPE})
 
     async def _load(self, _: web.Request) -> web.Response:
-        return _json(msgspec.json.encode({"server_load": self._n_in_server}))
+        return json_reply(msgspec.json.encode({"server_load": self._n_in_server}))
 
     async def _version(self, _: web.Request) -> web.Response:
-        return _json(msgspec.json.encode({"version": VERSION}))
+        return json_reply(msgspec.json.encode({"version": VERSION}))
 
     async def _kv_event_sources(self, _: web.Request) -> web.Response:
         publisher = self.service.kv_events
-        return _json(msgspec.json.encode({"0": publisher.source} if publisher else {}))
-
-    async def _pause(self, request: web.Request) -> web.Response:
-        mode = request.query.get("mode", "abort")
-        try:
-            wanted = msgspec.convert(mode, PauseMode)
-        except msgspec.ValidationError:
-            message = f"mode is {mode!r}, one of abort, wait, keep wanted"
-            return _json(error_body(400, message, kind="BadRequestError"), status=400)
-        await self.service.pause(wanted)
-        return _json(b'{"status":"paused"}')
-
-    async def _resume(self, _: web.Request) -> web.Response:
-        self.service.resume()
-        return _json(b'{"status":"resumed"}')
-
-    async def _sleep(self, request: web.Request) -> web.Response:
-        level = int(request.query.get("level", "1"))
-        self.service.sleep(level)
-        return _json(msgspec.json.encode({"status": "sleeping", "level": level}))
-
-    async def _wake_up(self, _: web.Request) -> web.Response:
-        self.service.wake_up()
-        return _json(b'{"status":"awake","tags":null}')
-
-    async def _reset_prefix_cache(self, _: web.Request) -> web.Response:
-        return _json(msgspec.json.encode({"success": self.service.reset_prefix_cache()}))
-
-    async def _is_paused(self, _: web.Request) -> web.Response:
-        return _json(msgspec.json.encode({"is_paused": self.service.is_paused}))
-
-    async def _is_sleeping(self, _: web.Request) -> web.Response:
-        return _json(msgspec.json.encode({"is_sleeping": self.service.sleep_level is not None}))
-
-    async def _abort_requests(self, request: web.Request) -> web.Response:
-        try:
-            body = msgspec.json.decode(await request.read(), type=_AbortBody)
-        except msgspec.DecodeError as error:
-            return _json(error_body(400, str(error), kind="BadRequestError"), status=400)
-        self.service.abort_ids(body.request_ids)
-        return _json(b"{}")
-
-    async def _fault(self, request: web.Request) -> web.Response:
-        try:
-            fault = _fault_decoder.decode(await request.read())
-        except msgspec.DecodeError as error:
-            return _json(error_body(400, str(error), kind="BadRequestError"), status=400)
-        if isinstance(fault, faults.EngineFault):
-            self.service.strike(fault)
-        else:
-            self.service.faults.put(fault)
-        return _json(b"{}")
+        return json_reply(msgspec.json.encode({"0": publisher.source} if publisher else {}))
 
 
 def _refusal(error: QueueFullError) -> RefusedError:
     return RefusedError(503, str(error), kind="Service Unavailable")
 
 
-class _AbortBody(msgspec.Struct, frozen=True):
-    request_ids: list[str]
-
-
-_fault_decoder = msgspec.json.Decoder(faults.Fault)
-
-
 def _external_id(request: web.Request, kind: Kind) -> str:
     """The id `abort_requests` wants: completions carry the number of the prompt, chats do not."""
     name = request.headers.get("X-Request-Id") or uuid.uuid4().hex
     return f"cmpl-{name}-0" if kind == "completion" else f"chatcmpl-{name}"
-
-
-def _json(body: bytes, *, status: int = 200) -> web.Response:
-    return web.Response(body=body, status=status, content_type="application/json")
 
 
 def _cut(request: web.Request) -> None:
