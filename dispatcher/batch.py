@@ -25,7 +25,9 @@ from dispatcher.client.client import BATCH, Client
 from dispatcher.client.handle import Handle
 from dispatcher.client.wishes import Wishes
 from scheduler.errors import SettingsError, WireError
-from scheduler.wire import PATHS, Request, Result
+from scheduler.wire.client import Request
+from scheduler.wire.words import PATHS
+from scheduler.wire.worker import Result
 
 IN_FLIGHT = 512
 "Requests of one batch in Redis at a time: enough for a large fleet's seats, little to hold here."

@@ -21,7 +21,8 @@ from scheduler.errors import StreamError
 from scheduler.sim import body as bodies
 from scheduler.sim.profile import Profile
 from scheduler.sim.workload import Arrival, Workload, rate, scaled
-from scheduler.wire import Request, Result, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Result, Reward
 
 PATIENCE_S = 35.0
 "Wall seconds (a chat answer of 1,000 tokens takes 30 s on a small GPU) after the last arrival; who has not ended then is cancelled, and is told so."

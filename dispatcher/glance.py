@@ -14,7 +14,8 @@ from scheduler import codec, forecast
 from scheduler.errors import WireError
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.view import Believed, EndpointView
-from scheduler.wire import Beat, Decision, Reward
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Beat, Reward
 
 M = TypeVar("M", bound=msgspec.Struct)
 

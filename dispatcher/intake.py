@@ -10,7 +10,10 @@ from scheduler import codec, servable
 from scheduler.errors import WireError
 from scheduler.events import Arrived, Event, Finish
 from scheduler.keys import Keys
-from scheduler.wire import ID_PATTERN, Beat, Control, Dead, Request, Result, Reward
+from scheduler.wire.client import Control, Request
+from scheduler.wire.dispatcher import Dead
+from scheduler.wire.words import ID_PATTERN
+from scheduler.wire.worker import Beat, Result, Reward
 
 FIELDS_KEPT = 128
 "Of an entry that cannot be read, so many fields go to `dead`; more could not pass through one XADD in Lua."

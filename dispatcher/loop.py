@@ -34,7 +34,7 @@ from scheduler.events import (
 )
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.settings import LoopSettings
-from scheduler.wire import Control
+from scheduler.wire.client import Control
 
 BLOCK_S = 1.0
 "How long one read waits on the server; a stop or a changed cursor waits for it at most."

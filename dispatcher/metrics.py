@@ -23,7 +23,8 @@ from prometheus_client.registry import Collector
 from scheduler import forecast, spread
 from scheduler.events import Arrived, Assign, Command, Event, Finish, Note, Reclaim, Recovered
 from scheduler.view import EndpointView, View
-from scheduler.wire import Decision, Reward
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Reward
 
 TTFT_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 20, 40, 80, 160)
 "From an idle small engine's first token to a queue of minutes."

@@ -16,7 +16,7 @@ from scheduler.errors import WireError
 from scheduler.events import Abort, Arrived, Assign, Command, Finish, Forget, Note, Reclaim
 from scheduler.keys import Keys
 from scheduler.settings import Objective
-from scheduler.wire import Decision
+from scheduler.wire.dispatcher import Decision
 
 NOTES_MAX = 128
 "Decisions logged by one call; keeps the server's longest single script under a millisecond."

@@ -20,7 +20,7 @@ from dispatcher.streams.connection import Call, Connection, Entry
 from scheduler.events import Arrived, Event, Recovered
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.view import Snapshot
-from scheduler.wire import Control
+from scheduler.wire.client import Control
 
 CLAIM_COUNT = 500
 "Pending entries claimed in one call; about 3 ms of the server's time."

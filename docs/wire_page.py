@@ -10,35 +10,37 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from scheduler import codec, keys, lifecycle, wire
+from scheduler import codec, keys, lifecycle
+from scheduler.wire import client, dispatcher, worker
+from scheduler.wire.words import Outcome
 
 PAGE = Path(__file__).with_name("WIRE.md")
 
 MESSAGES: tuple[tuple[type[msgspec.Struct], str], ...] = (
     (
-        wire.Request,
+        client.Request,
         "Stream `requests`. Clients write it, the dispatcher reads it (group `dispatcher`).",
     ),
     (
-        wire.Job,
+        dispatcher.Job,
         "Stream `jobs:<endpoint>`. The dispatcher writes it, that endpoint's worker reads it (group `worker`).",
     ),
     (
-        wire.Beat,
+        worker.Beat,
         "Stream `beats`, and the hash `endpoint:<endpoint>`. Workers write it, the dispatcher reads it.",
     ),
     (
-        wire.Tokens,
+        worker.Tokens,
         "Stream `tokens:<id>`. The worker writes it, the client reads it from any place.",
     ),
-    (wire.Result, "Stream `results`, or the request's `reply_to`. Exactly one a request."),
-    (wire.Reward, "Stream `rewards`. The worker writes it, the dispatcher learns from it."),
-    (wire.Control, "Stream `controls`. People write it, the dispatcher reads it."),
+    (worker.Result, "Stream `results`, or the request's `reply_to`. Exactly one a request."),
+    (worker.Reward, "Stream `rewards`. The worker writes it, the dispatcher learns from it."),
+    (client.Control, "Stream `controls`. People write it, the dispatcher reads it."),
     (
-        wire.Decision,
+        dispatcher.Decision,
         "Stream `decisions`. The dispatcher writes it; `headgate explain` and replays read it.",
     ),
-    (wire.Dead, "Stream `dead`. The entry's own fields follow these."),
+    (dispatcher.Dead, "Stream `dead`. The entry's own fields follow these."),
 )
 
 HEAD = """\
@@ -104,7 +106,7 @@ def _keys() -> str:
 
 
 def _outcomes() -> str:
-    words = get_args(wire.Outcome)
+    words = get_args(Outcome)
     assert set(words) == set(OUTCOMES), "an outcome has no explanation here"
     rows = [(f"`{word}`", OUTCOMES[word]) for word in words]
     return "## Outcomes\n\nHow a request ends, once.\n\n" + _table(("outcome", "what"), rows)

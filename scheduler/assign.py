@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from scheduler.events import Assign
 from scheduler.plan import Choice
 from scheduler.state import Endpoint, Kept
-from scheduler.wire import Decision, Job
+from scheduler.wire.dispatcher import Decision, Job
 
 
 def command(

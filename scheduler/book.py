@@ -14,7 +14,7 @@ from scheduler.lifecycle import Turn
 from scheduler.order import Lines
 from scheduler.settings import FairnessSettings
 from scheduler.state import Endpoint, Kept, Ticket
-from scheduler.wire import Leg
+from scheduler.wire.words import Leg
 
 ENDS_MIN = 1_000
 "Up to twice so many moments nothing is dropped."

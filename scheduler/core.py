@@ -21,7 +21,8 @@ from scheduler.memory import CoreSettings, Memory
 from scheduler.planning import Planning
 from scheduler.requests import Requests
 from scheduler.view import Snapshot, View
-from scheduler.wire import Beat, Control, Reward
+from scheduler.wire.client import Control
+from scheduler.wire.worker import Beat, Reward
 
 __all__ = ("CoreSettings", "Scheduler")
 

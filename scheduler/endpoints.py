@@ -6,7 +6,9 @@ from scheduler.memory import Memory
 from scheduler.prefix import Account
 from scheduler.requests import Requests
 from scheduler.state import Endpoint, Kept, Ticket
-from scheduler.wire import KV_PARAMS_BYTES, Beat, Control, Reward
+from scheduler.wire.client import Control
+from scheduler.wire.words import KV_PARAMS_BYTES
+from scheduler.wire.worker import Beat, Reward
 
 FORGIVEN_MAX = 16
 """Attempts lost before an engine had them that do not count.

@@ -20,7 +20,8 @@ from scheduler import explore
 from scheduler.errors import SettingsError
 from scheduler.plan import PlanSettings
 from scheduler.state import Bools, Floats
-from scheduler.wire import Decision, Reward
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Reward
 
 BLOCK = 64
 "Decisions resampled together: neighbours share queues."

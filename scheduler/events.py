@@ -6,7 +6,9 @@ driver carries them out in order, and tells the core (`Refused`) what Redis woul
 
 import msgspec
 
-from scheduler.wire import Beat, Control, Decision, Job, Request, Result, Reward
+from scheduler.wire.client import Control, Request
+from scheduler.wire.dispatcher import Decision, Job
+from scheduler.wire.worker import Beat, Result, Reward
 
 
 class Arrived(msgspec.Struct, frozen=True, kw_only=True):

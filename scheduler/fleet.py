@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from scheduler.state import Bools, Endpoint, Floats
-from scheduler.wire import Beat
+from scheduler.wire.worker import Beat
 
 SEATS, KV, LENGTH, READY = range(4)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from scheduler import cost
-from scheduler.wire import Reward
+from scheduler.wire.worker import Reward
 
 PARTS = (0.5, 0.9)
 "The quantiles that are said: half, and nine in ten, take no longer."

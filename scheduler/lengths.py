@@ -9,7 +9,7 @@ import math
 import msgspec
 
 from scheduler.window import Window
-from scheduler.wire import Reward
+from scheduler.wire.worker import Reward
 
 ANSWER_TOKENS, ANSWER_TOKEN_S, PROMPT_TOKENS = 256, 0.03, 1024
 "What is usual of a model before any answer was seen."

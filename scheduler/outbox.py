@@ -4,7 +4,10 @@ import msgspec
 
 from scheduler.events import Abort, Assign, Command, Finish, Forget, Note, Reclaim
 from scheduler.state import Endpoint, Ticket
-from scheduler.wire import Decision, Outcome, Request, Result
+from scheduler.wire.client import Request
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.words import Outcome
+from scheduler.wire.worker import Result
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ import msgspec
 from scheduler.ledger import Line
 from scheduler.legs import Pledge
 from scheduler.state import Ticket
-from scheduler.wire import Leg
+from scheduler.wire.words import Leg
 
 
 class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -31,7 +31,7 @@ from scheduler.price import Usual
 from scheduler.profile.casting import Casting
 from scheduler.room import Room
 from scheduler.state import Floats, Kept, Ticket
-from scheduler.wire import Leg
+from scheduler.wire.words import Leg
 from scheduler.work import Offer, Work
 from scheduler.worth import Worth
 

@@ -27,7 +27,7 @@ from scheduler.speed import Speed
 from scheduler.spread import Spread
 from scheduler.state import Floats
 from scheduler.transfer import Transfer
-from scheduler.wire import Beat, Reward
+from scheduler.wire.worker import Beat, Reward
 
 PACE_ERRORS = "pace"
 "The name of that window."

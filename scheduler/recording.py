@@ -41,7 +41,9 @@ from scheduler.policies import Policy
 from scheduler.profile import profile
 from scheduler.profile.parts import Part
 from scheduler.view import Snapshot
-from scheduler.wire import Beat, Control, Decision, Reward
+from scheduler.wire.client import Control
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Beat, Reward
 
 FORMAT = 1
 

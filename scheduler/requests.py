@@ -7,7 +7,7 @@ from scheduler.events import Arrived, Recovered, Refused
 from scheduler.memory import Memory
 from scheduler.outbox import Ending
 from scheduler.state import Ticket
-from scheduler.wire import Control
+from scheduler.wire.client import Control
 
 
 class Requests:

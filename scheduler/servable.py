@@ -1,7 +1,8 @@
 """What no dispatcher could serve, whatever its fleet: refused by the client before it is written, and again when read."""
 
 from scheduler.errors import WireError
-from scheduler.wire import BLOCKS_MAX, ID_PATTERN, PATHS, Request
+from scheduler.wire.client import Request
+from scheduler.wire.words import BLOCKS_MAX, ID_PATTERN, PATHS
 
 NAME_CHARS = 256
 "The longest model, tenant, session, objective or reply name that is read."

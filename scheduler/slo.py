@@ -11,7 +11,7 @@ import msgspec
 
 from scheduler.errors import WireError
 from scheduler.settings import Objective
-from scheduler.wire import Request
+from scheduler.wire.client import Request
 
 BYTES_PER_TOKEN = 4
 "English text in a GPT-like vocabulary: 3.5 to 4.5 bytes a token; the body's JSON makes up for the difference."

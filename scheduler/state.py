@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from scheduler import lifecycle
 from scheduler.lifecycle import State, Turn
 from scheduler.slo import Promise
-from scheduler.wire import Beat, Leg, Request
+from scheduler.wire.client import Request
+from scheduler.wire.words import Leg
+from scheduler.wire.worker import Beat
 
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]

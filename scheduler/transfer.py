@@ -14,7 +14,7 @@ import numpy as np
 from scheduler import cost
 from scheduler.regression import DecayedRegression, Sums
 from scheduler.state import Floats
-from scheduler.wire import Beat, Reward
+from scheduler.wire.worker import Beat, Reward
 
 FEATURES = ("kv_handshake", "kv_own", "kv_ahead", "kv_step")
 "As they ride in a decode leg's job and reward."

@@ -9,7 +9,9 @@ from dispatcher.streams.connection import Call, Connection, Entry
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
 from scheduler.keys import WORKER_GROUP, Keys
-from scheduler.wire import Beat, Control, Job, Result, Reward
+from scheduler.wire.client import Control
+from scheduler.wire.dispatcher import Job
+from scheduler.wire.worker import Beat, Result, Reward
 
 BEAT_S = 0.2
 

@@ -37,7 +37,7 @@ from scheduler.profile.parts import Fetcher, Filter, Part, Picker, Scorer
 from scheduler.profile.profile import Profile
 from scheduler.profile.scene import Scene
 from scheduler.profile.scorers import Queue
-from scheduler.wire import Beat
+from scheduler.wire.worker import Beat
 
 SIZES = (1, 2, 7, 40)
 "Slots of the scenes below."

@@ -10,7 +10,9 @@ from dispatcher.streams.connection import Connection, Where
 from scheduler import codec
 from scheduler.events import Arrived, Assign, Reclaim
 from scheduler.keys import DISPATCHER_GROUP, Keys
-from scheduler.wire import Beat, Control, Decision, Job, Request, Result, Reward, Tokens
+from scheduler.wire.client import Control, Request
+from scheduler.wire.dispatcher import Decision, Job
+from scheduler.wire.worker import Beat, Result, Reward, Tokens
 
 POLL_S = 0.01
 PATIENCE_S = 20.0

@@ -9,7 +9,7 @@ from http import HTTPStatus
 import msgspec
 
 from scheduler.errors import EngineError
-from scheduler.wire import Job
+from scheduler.wire.dispatcher import Job
 from workers.body import CHAT, NOTHING, Written
 
 GOOD = frozenset({"stop", "length", "tool_calls"})

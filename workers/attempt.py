@@ -13,12 +13,15 @@ import msgspec
 
 from dispatcher.streams.sidecar import Held
 from scheduler.batch import Candidate, Member
-from scheduler.wire import Job, Outcome, Result, Reward, Tokens
+from scheduler.wire.words import Outcome
+from scheduler.wire.worker import Result, Reward, Tokens
 from workers.answer import Answer
 from workers.body import NOTHING, Body, Written, max_tokens
 
 if TYPE_CHECKING:
     import asyncio
+
+    from scheduler.wire.dispatcher import Job
 
 BYTES_PER_TOKEN = 4
 "For prompts whose length nobody has counted."

@@ -5,7 +5,7 @@ import re
 import msgspec
 
 from scheduler.errors import EngineError, WireError
-from scheduler.wire import Job
+from scheduler.wire.dispatcher import Job
 
 CHAT = "/v1/chat/completions"
 

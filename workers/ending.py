@@ -8,7 +8,7 @@ from dispatcher.streams import sidecar
 from scheduler.errors import EngineError
 from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, WorkerSettings
-from scheduler.wire import Outcome
+from scheduler.wire.words import Outcome
 from workers.attempt import Attempt, Stop
 from workers.metrics import Meter
 from workers.writer import Writer

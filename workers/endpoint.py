@@ -20,7 +20,8 @@ from dispatcher.streams.connection import Connection
 from scheduler.errors import EngineError, FencedError, StreamError, WireError
 from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
-from scheduler.wire import Beat, EndpointState
+from scheduler.wire.words import EndpointState
+from scheduler.wire.worker import Beat
 from workers import body
 from workers.admission import Admission
 from workers.attempt import FENCED, Attempt, Stop

@@ -12,7 +12,9 @@ from dispatcher.streams.sidecar import Held
 from scheduler import codec
 from scheduler.errors import StreamError, WireError
 from scheduler.keys import WORKER_GROUP, Keys
-from scheduler.wire import Control, Job, Tokens
+from scheduler.wire.client import Control
+from scheduler.wire.dispatcher import Job
+from scheduler.wire.worker import Tokens
 from workers.body import NOTHING, Written
 
 READ_MAX = 64

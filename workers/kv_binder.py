@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from scheduler.errors import EngineError
-from scheduler.wire import Job
+from scheduler.wire.dispatcher import Job
 from workers.body import Body, is_ids
 from workers.engine import Engine
 from workers.kv_mirror import Mirror

@@ -7,7 +7,7 @@ engine ──ZeroMQ──> feed ──> mirror ──account──> beat ──>
 import asyncio
 
 from scheduler.prefix import Account
-from scheduler.wire import Job
+from scheduler.wire.dispatcher import Job
 from workers.body import Body
 from workers.engine import Engine
 from workers.kv_binder import Binder

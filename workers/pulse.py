@@ -12,7 +12,7 @@ from dispatcher.streams.connection import Connection
 from scheduler.errors import FencedError, StreamError
 from scheduler.keys import Keys
 from scheduler.settings import LeaseSettings
-from scheduler.wire import Beat
+from scheduler.wire.worker import Beat
 
 log = structlog.get_logger()
 

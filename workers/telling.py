@@ -3,7 +3,8 @@
 from time import perf_counter
 
 from scheduler.settings import EngineAddress
-from scheduler.wire import Beat, EndpointState
+from scheduler.wire.words import EndpointState
+from scheduler.wire.worker import Beat
 from workers.hands import Hands
 from workers.health import Health
 from workers.holdings import Holdings, following

@@ -12,7 +12,7 @@ from dispatcher.streams.connection import Entry
 from scheduler import codec
 from scheduler.errors import SettingsError
 from scheduler.settings import Settings
-from scheduler.wire import Dead
+from scheduler.wire.dispatcher import Dead
 
 app = typer.Typer()
 

@@ -10,7 +10,7 @@ from dispatcher.client import Client
 from scheduler import codec
 from scheduler.errors import SettingsError
 from scheduler.settings import Settings
-from scheduler.wire import Control
+from scheduler.wire.client import Control
 
 app = typer.Typer()
 

@@ -17,7 +17,8 @@ from scheduler.evaluate import Estimate, Interval
 from scheduler.events import Assign
 from scheduler.recording import Line
 from scheduler.settings import Settings
-from scheduler.wire import Decision, Reward
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Reward
 
 app = typer.Typer()
 

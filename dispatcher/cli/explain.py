@@ -16,7 +16,8 @@ from dispatcher.client.standing import Standing
 from scheduler import codec, forecast
 from scheduler.errors import UnknownRequestError
 from scheduler.settings import Settings
-from scheduler.wire import Decision, Result, Reward
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Result, Reward
 
 app = typer.Typer()
 

@@ -7,7 +7,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from scheduler.wire import Result
+from scheduler.wire.worker import Result
 
 PIPE_COLUMNS = 160
 

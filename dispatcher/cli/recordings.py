@@ -18,7 +18,7 @@ from scheduler.core import CoreSettings
 from scheduler.errors import WireError
 from scheduler.keys import Keys
 from scheduler.recording import LINE_BYTES_MAX, Head, Line, RecordingError
-from scheduler.wire import Decision
+from scheduler.wire.dispatcher import Decision
 
 PAGE = 1000
 "Entries of a stream read in one round trip."

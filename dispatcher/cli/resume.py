@@ -7,7 +7,7 @@ import typer
 from dispatcher.cli.drain import order
 from dispatcher.client import Client
 from scheduler.settings import Settings
-from scheduler.wire import Control
+from scheduler.wire.client import Control
 
 app = typer.Typer()
 

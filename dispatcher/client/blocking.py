@@ -12,7 +12,8 @@ from dispatcher.client.handle import Handle
 from dispatcher.client.prompt import Body
 from dispatcher.client.standing import Standing
 from dispatcher.client.wishes import Wishes
-from scheduler.wire import Request, Result
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Result
 
 T = TypeVar("T")
 

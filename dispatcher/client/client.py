@@ -20,11 +20,13 @@ from dispatcher.client.wishes import Wishes
 from dispatcher.given import Given
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Connection, Where
-from scheduler import prefix, servable, wire
+from scheduler import prefix, servable
 from scheduler.errors import RequestRejected, StreamError, UnknownRequestError, WireError
 from scheduler.keys import Keys
 from scheduler.settings import LimitSettings, LoopSettings, Settings
-from scheduler.wire import PATHS, Request, Result
+from scheduler.wire.client import Request
+from scheduler.wire.words import BLOCKS_MAX, PATHS
+from scheduler.wire.worker import Result
 
 BATCH = 128
 "Requests sent in one round trip: a longer pipeline gains nothing and delays the others."
@@ -161,7 +163,7 @@ class Client:
             body=prompts.encoded(body),
             reply_to=self.keys.reply(self.name),
             prompt_tokens=prompts.length(prompt),
-            blocks=prefix.blocks(prompt, limit=wire.BLOCKS_MAX),
+            blocks=prefix.blocks(prompt, limit=BLOCKS_MAX),
             **(guessed | wishes),
         )
         if not request.id:

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from scheduler.errors import OutcomeError
-from scheduler.wire import Result
+from scheduler.wire.worker import Result
 
 _ERRORS = {kind.outcome: kind for kind in OutcomeError.__subclasses__()}
 

@@ -10,7 +10,7 @@ from dispatcher.client.completion import Completion, completion
 from dispatcher.client.standing import Standing
 from dispatcher.streams.connection import Entry
 from scheduler import codec
-from scheduler.wire import Result, Tokens
+from scheduler.wire.worker import Result, Tokens
 
 if TYPE_CHECKING:
     from dispatcher.client.client import Client

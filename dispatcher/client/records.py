@@ -12,7 +12,7 @@ from dispatcher.streams.connection import Connection
 from scheduler import codec
 from scheduler.errors import StreamError, UnknownRequestError, WireError
 from scheduler.keys import Keys
-from scheduler.wire import Result
+from scheduler.wire.worker import Result
 
 TRIM_EVERY_S = 60.0
 log = logging.getLogger("headgate.client")

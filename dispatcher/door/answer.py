@@ -16,7 +16,7 @@ from dispatcher.client.handle import Handle
 from dispatcher.door.ask import Ask
 from dispatcher.door.chunks import Chunks
 from dispatcher.door.refusal import Refusal
-from scheduler.wire import Result
+from scheduler.wire.worker import Result
 
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",

@@ -12,7 +12,7 @@ import msgspec
 from dispatcher.client.wishes import Wishes
 from dispatcher.door import headers as spoken
 from dispatcher.door.refusal import Refusal
-from scheduler.wire import ID_PATTERN, PATHS
+from scheduler.wire.words import ID_PATTERN, PATHS
 
 CHAT = PATHS[0]
 

@@ -17,7 +17,7 @@ import msgspec
 from dispatcher.client.handle import Piece
 from dispatcher.door.ask import Ask
 from dispatcher.door.refusal import Refusal
-from scheduler.wire import Result
+from scheduler.wire.worker import Result
 
 DONE = b"data: [DONE]\n\n"
 

@@ -18,7 +18,8 @@ from dispatcher.door.meter import Meter
 from dispatcher.door.refusal import Refusal
 from dispatcher.door.roster import Roster
 from scheduler.errors import RequestRejected, StreamError, UnknownRequestError, WireError
-from scheduler.wire import ID_PATTERN, Result
+from scheduler.wire.words import ID_PATTERN
+from scheduler.wire.worker import Result
 
 TRIES_MAX = 8
 "How often one name may be tried again after it ended without an answer, while the record of that is kept."

@@ -9,7 +9,7 @@ from typing import Self
 from dispatcher.door.refusal import Refusal
 from scheduler.errors import SettingsError
 from scheduler.settings import DoorSettings
-from scheduler.wire import ID_PATTERN
+from scheduler.wire.words import ID_PATTERN
 
 BEARER = "Bearer "
 

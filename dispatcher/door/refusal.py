@@ -5,7 +5,7 @@ import math
 import msgspec
 
 from scheduler.errors import RequestRejected
-from scheduler.wire import Result
+from scheduler.wire.worker import Result
 
 RETRY_S = 1.0
 "When to come back where nobody knows better: about a lease's third."

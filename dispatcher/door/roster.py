@@ -10,7 +10,7 @@ from dispatcher.streams.connection import Connection
 from scheduler import codec
 from scheduler.errors import StreamError, WireError
 from scheduler.keys import Keys
-from scheduler.wire import Beat
+from scheduler.wire.worker import Beat
 
 LOOK_S = 1.0
 "How often the beats are looked at: as often as an endpoint that is idle beats."

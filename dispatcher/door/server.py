@@ -32,7 +32,7 @@ from dispatcher.door.roster import Model, Roster
 from dispatcher.web import Pages
 from scheduler.errors import SettingsError
 from scheduler.settings import DoorSettings, Settings
-from scheduler.wire import PATHS
+from scheduler.wire.words import PATHS
 
 BACKLOG = 1024
 "Connections the kernel keeps while the loop is busy."

@@ -7,7 +7,9 @@ from dispatcher.streams.producer import NOTHING, milliseconds, packed, packed_fi
 from scheduler import codec
 from scheduler.events import Abort, Arrived, Assign, Finish, Reclaim, Recovered
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
-from scheduler.wire import Control, Dead, Decision, Tokens
+from scheduler.wire.client import Control
+from scheduler.wire.dispatcher import Dead, Decision
+from scheduler.wire.worker import Tokens
 
 FENCED = -1
 "What every move here replies when a newer leader exists."

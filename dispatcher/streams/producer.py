@@ -7,7 +7,7 @@ import msgspec
 from dispatcher.streams.connection import Call, Value
 from scheduler import codec
 from scheduler.keys import Keys
-from scheduler.wire import Control, Request
+from scheduler.wire.client import Control, Request
 
 INLINE_BYTES = 1024
 "A body above this lies at `body:<id>`: Redis packs small entries tightly, and the dispatcher need not carry it."

@@ -6,7 +6,8 @@ from dispatcher.streams.connection import Call
 from dispatcher.streams.producer import NOTHING, milliseconds, packed, packed_fields, score
 from scheduler import codec
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
-from scheduler.wire import Beat, Dead, Job, Result, Reward, Tokens
+from scheduler.wire.dispatcher import Dead, Job
+from scheduler.wire.worker import Beat, Result, Reward, Tokens
 
 BEATS_KEPT = 20_000
 "About how many heartbeats the log keeps: minutes of a large fleet."

@@ -13,7 +13,7 @@ from scheduler.profile.fetchers import LATENCY, PREFIX_MATCH, WORTH
 from scheduler.profile.parts import Filter
 from scheduler.profile.scene import Scene
 from scheduler.state import Bools
-from scheduler.wire import Beat
+from scheduler.wire.worker import Beat
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import msgspec
 
 from scheduler.state import Bools, Floats
-from scheduler.wire import Beat
+from scheduler.wire.worker import Beat
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True, eq=False):

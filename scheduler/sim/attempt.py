@@ -7,7 +7,8 @@ from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Machine
 from scheduler.sim.handover import Params
 from scheduler.sim.sequence import Sequence
-from scheduler.wire import Job, Reward
+from scheduler.wire.dispatcher import Job
+from scheduler.wire.worker import Reward
 
 
 class Attempt:

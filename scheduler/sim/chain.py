@@ -6,7 +6,7 @@ blocks of another size may share one of them only where the trace's block that h
 
 from scheduler.prefix import BLOCK_TOKENS
 from scheduler.sim.workload import Arrival
-from scheduler.wire import BLOCKS_MAX
+from scheduler.wire.words import BLOCKS_MAX
 
 
 def keys(arrival: Arrival, block_tokens: int) -> list[int]:

@@ -18,7 +18,8 @@ from scheduler.sim.leases import Leases
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.step import Step
 from scheduler.sim.tempo import Tempo
-from scheduler.wire import Beat, Job, Reward
+from scheduler.wire.dispatcher import Job
+from scheduler.wire.worker import Beat, Reward
 
 TEND_S = 0.1
 "How often a worker looks at those it holds though nothing has happened."

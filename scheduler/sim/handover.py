@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from scheduler.sim.network import Network, Transfer
-from scheduler.wire import Job
+from scheduler.wire.dispatcher import Job
 
 Later = Callable[[float, Callable[[float], None]], None]
 "Calls with a moment when it has come."

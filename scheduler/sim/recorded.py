@@ -26,7 +26,8 @@ from scheduler.sim.lab import Lab
 from scheduler.sim.promise import Promised
 from scheduler.sim.workload import Arrival
 from scheduler.slo import Promise
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 OUTPUT_TOKENS = 128
 "The answer of a request in a recording where nobody finished."

@@ -15,7 +15,7 @@ from scheduler.sim import bounds
 from scheduler.sim.fleet import Machine
 from scheduler.sim.profile import Profile
 from scheduler.state import Floats
-from scheduler.wire import Reward
+from scheduler.wire.worker import Reward
 
 SAMPLES_MAX = 300
 "Rewards of an endpoint that are looked at, spread over the recording; each is held against all others."

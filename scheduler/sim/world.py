@@ -27,7 +27,9 @@ from scheduler.sim.handover import Handover
 from scheduler.sim.network import Network
 from scheduler.sim.sequence import Sequence as Prompt
 from scheduler.sim.workload import Arrival
-from scheduler.wire import Beat, Job, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.dispatcher import Job
+from scheduler.wire.worker import Beat, Reward
 
 MODEL = "llm"
 "The one model that every endpoint of the lab serves."

@@ -32,7 +32,8 @@ from scheduler import codec
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Assign
 from scheduler.keys import Keys
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 KEYS = Keys("hg", "bench")
 RATE = 5_000

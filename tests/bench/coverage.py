@@ -21,7 +21,7 @@ from scheduler.forecast import PARTS, Forecast
 from scheduler.sim import cells, trace
 from scheduler.sim.cells import Cell
 from scheduler.sim.policies import ours
-from scheduler.wire import Reward
+from scheduler.wire.worker import Reward
 
 CELLS = ("A1-conv", "A2-mixed", "K1-conv", "K3-small")
 BEGIN_S, END_S = 40.0, 740.0

@@ -15,7 +15,8 @@ import numpy as np
 from dispatcher.cli.root import COLLECT_EVERY
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 TRUE_RATES = (50_000, 14_000, 13_000, 9_000)
 "Tokens a second: never a function of the prediction, or the bench would chase its own tail."

@@ -27,7 +27,7 @@ import uvloop
 
 from dispatcher.client import Client
 from scheduler import codec
-from scheduler.wire import Reward
+from scheduler.wire.worker import Reward
 
 HEADGATE = Path(sys.executable).with_name("headgate")
 

@@ -16,7 +16,7 @@ from scheduler.plan import PlanSettings
 from scheduler.sim import fleet, workload, world
 from scheduler.sim.fleet import EndpointSpec, Fleet
 from scheduler.sim.world import World
-from scheduler.wire import Reward
+from scheduler.wire.worker import Reward
 
 FLEET = Fleet(
     name="mixed",

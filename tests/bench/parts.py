@@ -23,7 +23,9 @@ from dispatcher.streams.producer import packed_fields
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
-from scheduler.wire import Beat, Job, Request, Result, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.dispatcher import Job
+from scheduler.wire.worker import Beat, Result, Reward
 
 SUBMIT_MAX = 100
 "Requests enqueued in one round trip."

@@ -17,7 +17,7 @@ from dispatcher.streams import dispatch, producer
 from dispatcher.streams.connection import Connection, Where
 from scheduler.errors import StreamError
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
-from scheduler.wire import Request
+from scheduler.wire.client import Request
 
 pytestmark = pytest.mark.chaos
 

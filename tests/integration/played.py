@@ -11,7 +11,9 @@ from scheduler import codec
 from scheduler.errors import StreamError
 from scheduler.events import Arrived, Assign
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
-from scheduler.wire import Decision, Job, Request, Result, Reward, Tokens
+from scheduler.wire.client import Request
+from scheduler.wire.dispatcher import Decision, Job
+from scheduler.wire.worker import Result, Reward, Tokens
 
 ENDPOINT = "a100-0"
 

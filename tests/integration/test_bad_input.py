@@ -22,7 +22,7 @@ from hand import until
 from dispatcher.client import Client
 from scheduler import codec
 from scheduler.errors import RequestFailed, RequestInvalid, RequestRejected, WireError
-from scheduler.wire import Result
+from scheduler.wire.worker import Result
 from workers.emulator.server import Emulator
 from workers.emulator.settings import EmulatorSettings
 

@@ -12,7 +12,7 @@ import pytest
 from played import ENDPOINT, Played
 
 from dispatcher.streams import sidecar
-from scheduler.wire import Beat
+from scheduler.wire.worker import Beat
 
 HEADGATE = Path(sys.executable).with_name("headgate")
 

@@ -21,7 +21,8 @@ from scheduler.errors import (
     WireError,
 )
 from scheduler.settings import LimitSettings
-from scheduler.wire import Outcome, Result
+from scheduler.wire.words import Outcome
+from scheduler.wire.worker import Result
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from dispatcher.cli import explain
 from dispatcher.client import Client
 from dispatcher.recovery import Saved
 from scheduler import codec
-from scheduler.wire import Decision
+from scheduler.wire.dispatcher import Decision
 
 HEADGATE = Path(sys.executable).with_name("headgate")
 

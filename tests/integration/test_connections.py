@@ -19,7 +19,7 @@ from dispatcher.streams.connection import Connection, Where
 from scheduler.errors import StreamError
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.settings import Settings
-from scheduler.wire import Request
+from scheduler.wire.client import Request
 
 LIMIT_S = 20
 PASSWORD = "s3cret"

@@ -21,7 +21,7 @@ from dispatcher.local import Server
 from dispatcher.streams import sidecar
 from scheduler.errors import SettingsError
 from scheduler.settings import DoorSettings, LeaseSettings, LimitSettings, RedisSettings, Settings
-from scheduler.wire import Beat
+from scheduler.wire.worker import Beat
 
 COMPLETIONS = "/v1/completions"
 

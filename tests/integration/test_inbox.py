@@ -8,7 +8,8 @@ from dispatcher.streams.connection import Connection, Where
 from scheduler import codec
 from scheduler.errors import StreamError
 from scheduler.keys import WORKER_GROUP, Keys
-from scheduler.wire import PATHS, Job
+from scheduler.wire.dispatcher import Job
+from scheduler.wire.words import PATHS
 from workers.inbox import BEHIND_S, Inbox
 
 JOBS = 300

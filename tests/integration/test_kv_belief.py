@@ -23,7 +23,8 @@ from scheduler.settings import (
     WorkerSettings,
 )
 from scheduler.sim.arguments import EngineSettings
-from scheduler.wire import Beat, Decision
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Beat
 from workers import kv_feed
 from workers.emulator.server import Emulator
 from workers.emulator.settings import EmulatorSettings

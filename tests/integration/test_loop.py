@@ -15,7 +15,8 @@ from dispatcher.upkeep import Upkeep
 from scheduler.errors import SettingsError, StreamError
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.settings import LeaseSettings, LoopSettings, Settings
-from scheduler.wire import Request, Result
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Result
 
 LIMIT_S = 10
 "Nothing here takes longer on any machine; a test that does has hung."

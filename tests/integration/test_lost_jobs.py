@@ -17,7 +17,7 @@ from scheduler.settings import (
     Settings,
     WorkerSettings,
 )
-from scheduler.wire import Decision
+from scheduler.wire.dispatcher import Decision
 from workers.emulator.server import Emulator
 from workers.emulator.settings import EmulatorSettings
 from workers.worker import Worker

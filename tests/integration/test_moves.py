@@ -9,7 +9,9 @@ from dispatcher.streams.connection import Connection, Where
 from dispatcher.streams.sidecar import Held
 from scheduler.events import Arrived, Assign, Finish, Reclaim
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
-from scheduler.wire import Beat, Decision, Job, Request, Result, Reward, Tokens
+from scheduler.wire.client import Request
+from scheduler.wire.dispatcher import Decision, Job
+from scheduler.wire.worker import Beat, Result, Reward, Tokens
 
 KEYS = Keys("hg", "moves")
 ENDPOINT = "a100-0"

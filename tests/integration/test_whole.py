@@ -15,7 +15,7 @@ import pytest
 from dispatcher.client import Client
 from scheduler import codec
 from scheduler.errors import RequestCancelled, RequestExpired
-from scheduler.wire import Result
+from scheduler.wire.worker import Result
 
 HEADGATE = Path(sys.executable).with_name("headgate")
 

@@ -27,7 +27,8 @@ from scheduler.profile.pickers import WeightedRandom
 from scheduler.profile.profile import Profile
 from scheduler.profile.scorers import NoHitLru, PredictedLatency, PrefixCache, Queue
 from scheduler.settings import FairnessSettings, Objective
-from scheduler.wire import Beat, Control, Request, Reward
+from scheduler.wire.client import Control, Request
+from scheduler.wire.worker import Beat, Reward
 
 SETTINGS = CoreSettings(
     objectives={"chat": Objective(ttft_ms=500.0, max_queue_ms=4000.0)},

@@ -15,7 +15,8 @@ from scheduler.order import Lines, by_rank
 from scheduler.settings import FairnessSettings
 from scheduler.slo import Promise
 from scheduler.state import Ticket
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 FREE = Promise(ttft_s=None, tpot_s=None, deadline_at=None, priority=0, weight=1.0, refuse_at=None)
 

@@ -13,7 +13,9 @@ from hypothesis.stateful import (
 
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Reclaim
-from scheduler.wire import KV_PARAMS_BYTES, Beat, Control, Request, Reward
+from scheduler.wire.client import Control, Request
+from scheduler.wire.words import KV_PARAMS_BYTES
+from scheduler.wire.worker import Beat, Reward
 
 SETTINGS = CoreSettings(kv_lease_s=2.0)
 ROLES = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "both"}

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
 from scheduler.policies import Urgency
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 STEP_S, PREFILL_S = 0.25, 0.26
 "One endpoint that is through with one request a step, of the two that come."

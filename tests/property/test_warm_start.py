@@ -16,7 +16,8 @@ from scheduler.learned import Learned
 from scheduler.predict import Predictor
 from scheduler.settings import FairnessSettings
 from scheduler.view import Snapshot
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 HARDWARE = ("a100", "l4", "abacus")
 BEATS = [

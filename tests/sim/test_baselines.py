@@ -19,7 +19,8 @@ from scheduler.sim.policies.base import Stage
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.workload import Arrival
 from scheduler.sim.world import Row, World
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 
 def rng():

@@ -23,7 +23,8 @@ from scheduler.sim.fleet import CERTAIN, Delays, EndpointSpec, Fault, Fleet
 from scheduler.sim.refit import Factors
 from scheduler.sim.replay import replayed
 from scheduler.sim.world import World
-from scheduler.wire import Beat, Request
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat
 
 CHAT = {"chat": Objective(ttft_ms=800.0, weight=2.0)}
 FLEET = Fleet(

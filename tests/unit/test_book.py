@@ -4,7 +4,7 @@ from scheduler.book import ENDS_MIN, Book
 from scheduler.settings import FairnessSettings
 from scheduler.slo import Promise
 from scheduler.state import Ticket
-from scheduler.wire import Request
+from scheduler.wire.client import Request
 
 FINISHED_MAX = 100
 

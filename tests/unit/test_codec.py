@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler import codec, servable, wire
+from scheduler import codec, servable
 from scheduler.errors import WireError
-from scheduler.wire import Job, Request, Result
+from scheduler.wire.client import Request
+from scheduler.wire.dispatcher import Job
+from scheduler.wire.words import PATHS
+from scheduler.wire.worker import Result
 
 
 def typed(**fields):
@@ -50,7 +53,7 @@ class TestRoundTrip:
             attempt=1,
             epoch=1763662000123,
             model="m",
-            path=wire.PATHS[0],
+            path=PATHS[0],
             enqueued_at=1763662000.123456,
             decided_at=1763662000.5,
         )

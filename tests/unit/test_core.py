@@ -22,7 +22,8 @@ from scheduler.plan import PlanSettings
 from scheduler.policies import Fcfs, Urgency
 from scheduler.settings import Objective
 from scheduler.view import Snapshot
-from scheduler.wire import Beat, Control, Request, Reward
+from scheduler.wire.client import Control, Request
+from scheduler.wire.worker import Beat, Reward
 
 A100_TOKEN_S = 1 / 16_000
 

@@ -5,7 +5,9 @@ from dispatcher.moves import Moves
 from scheduler.events import Arrived, Finish, Forget, Note
 from scheduler.keys import Keys
 from scheduler.settings import Objective
-from scheduler.wire import Decision, Request, Result
+from scheduler.wire.client import Request
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Result
 
 KEYS = Keys()
 

@@ -13,7 +13,8 @@ from dispatcher.door.keyring import Keyring
 from dispatcher.door.refusal import Refusal
 from scheduler.errors import SettingsError
 from scheduler.settings import DoorSettings
-from scheduler.wire import PATHS, Result
+from scheduler.wire.words import PATHS
+from scheduler.wire.worker import Result
 
 CHAT, COMPLETIONS = PATHS
 

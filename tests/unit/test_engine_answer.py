@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.errors import EngineError
-from scheduler.wire import Job
+from scheduler.wire.dispatcher import Job
 from workers.answer import Answer, fault_in, refusal
 from workers.body import Written
 

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from scheduler.errors import EngineError, WireError
-from scheduler.wire import Job
+from scheduler.wire.dispatcher import Job
 from workers import body
 from workers.body import Written
 

@@ -8,7 +8,8 @@ import pytest
 from scheduler import evaluate
 from scheduler.errors import SettingsError
 from scheduler.evaluate import Weighed
-from scheduler.wire import Decision, Reward
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Reward
 
 TARGETS = ("earliest-finish", "least-wait", "random", "sticky", "plan:explore=0.3")
 

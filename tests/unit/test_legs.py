@@ -5,7 +5,8 @@ import pytest
 
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign, Note
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 PARAMS = b'{"remote_engine_id": "p0"}'
 

@@ -18,7 +18,7 @@ from scheduler.price import Usual
 from scheduler.room import Decodes, Room
 from scheduler.slo import Promise
 from scheduler.state import Ticket
-from scheduler.wire import Request
+from scheduler.wire.client import Request
 from scheduler.work import Work, left
 
 SETTINGS = PlanSettings(commit_window_s=1.0, tie=0.0)

@@ -8,7 +8,7 @@ from river import linear_model
 
 from scheduler.predict import Predictor
 from scheduler.regression import DecayedRegression
-from scheduler.wire import Beat, Reward
+from scheduler.wire.worker import Beat, Reward
 
 
 def predictor(*hardware: str) -> Predictor:

@@ -35,7 +35,8 @@ from scheduler.profile.scorers import (
 )
 from scheduler.profile.trail import Trail
 from scheduler.sim.baselines import affinity
-from scheduler.wire import Beat, Request, Reward
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat, Reward
 
 PLAN = PlanSettings()
 AS_PLANNED = profile.of_plan(fill=PLAN.fill, tie=PLAN.tie)

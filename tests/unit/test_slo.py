@@ -8,7 +8,8 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.errors import WireError
 from scheduler.events import Arrived, Assign
 from scheduler.settings import Objective
-from scheduler.wire import Beat, Request
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat
 
 CHAT = {"chat": Objective(priority=2, ttft_ms=500.0, deadline_ms=9000.0)}
 

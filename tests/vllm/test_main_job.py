@@ -22,7 +22,8 @@ from hand import until
 from dispatcher.client import Client
 from scheduler import codec, prefix
 from scheduler.errors import RequestCancelled
-from scheduler.wire import Beat, Decision, Result, Reward
+from scheduler.wire.dispatcher import Decision
+from scheduler.wire.worker import Beat, Result, Reward
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -9,7 +9,7 @@ from scheduler.events import Arrived, Command, Event
 from scheduler.sim.baselines.desk import Desk
 from scheduler.sim.baselines.senses import Asked
 from scheduler.state import Bools
-from scheduler.wire import Beat, Reward
+from scheduler.wire.worker import Beat, Reward
 
 
 class Router(Protocol):

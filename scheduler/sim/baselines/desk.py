@@ -7,7 +7,9 @@ from scheduler.ledger import Ledger, Line
 from scheduler.predict import Predictor
 from scheduler.sim.baselines.senses import Account, Asked, Costs, Prefixes, Scrapes
 from scheduler.state import Bools
-from scheduler.wire import Beat, Decision, Job, Leg, Result, Reward
+from scheduler.wire.dispatcher import Decision, Job
+from scheduler.wire.words import Leg
+from scheduler.wire.worker import Beat, Result, Reward
 
 
 class Desk:

@@ -12,7 +12,7 @@ import numpy as np
 from scheduler.sim.baselines.load import least
 from scheduler.sim.baselines.senses import Account, Asked, Prefixes, Scrapes
 from scheduler.state import Floats
-from scheduler.wire import Reward
+from scheduler.wire.worker import Reward
 
 FEATURES = 9
 HIDDEN = 32

@@ -16,7 +16,7 @@ from scheduler.sim.baselines.binding import Bound, Lined, Router
 from scheduler.sim.baselines.desk import Desk
 from scheduler.sim.baselines.load import least
 from scheduler.sim.baselines.senses import Account, Asked
-from scheduler.wire import Reward
+from scheduler.wire.worker import Reward
 
 DECODE = frozenset({"decode", "both"})
 PREFILL = frozenset({"prefill"})
@@ -144,7 +144,7 @@ class LlmdPair:
 def is_apart(asked: Asked, cached: int, uncached_tokens: int) -> bool:
     """llm-d's decider: whether so much of the prompt is not cached that it is computed elsewhere.
 
-    >>> from scheduler.wire import Request
+    >>> from scheduler.wire.client import Request
     >>> asked = Asked(Request(model="m", prompt_tokens=100), "1-0", 0.0)
     >>> is_apart(asked, 90, 16), is_apart(asked, 80, 16)
     (False, True)

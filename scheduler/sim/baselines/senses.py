@@ -17,7 +17,8 @@ from scheduler.ledger import Ledger
 from scheduler.predict import Predictor
 from scheduler.prefix import BLOCK_TOKENS, Index
 from scheduler.state import Floats
-from scheduler.wire import Beat, Request
+from scheduler.wire.client import Request
+from scheduler.wire.worker import Beat
 
 NEVER = float("inf")
 
