@@ -230,8 +230,7 @@ def estimate(logged: Sequence[Weighed], target: Target, *, label: str, metric: s
     if len(rows) < BLOCK:
         raise SettingsError(
             f"{len(rows)} decisions were left to chance and can be joined with a reward, wanted at least {BLOCK}: "
-            "set plan.explore above 0 where the log is written, and no [profile] there, whose picker "
-            "tells the chance of what it took and of nothing else"
+            "set plan.explore above 0 where the log is written, or beside a [profile] a picker that draws"
         )
     wanted = [target.chances(one) for one in rows]
     support = float(np.mean([p[one.chance > 0].sum() for p, one in zip(wanted, rows, strict=True)]))

@@ -8,6 +8,7 @@ import msgspec
 
 from scheduler import cost, view
 from scheduler.book import Book
+from scheduler.errors import SettingsError
 from scheduler.outbox import Outbox
 from scheduler.plan import PlanSettings
 from scheduler.policies import AnyPolicy, Policy, Urgency
@@ -62,6 +63,13 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Two seconds' worth at 5,000 a second, and 1 MB: it only saves asking. Redis knows every id for its retention, and
     refuses a repetition that is not remembered here.
     """
+
+    def __post_init__(self) -> None:
+        if self.profile is not None and self.plan.explore > 0:
+            raise SettingsError(
+                f"plan.explore is {self.plan.explore} beside a [profile], whose own picker decides what is left to "
+                "chance: wanted 0, and a `tie` of max-score-picker or another picker"
+            )
 
 
 class Memory:

@@ -10,11 +10,14 @@ from scheduler.onward import Onward
 from scheduler.plan import PlanSettings
 from scheduler.profile.casting import Casting
 from scheduler.room import Room
-from scheduler.state import Floats
+from scheduler.state import Bools, Floats
 from scheduler.work import Offer
 
 CANDIDATES = 5
-"How many of the endpoints a decision's record names."
+"How many of the endpoints a decision's record names: the nearest, and whoever else chance could have taken."
+
+DRAWABLE_MAX = 16
+"Of those whom chance could have taken, how many a decision's record names; the likeliest."
 
 
 class Picker:
@@ -44,7 +47,7 @@ class Picker:
         """The slot, with what chance it was taken, and why."""
         left_s = offer.ticket.due_at - self._now
         if self._casting is not None:
-            return self._casting.pick(offer, total_s < math.inf, self._rng)
+            return self._cast(self._casting, offer, total_s < math.inf)
         score_s = total_s + self._settings.fill * self._used(offer)
         if self._onward is not None and not offer.is_second:
             score_s += self._onward.stalls_s(offer)
@@ -62,6 +65,19 @@ class Picker:
         drawn = int(self._rng.random() * len(near))
         return int(near[drawn]), 1.0 / len(near), f"{why}, one of {len(near)} equals"
 
+    def _cast(self, casting: Casting, offer: Offer, open_: Bools) -> tuple[int, float, str]:
+        """A draw by the chances of a profile's picker: whoever must wait is drawn again until it need not."""
+        chances, scores = casting.chances(offer, open_)
+        is_sure = chances.max() == 1.0
+        slot = int(chances.argmax()) if is_sure else explore.drawn(chances, self._rng.random())
+        why = f"{casting.label}: score {scores[slot]:.3f}, best {scores.max():.3f}"
+        handed = chances
+        if not offer.is_second:
+            handed = chances * (self._room.start_s <= self._settings.commit_window_s)
+        if handed[slot] and not is_sure:
+            self._chances = _of_named(handed, slot)
+        return slot, float(chances[slot]), why
+
     def _explored(
         self, total_s: Floats, score_s: Floats, cheapest: int, left_s: float
     ) -> tuple[int, float]:
@@ -72,6 +88,9 @@ class Picker:
         open_[near] = self._room.start_s[near] <= window_s
         if not open_[cheapest]:
             return cheapest, 1.0
+        if self._room.probed is not None:
+            open_ &= ~self._room.probed
+            open_[cheapest] = True
         chances = explore.chances(np.where(open_, score_s, np.inf), scale=self._settings.explore)
         chances = explore.paid(
             chances, total_s, open_, left_s=left_s, share=self._settings.explore_paid
@@ -79,6 +98,18 @@ class Picker:
         self._chances = chances
         slot = explore.drawn(chances, self._rng.random())
         return slot, float(chances[slot])
+
+    def candidates(self, total_s: Floats) -> tuple[tuple[int, float], ...]:
+        """The slots that a decision's record names, with their seconds, best first."""
+        order = total_s.argsort(kind="stable")
+        if self._chances is None:
+            order = order[:CANDIDATES]
+        else:
+            is_named = self._chances[order] > 0
+            is_named[:CANDIDATES] = True
+            order = order[is_named]
+        pairs = zip(order.tolist(), total_s[order].tolist(), strict=True)
+        return tuple([pair for pair in pairs if pair[1] < math.inf])
 
     def weighed(
         self, offer: Offer, candidates: Sequence[tuple[int, float]]
@@ -109,8 +140,13 @@ class Picker:
         return used
 
 
-def nearest(total_s: Floats) -> tuple[tuple[int, float], ...]:
-    """The slots of the shortest, with their seconds, best first."""
-    order = total_s.argsort(kind="stable")[:CANDIDATES]
-    pairs = zip(order.tolist(), total_s[order].tolist(), strict=True)
-    return tuple([pair for pair in pairs if pair[1] < math.inf])
+def _of_named(chances: Floats, slot: int) -> Floats | None:
+    """Of those that a record can name; None where the one taken is not among them.
+
+    Whom a record names must not hang on who was drawn: an estimate made from such records would be biased.
+    """
+    if np.count_nonzero(chances) > DRAWABLE_MAX:
+        chances = chances.copy()
+        chances[chances.argsort(kind="stable")[:-DRAWABLE_MAX]] = 0.0
+    share: Floats = chances / chances.sum()
+    return share if share[slot] else None

@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from scheduler.errors import SettingsError
 from scheduler.ledger import Line
 from scheduler.legs import Pledge
 from scheduler.state import Ticket
@@ -44,11 +45,18 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
     Scale of a draw on the predicted log seconds of those that could start now; 0: only equals are drawn.
 
-    0.05 to 0.1 is what predictions do not know anyway. Every chance is then logged, for `headgate evaluate`.
+    0.05 to 0.1 is what predictions do not know anyway. Every chance is then logged, for `headgate evaluate`. An
+    endpoint of which nothing was measured yet is drawn for one request at a time.
     """
 
     explore_paid: float = 0.0
     "With `explore`: of the requests with slack, the part that takes any endpoint which makes it with room."
+
+    def __post_init__(self) -> None:
+        if self.explore_paid > 0 and self.explore <= 0:
+            raise SettingsError(
+                f"plan.explore_paid is {self.explore_paid} and plan.explore {self.explore}, wanted both above 0"
+            )
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ from scheduler.offers import Offers
 from scheduler.onward import Onward
 from scheduler.openings import Openings
 from scheduler.pace import Noise
-from scheduler.picking import Picker, nearest
+from scheduler.picking import Picker
 from scheduler.plan import Choice, PlanSettings, Turn
 from scheduler.policies import Terms
 from scheduler.price import Usual
@@ -285,7 +285,7 @@ class Planner:
             may_go = offer.service_s < math.inf
             best_cached = float(np.maximum.reduce(offer.cached, where=may_go, initial=0.0))
         work_s = float(offer.work_s[slot])
-        candidates = nearest(total_s)
+        candidates = self.picker.candidates(total_s)
         self.choices.append(
             Choice(
                 ticket=offer.ticket,

@@ -133,6 +133,8 @@ class Planning:
             length_max=fleet.length_max,
             wanted_s=wanted_s,
         )
+        if self._settings.explore > 0:
+            room.probe(self._memory.predictor.is_new(), ledger.seats > 0)
         self._memory.token_s = room.mean(rates.token_s)
         onward = None
         if fleet.prefilling:

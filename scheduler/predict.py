@@ -25,7 +25,7 @@ from scheduler.pace import Pace
 from scheduler.regression import DecayedRegression
 from scheduler.speed import Speed
 from scheduler.spread import Spread
-from scheduler.state import Floats
+from scheduler.state import Bools, Floats
 from scheduler.transfer import Transfer
 from scheduler.wire.worker import Beat, Reward
 
@@ -138,6 +138,10 @@ class Predictor:
     def predict_one(self, x: Sequence[float], slot: int) -> float:
         """Seconds to first token for one row of features on one slot."""
         return self._bounded(self.speed(slot), x)
+
+    def is_new(self) -> Bools:
+        """Slots whose endpoints were never measured, in this life or an earlier one."""
+        return np.array([speed is not None and not speed.count for speed in self._speeds])
 
     def speed(self, slot: int) -> float:
         """How many times the declared time it takes."""

@@ -118,11 +118,19 @@ class Room:
         "Slots that somebody more urgent waits for."
         self.only_prefills: Bools | None = None
         "Slots that hold the KV of prompts alone; None: nobody does."
+        self.probed: Bools | None = None
+        "Slots that were never measured and on which somebody is; None: nobody asks."
         self.version = 0
         "Counts what makes fewer start."
         self._kv_least = _least(kv)
         self._used: Floats | None = None
         self._taken: list[tuple[int, float]] = []
+        self._is_new: Bools | None = None
+
+    def probe(self, is_new: Bools, is_held: Bools) -> None:
+        """Keep account of `probed`: one request at a time explores an endpoint of which nothing was measured yet."""
+        self._is_new = is_new
+        self.probed = is_new & is_held
 
     @property
     def busy_s(self) -> Floats:
@@ -205,6 +213,8 @@ class Room:
         """Hand it over: it also takes a seat and its KV."""
         self.version += 1
         self.reserve(slot, work_s, line)
+        if self.probed is not None and self._is_new is not None:
+            self.probed[slot] = self._is_new[slot]
         self._taken.append((slot, work_s))
         self.kv[slot] -= line.kv
         self._kv_least = min(self._kv_least, float(self.kv[slot]))

@@ -45,9 +45,6 @@ SIZES = (1, 2, 7, 40)
 STEPS_A_SLOT, STEPS_BESIDES = 60, 3000
 "The most bytecode instructions a part may run: for each slot, and besides. Arrays need hardly any for a slot."
 
-DRAWS = 600
-"Picks from the same scores, to see whether propensities are true."
-
 Rule = Callable[[Part], None]
 
 
@@ -182,35 +179,16 @@ def scores_between_0_and_1(part: Scorer) -> None:
             assert ((seen >= 0) & (seen <= 1)).all(), f"{part.label}: {seen}, wanted 0 to 1"
 
 
-def picks_a_candidate(part: Picker) -> None:
-    """Never anybody else, with a chance above 0, and whoever is alone for certain."""
+def tells_every_chance(part: Picker) -> None:
+    """One for each slot, together 1, and none for who is no candidate; off-policy estimates divide by them."""
     for scene, scores in _scored(part):
-        pick = part.pick(scene, scores, np.random.default_rng(0))
-        assert scores[pick.slot] > -np.inf, f"{part.label} picks {pick.slot}, no candidate"
-        assert 0 < pick.propensity <= 1, f"{part.label}: propensity {pick.propensity}"
-        if np.isfinite(scores).sum() == 1:
-            assert pick.propensity == 1, f"{part.label}: {pick.propensity} where there is no choice"
-
-
-def picks_the_same_with_the_same_draws(part: Picker) -> None:
-    """I6: chance comes from the generator that it is handed, and from nowhere else."""
-    for scene, scores in _scored(part):
-        picks = [part.pick(scene, scores, np.random.default_rng(9)) for _ in range(2)]
-        assert picks[0] == picks[1], f"{part.label}: {picks} from the same draws"
-
-
-def tells_its_true_chances(part: Picker) -> None:
-    """What it says of its chances is how often it picks; off-policy estimates divide by it."""
-    several = (one for one in _scored(part) if np.isfinite(one[1]).sum() > 1)
-    for scene, scores in itertools.islice(several, 8):
-        rng = np.random.default_rng(3)
-        picks = [part.pick(scene, scores, rng) for _ in range(DRAWS)]
-        said = {pick.slot: pick.propensity for pick in picks}
-        for slot, propensity in said.items():
-            share = sum(pick.slot == slot for pick in picks) / DRAWS
-            sigma = math.sqrt(max(propensity * (1 - propensity), 1 / DRAWS) / DRAWS)
-            told = f"{part.label} says {propensity:.3f} of slot {slot} and picks it {share:.3f}"
-            assert abs(share - propensity) <= 6 * sigma, told
+        chances = part.chances(scene, scores)
+        assert chances.shape == scores.shape, f"{part.label}: {chances.shape} of {scores.shape}"
+        assert chances.dtype == np.float64, f"{part.label}: {chances.dtype}, wanted float64"
+        told = f"{part.label} says {chances} of {scores}"
+        assert not chances[scores == -np.inf].any(), f"{told}, wanted 0 where the score is -inf"
+        assert (chances >= 0).all(), f"{told}, wanted no chance below 0"
+        assert math.isclose(chances.sum(), 1.0, abs_tol=1e-9), f"{told}, wanted a sum of 1"
 
 
 # For policies
@@ -253,7 +231,7 @@ OWN_RULES: dict[type[Part], tuple[Callable[..., None], ...]] = {
     Fetcher: (fetches_a_column,),
     Filter: (keeps_true_or_false,),
     Scorer: (scores_between_0_and_1,),
-    Picker: (picks_a_candidate, picks_the_same_with_the_same_draws, tells_its_true_chances),
+    Picker: (tells_every_chance,),
 }
 POLICY_RULES = (ranks_finitely_and_the_same_each_time, starves_nobody, asks_for_sane_terms)
 
@@ -352,14 +330,13 @@ def _answer(part: Part, scene: Scene) -> bytes:
         return part.score(scene, scene.eligible).tobytes()
     assert isinstance(part, Picker), f"{part} is no part of a profile"
     scores = read_only(np.where(scene.eligible, 0.5, -np.inf))
-    return repr(part.pick(scene, scores, np.random.default_rng(0))).encode()
+    return part.chances(scene, scores).tobytes()
 
 
-def _choice(made: Profile, scene: Scene) -> tuple[int, float]:
+def _choice(made: Profile, scene: Scene) -> list[float]:
     assembly = Assembly(made)
-    scores = assembly.scores(scene, scene.eligible)
-    slot, propensity = assembly.pick(scene, scores, np.random.default_rng(4))
-    return int(slot), propensity
+    chances: list[float] = assembly.chances(scene, assembly.scores(scene, scene.eligible)).tolist()
+    return chances
 
 
 def _off(part: Part) -> Part:

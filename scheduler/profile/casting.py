@@ -1,8 +1,8 @@
 """A profile at work within one step of the plan.
 
 The plan asks four things of it, in this order, for each request: where it may go (`narrowed`), where it is better put
-(`wishes`), which of what is left it takes (`pick`), and it says which was taken (`took`). All else stays the plan's:
-the order of the line, feasibility, reservations and late binding, seats and KV.
+(`wishes`), with what chance each of what is left is taken (`chances`); and it is told which was taken (`took`). All
+else stays the plan's: the order of the line, feasibility, reservations and late binding, seats and KV.
 """
 
 import math
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from scheduler.profile import fetchers
 from scheduler.profile.fetchers import WORTH
-from scheduler.profile.parts import Fetcher, Filter, Pick
+from scheduler.profile.parts import Fetcher, Filter
 from scheduler.profile.profile import Profile
 from scheduler.profile.scene import Scene
 from scheduler.profile.trail import Trail
@@ -25,6 +25,9 @@ from scheduler.state import Bools, Endpoint, Floats
 from scheduler.work import Offer
 
 T = TypeVar("T", bound=np.generic)
+
+SUM_ERROR_MAX = 1e-6
+"By how much a picker's chances may miss 1: the dust of as many divisions as there are slots."
 
 Worth = Callable[[Offer], Floats | None]
 "Promises kept less broken on each slot, as the plan reckons them; None: nobody was promised any."
@@ -54,11 +57,13 @@ class Assembly:
         assert not np.isnan(scores).any(), f"a scorer of {self.scorers} says nan, wanted 0 to 1"
         return scores
 
-    def pick(self, scene: Scene, scores: Floats, rng: np.random.Generator) -> Pick:
-        """The picker's choice."""
-        pick = self.picker.pick(scene, read_only(scores), rng)
-        assert scores[pick.slot] > -np.inf, f"{self.picker} takes {pick.slot}, no candidate"
-        return pick
+    def chances(self, scene: Scene, scores: Floats) -> Floats:
+        """With what chance the picker takes each."""
+        chances = self.picker.chances(scene, read_only(scores))
+        told = f"{self.picker} says {chances} of {scores}"
+        assert not chances[scores == -np.inf].any(), f"{told}, wanted 0 where the score is -inf"
+        assert abs(float(chances.sum()) - 1.0) < SUM_ERROR_MAX, f"{told}, wanted a sum of 1"
+        return chances
 
     def kept(self, filters: Sequence[Filter], scene: Scene, candidates: Bools) -> Bools:
         """What these leave, one after the other."""
@@ -120,15 +125,16 @@ class Casting:
         """Of these slots, where it is better put."""
         return self._assembly.kept(self._assembly.wishes, self._of(offer), candidates)
 
-    def pick(
-        self, offer: Offer, candidates: Bools, rng: np.random.Generator
-    ) -> tuple[int, float, str]:
-        """The slot, with what chance it was taken, and why."""
+    def chances(self, offer: Offer, candidates: Bools) -> tuple[Floats, Floats]:
+        """With what chance each is taken, and the scores that say so; float64[n_slots] both."""
         scene = self._of(offer)
         scores = self._assembly.scores(scene, candidates)
-        slot, propensity = self._assembly.pick(scene, scores, rng)
-        why = f"{self._assembly.picker.label}: score {scores[slot]:.3f}, best {scores.max():.3f}"
-        return slot, propensity, why
+        return self._assembly.chances(scene, scores), scores
+
+    @property
+    def label(self) -> str:
+        """The picker's name."""
+        return self._assembly.picker.label
 
     def took(self, offer: Offer, slot: int) -> None:
         """It is handed over there."""

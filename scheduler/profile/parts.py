@@ -3,28 +3,20 @@
     Fetcher   makes a column that several other parts read      -> float64[n_slots]
     Filter    says where the request may go                     -> bool[n_slots]
     Scorer    says how good each endpoint is                    -> float64[n_slots], 0 (worst) to 1 (best)
-    Picker    takes one, given the weighted mean of the scores  -> slot, propensity
+    Picker    says whom chance may take, given their mean score -> float64[n_slots], chances
 
-A part is pure: the same scene (and the same draws) give the same answer, nothing is written, nothing is remembered.
+A part is pure: the same scene gives the same answer, nothing is written, nothing is remembered, nothing is drawn.
 What a part wants to know of the past stands in the scene. Work on arrays: a part runs for every request placed.
 `tests/conformance.py` checks all of this; docs/PLUGINS.md shows how to write one.
 """
 
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from scheduler.profile.scene import Scene
 from scheduler.state import Bools, Floats
-
-
-class Pick(NamedTuple):
-    """A choice and with what chance it was made."""
-
-    slot: int
-    propensity: float
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="name"):
@@ -78,14 +70,13 @@ class Scorer(Part, frozen=True, kw_only=True):
 
 
 class Picker(Part, frozen=True, kw_only=True):
-    """Takes one of those left."""
+    """Says with what chance each of those left is taken; the plan draws, and logs these chances."""
 
-    def pick(self, scene: Scene, scores: Floats, rng: np.random.Generator) -> Pick:
-        """A slot whose score is not `-inf`.
+    def chances(self, scene: Scene, scores: Floats) -> Floats:
+        """Float64[n_slots] that sum to 1, 0 where the score is `-inf`.
 
         Args:
             scene: the request and the fleet.
             scores: float64[n_slots], the weighted mean of the scorers, 0 to 1; `-inf` where it may not go.
-            rng: chance; the only source of it.
         """
         raise NotImplementedError

@@ -1,13 +1,13 @@
-"""Who of those left is taken, and with what chance: off-policy estimates stand on these propensities."""
+"""With what chance each of those left is taken: exact, so that off-policy estimates can stand on them."""
 
 from typing import Annotated
 
 import numpy as np
 from msgspec import Meta
 
-from scheduler.profile.parts import Pick, Picker
+from scheduler.profile.parts import Picker
 from scheduler.profile.scene import Scene
-from scheduler.state import Floats
+from scheduler.state import Bools, Floats
 
 
 class MaxScore(Picker, frozen=True, tag="max-score-picker"):
@@ -16,49 +16,43 @@ class MaxScore(Picker, frozen=True, tag="max-score-picker"):
     tie: Annotated[float, Meta(ge=0)] = 0.0
     "Who lacks at most this part more of a perfect score than the best does is its equal; 0: equal scores only."
 
-    def pick(self, scene: Scene, scores: Floats, rng: np.random.Generator) -> Pick:  # noqa: ARG002
+    def chances(self, scene: Scene, scores: Floats) -> Floats:  # noqa: ARG002
         """One of the best, each with the same chance."""
         lack = 1.0 - scores
-        near = (lack <= lack.min() * (1.0 + self.tie)).nonzero()[0]
-        return _any(near, rng)
+        return _evenly(lack <= lack.min() * (1.0 + self.tie))
 
 
 class WeightedRandom(Picker, frozen=True, tag="weighted-random-picker"):
     """Anybody, with a chance in proportion to the score."""
 
-    def pick(self, scene: Scene, scores: Floats, rng: np.random.Generator) -> Pick:  # noqa: ARG002
+    def chances(self, scene: Scene, scores: Floats) -> Floats:  # noqa: ARG002
         """Where all scores are 0, each with the same chance."""
-        open_ = np.isfinite(scores).nonzero()[0]
-        weights = scores[open_]
+        open_ = np.isfinite(scores)
+        weights = np.where(open_, scores, 0.0)
         total = float(weights.sum())
-        if total <= 0:
-            return _any(open_, rng)
-        at = int(np.searchsorted(np.cumsum(weights), rng.random() * total, side="right"))
-        at = min(at, int(weights.nonzero()[0][-1]))  # the sum's last bit may be missing
-        return Pick(int(open_[at]), float(weights[at]) / total)
+        return weights / total if total > 0 else _evenly(open_)
 
 
 class Random(Picker, frozen=True, tag="random-picker"):
     """Anybody, whatever the scores."""
 
-    def pick(self, scene: Scene, scores: Floats, rng: np.random.Generator) -> Pick:  # noqa: ARG002
+    def chances(self, scene: Scene, scores: Floats) -> Floats:  # noqa: ARG002
         """Each with the same chance."""
-        return _any(np.isfinite(scores).nonzero()[0], rng)
+        return _evenly(np.isfinite(scores))
 
 
 class RoundRobin(Picker, frozen=True, tag="round-robin-picker"):
     """Whoever was given nothing for the longest, whatever the scores."""
 
-    def pick(self, scene: Scene, scores: Floats, rng: np.random.Generator) -> Pick:  # noqa: ARG002
+    def chances(self, scene: Scene, scores: Floats) -> Floats:
         """The first of those never given anything, then the oldest."""
-        slots = np.isfinite(scores).nonzero()[0]
-        return Pick(int(slots[scene.given_at[slots].argmin()]), 1.0)
+        since = np.where(np.isfinite(scores), scene.given_at, np.inf)
+        return _evenly(np.arange(len(scores)) == since.argmin())
 
 
-def _any(slots: np.ndarray[tuple[int], np.dtype[np.intp]], rng: np.random.Generator) -> Pick:
-    if len(slots) == 1:
-        return Pick(int(slots[0]), 1.0)
-    return Pick(int(slots[int(rng.random() * len(slots))]), 1.0 / len(slots))
+def _evenly(slots: Bools) -> Floats:
+    share: Floats = slots / np.count_nonzero(slots)
+    return share
 
 
 BUILT_IN = (MaxScore, WeightedRandom, Random, RoundRobin)

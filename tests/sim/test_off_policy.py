@@ -11,6 +11,9 @@ from dispatcher.journal import Journal, Recorder
 from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.plan import PlanSettings
+from scheduler.profile.filters import InTime
+from scheduler.profile.pickers import Random
+from scheduler.profile.profile import Profile
 from scheduler.sim import fleet, workload, world
 from scheduler.sim.fleet import EndpointSpec, Fleet
 from scheduler.sim.world import World
@@ -23,7 +26,7 @@ RATE_RPS = 8.0
 "A quarter of what the fleet can take: queues, which no estimate sees, hardly matter."
 
 
-def run(path, plan):
+def run(path, **chosen):
     """A run of the core with these settings, its recording, and its mean seconds from decision to first token."""
     rng = np.random.default_rng(1)
     rows = world.rows(
@@ -37,7 +40,7 @@ def run(path, plan):
             for at in np.cumsum(rng.exponential(1 / RATE_RPS, 1200))
         )
     )
-    settings = CoreSettings(plan=plan)
+    settings = CoreSettings(**chosen)
     journal = Journal(path.open("xb"), bytes_max=2**40)
     journal.add(recording.head(settings, seed=0, version="0", pool="lab"))
     core = Recorder(Scheduler(settings, np.random.default_rng(0)), journal)
@@ -53,7 +56,15 @@ def run(path, plan):
 def log(tmp_path_factory):
     """A recording with wide exploration."""
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
-    run(path, PlanSettings(explore=0.5))
+    run(path, plan=PlanSettings(explore=0.5))
+    return path
+
+
+@pytest.fixture(scope="module")
+def by_profile(tmp_path_factory):
+    """A recording of a profile whose picker leaves all to chance."""
+    path = tmp_path_factory.mktemp("log") / "profile.jsonl"
+    run(path, profile=Profile(filters=(InTime(),), picker=Random()))
     return path
 
 
@@ -76,11 +87,23 @@ def estimated(log, out, *words):
 )
 def test_estimates_come_near_the_truth(log, tmp_path, name, plan):
     """At light load every estimator is within 12 % of really running the other choice."""
-    truth = run(tmp_path / "truth.jsonl", plan)
+    truth = run(tmp_path / "truth.jsonl", plan=plan)
 
     [one], _ = estimated(log, tmp_path / "out.json", "--policy", name)
 
     assert one["n"] > 1000
+    for which in ("ips", "snips", "dr"):
+        assert one[which]["value"] == pytest.approx(truth, rel=0.12), which
+
+
+def test_a_profiles_log_says_as_much(by_profile, tmp_path):
+    """Its picker's chances stand beside every choice: what the plan would have brought comes out within 12 %."""
+    truth = run(tmp_path / "truth.jsonl", plan=PlanSettings())
+
+    [one], _ = estimated(by_profile, tmp_path / "out.json", "--policy", "plan")
+
+    assert one["n"] > 1000
+    assert one["support"] > 0.99
     for which in ("ips", "snips", "dr"):
         assert one[which]["value"] == pytest.approx(truth, rel=0.12), which
 

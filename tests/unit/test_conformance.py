@@ -13,7 +13,7 @@ from plugin.warmth import Idle, NewestFirst, Warmth
 from scheduler import policies
 from scheduler.profile import profile
 from scheduler.profile.filters import Label
-from scheduler.profile.parts import Fetcher, Filter, Pick, Picker, Scorer
+from scheduler.profile.parts import Fetcher, Filter, Picker, Scorer
 
 MADE = {Label: Label(by="hardware", allow=("h100*", "a*"), deny=("a1?",))}
 "What needs a setting."
@@ -101,14 +101,13 @@ class TooFew(Filter, frozen=True, tag="too-few"):
 
 
 class Anybody(Picker, frozen=True, tag="anybody"):
-    def pick(self, scene, scores, rng):
-        return Pick(0, 1.0)
+    def chances(self, scene, scores):
+        return np.full(len(scores), 1.0 / len(scores))
 
 
 class Boasts(Picker, frozen=True, tag="boasts"):
-    def pick(self, scene, scores, rng):
-        open_ = np.isfinite(scores).nonzero()[0]
-        return Pick(int(rng.choice(open_)), 1.0)
+    def chances(self, scene, scores):
+        return np.isfinite(scores).astype(float)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +122,8 @@ class Boasts(Picker, frozen=True, tag="boasts"):
         (Loops(), conformance.is_bounded),
         (TooMuch(), conformance.scores_between_0_and_1),
         (TooFew(), conformance.keeps_true_or_false),
-        (Anybody(), conformance.picks_a_candidate),
-        (Boasts(), conformance.tells_its_true_chances),
+        (Anybody(), conformance.tells_every_chance),
+        (Boasts(), conformance.tells_every_chance),
         (NewestFirst(), conformance.starves_nobody),
     ],
     ids=lambda value: getattr(value, "label", None) or value.__name__,

@@ -20,6 +20,8 @@ from scheduler.events import (
 )
 from scheduler.plan import PlanSettings
 from scheduler.policies import Fcfs, Urgency
+from scheduler.profile.pickers import Random
+from scheduler.profile.profile import Profile
 from scheduler.settings import Objective
 from scheduler.view import Snapshot
 from scheduler.wire.client import Control, Request
@@ -804,3 +806,45 @@ class TestSessions:
         assert jobs["turn2"].endpoint == first.endpoint
         assert jobs["turn2"].job.cached_tokens == 4_100
         assert jobs["other"].job.cached_tokens == 0
+
+
+class TestExploration:
+    def test_a_new_endpoint_is_probed_by_one_at_a_time(self):
+        """Drawn evenly: until the first completion says what it takes, nobody else is sent there to find out."""
+        pool = Pool(plan=PlanSettings(commit_window_s=60.0, explore=100.0, fill=0.0))
+        pool.beat("known", hardware="h100")
+        pool.ask("first")
+        [first] = pool.decide()
+        pool.reward(first, prefill_s=0.01)
+        pool.beat("new", hardware="l4")
+
+        def probes(name):
+            """Who goes to the new one, while the other is at once through with whatever it gets."""
+            found = []
+            for number in range(20):
+                pool.ask(f"{name}-{number}")
+                [sent] = pool.decide(0.01)
+                if sent.endpoint == "new":
+                    found.append(sent)
+                else:
+                    pool.reward(sent, prefill_s=0.01)
+            return found
+
+        [probe] = probes("before")
+        pool.reward(probe, prefill_s=0.01)
+        assert len(probes("after")) > 3
+
+    def test_a_profiles_chances_are_those_of_all_it_could_have_taken(self):
+        """Whoever could start now and the picker might have drawn stands in the record, beyond the nearest five."""
+        pool = Pool(profile=Profile(picker=Random()))
+        for number in range(8):
+            pool.beat(f"e{number}")
+        pool.ask("a", prompt_tokens=16_000)
+        [_] = pool.decide()
+        pool.ask("b")
+
+        [assign] = pool.decide()
+
+        chances = [float(part.partition("=")[2].split(",")[0]) for part in assign.decision.weighed]
+        assert chances == pytest.approx([1 / 7] * 7, rel=1e-3)
+        assert len(assign.decision.candidates) == 8 - 1

@@ -132,6 +132,19 @@ def test_a_mistake_in_the_settings_is_a_line(lines, said):
         node.core_settings(parse(lines, {}))
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (f"{PROFILE}[plan]\nexplore = 0.1", r"plan.explore is 0.1 beside a \[profile\].*: wanted 0"),
+        ("[plan]\nexplore_paid = 0.1", "plan.explore_paid is 0.1 and plan.explore 0.0, wanted both above 0"),
+    ],
+)  # fmt: skip
+def test_exploration_that_nobody_would_carry_out_is_refused(warmth, lines, said):
+    """A profile's picker decides itself what is left to chance, and paid exploration is a part of the free one."""
+    with pytest.raises(SettingsError, match=said):
+        node.core_settings(parse(lines, {}))
+
+
 def test_a_part_that_reads_what_nobody_fetches_is_refused(warmth):
     """Before anything is served."""
     with pytest.raises(SettingsError, match="warmth-scorer reads 'idle-s', which no fetcher"):

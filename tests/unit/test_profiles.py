@@ -152,29 +152,24 @@ class TestPickers:
         trail.meet(["e0", "e1", "e2", "e3"])
         scores = np.array([0.9, 0.1, -np.inf, 0.5])
         for now in range(6):
-            pick = RoundRobin().pick(scene(given_at=trail.given_at), scores, None)
-            trail.add(pick.slot, model="m", session="", is_cold=True, now=float(now))
-            order.append(pick.slot)
+            [slot] = RoundRobin().chances(scene(given_at=trail.given_at), scores).nonzero()[0]
+            trail.add(slot, model="m", session="", is_cold=True, now=float(now))
+            order.append(slot)
 
         assert order == [0, 1, 3, 0, 1, 3]
 
     def test_a_tie_is_a_part_of_what_is_lacking(self):
         """0.80 lacks 0.20; a tenth more is 0.22."""
         scores = np.array([0.80, 0.785, 0.77, -np.inf])
-        pick = MaxScore(tie=0.1).pick(scene(), scores, np.random.default_rng(0))
-
-        assert pick.propensity == 0.5
-        assert pick.slot in (0, 1)
+        assert MaxScore(tie=0.1).chances(scene(), scores).tolist() == [0.5, 0.5, 0, 0]
 
     def test_chances_follow_the_scores(self):
         """In proportion; without any score, all alike."""
-        rng = np.random.default_rng(0)
         scores = np.array([0.6, 0.0, -np.inf, 0.2])
-        picks = {WeightedRandom().pick(scene(), scores, rng) for _ in range(99)}
 
-        assert {(slot, round(p, 9)) for slot, p in picks} == {(0, 0.75), (3, 0.25)}
-        assert Random().pick(scene(), np.zeros(4), rng).propensity == 0.25
-        assert WeightedRandom().pick(scene(), np.zeros(4), rng).propensity == 0.25
+        assert WeightedRandom().chances(scene(), scores) == pytest.approx([0.75, 0, 0, 0.25])
+        assert Random().chances(scene(), scores) == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
+        assert WeightedRandom().chances(scene(), np.zeros(4)).tolist() == [0.25] * 4
 
 
 def test_sessions_are_found_where_their_endpoint_stands_now():
