@@ -247,6 +247,7 @@ def core_settings(settings: Settings) -> CoreSettings:
         objectives=settings.objectives,
         fairness=settings.fairness,
         lease_s=settings.lease.worker_s,
+        kv_lease_s=settings.lease.kv_s,
         waiting_max=settings.limits.waiting_max,
     )
 

@@ -9,6 +9,7 @@ A request in a living worker's hands stays there: only its endpoint's lease deci
 """
 
 from collections.abc import AsyncIterator, Sequence
+from typing import get_args
 
 import msgspec
 
@@ -21,6 +22,8 @@ from scheduler.events import Arrived, Event, Recovered
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.view import Snapshot
 from scheduler.wire.client import Control
+from scheduler.wire.words import Leg
+from scheduler.wire.worker import Reward
 
 CLAIM_COUNT = 500
 "Pending entries claimed in one call; about 3 ms of the server's time."
@@ -34,7 +37,10 @@ CONTROLS_KEPT = 10_000
 FORMAT = 1
 "Of the snapshot's envelope."
 
-STANDING = ("state", "attempt", "endpoint", "epoch", "cancelled")
+STANDING = ("state", "attempt", "endpoint", "epoch", "cancelled", "leg", "handovers", "kept")
+
+
+_LEGS: dict[bytes, Leg] = {leg.encode(): leg for leg in get_args(Leg)}
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,9 +157,21 @@ class Recovery:
             [self._keys.request(event.request.id) for event in living], STANDING
         )
         recovered = [
-            _recovered(event, standing) for event, standing in zip(living, standings, strict=True)
+            _recovered(event, standing, await self._prefilled(standing))
+            for event, standing in zip(living, standings, strict=True)
         ]
         return [*recovered, *(event for event in read if isinstance(event, Unreadable))]
+
+    async def _prefilled(self, standing: Sequence[bytes | None]) -> Reward | None:
+        """What a request's prefill leg said, where it has done its part and nothing came after it."""
+        state, attempt, kept = standing[0], int(standing[1] or 0), (standing[-1] or b"").decode()
+        if state != b"waiting" or not kept:
+            return None
+        found = await self._connection.entries(self._keys.rewards, kept, kept)
+        facts = [self._reader.fact(self._keys.rewards, entry) for entry in found]
+        return next(
+            (fact for fact in facts if isinstance(fact, Reward) and fact.attempt == attempt), None
+        )
 
 
 def saving(keys: Keys, epoch: int, saved: Saved) -> Call:
@@ -161,8 +179,10 @@ def saving(keys: Keys, epoch: int, saved: Saved) -> Call:
     return dispatch.save(keys, epoch, msgspec.json.encode(saved))
 
 
-def _recovered(event: Arrived, standing: Sequence[bytes | None]) -> Recovered:
-    state, attempt, endpoint, epoch, cancelled = standing
+def _recovered(
+    event: Arrived, standing: Sequence[bytes | None], prefilled: Reward | None
+) -> Recovered:
+    state, attempt, endpoint, epoch, cancelled, leg, handovers, _ = standing
     is_held = state in (b"assigned", b"running")
     return Recovered(
         request=event.request,
@@ -171,6 +191,9 @@ def _recovered(event: Arrived, standing: Sequence[bytes | None]) -> Recovered:
         attempt=int(attempt or 0),
         endpoint=(endpoint or b"").decode() if is_held else "",
         epoch=int(epoch or 0) if is_held else 0,
+        leg=_LEGS.get(leg or b"", "whole"),
+        handovers=int(handovers or 0),
+        prefilled=prefilled,
         cancelled=bool(cancelled),
     )
 

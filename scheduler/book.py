@@ -20,6 +20,10 @@ ENDS_MIN = 1_000
 "Up to twice so many moments nothing is dropped."
 
 
+_HALFWAY: tuple[Turn, ...] = ("read", "assign", "hand_over")
+"How a request comes to stand between two legs."
+
+
 class Book:
     """Tickets, lines, fleet and ledger: the core's whole memory of the present."""
 
@@ -64,6 +68,17 @@ class Book:
         ticket.turn("assign")
         self.tickets[ticket.id] = ticket
         self._hold(ticket, endpoint, line, now)
+        if ticket.leg == "decode":
+            self.ledger.first_token(endpoint.slot, ticket.id, now)
+
+    def resume(self, ticket: Ticket, kept: Kept) -> None:
+        """It stood between two legs under an earlier leader."""
+        assert ticket.id not in self.tickets, f"request {ticket.id!r} lives already"
+        for turn in _HALFWAY:
+            ticket.turn(turn)
+        self.tickets[ticket.id] = ticket
+        self.legs.wait(ticket, kept)
+        self._watch_end(ticket)
 
     def start(self, ticket: Ticket) -> None:
         """Its engine has it. Said twice, it does no harm."""

@@ -74,6 +74,12 @@ class Endpoints:
             self._memory.prefixes.resize(endpoint.slot, beat.kv_tokens)
             self._memory.sessions.resize(endpoint.slot, beat.kv_tokens)
         self._progress(beat)
+        if endpoint.away_at is not None:
+            # An engine that does not answer its own worker hands over nothing: better found out here than by others.
+            for ticket in self._memory.book.legs.waiting_for(endpoint.name):
+                self._lose_kv(
+                    ticket, f"{endpoint.name} is away: {beat.reason or 'no reason given'}"
+                )
         if beat.kv_epoch:
             self._memory.prefixes.hear(endpoint.slot, _account(beat))
         if beat.read_at is not None:
@@ -89,7 +95,7 @@ class Endpoints:
         if ticket is None or ticket.attempt != reward.attempt:
             return
         if reward.outcome == "prefilled" and ticket.is_held:
-            self._prefilled(reward, ticket, endpoint)
+            self._prefilled(reward, ticket)
         elif reward.outcome not in ("returned", "prefilled"):
             if reward.outcome == "completed":
                 computed = reward.prompt_tokens - (reward.cached_tokens or 0)
@@ -112,7 +118,14 @@ class Endpoints:
             self._fleet.drain(endpoint, is_drained=event.action == "drain")
 
     def recovered(self, ticket: Ticket, event: Recovered) -> None:
-        """An earlier leader gave it to this endpoint, which may not have been heard from yet: it has a lease."""
+        """Put it where an earlier leader's commands had left it."""
+        if event.prefilled is None:
+            self._hold(ticket, event)
+        else:
+            self._go_on(ticket, event.prefilled)
+
+    def _hold(self, ticket: Ticket, event: Recovered) -> None:
+        """It was given to this endpoint, which may not have been heard from yet: it has a lease."""
         endpoint = self._fleet.endpoints.get(event.endpoint) or self._expect(event)
         ticket.attempt = max(1, event.attempt)
         self._memory.book.recover(ticket, endpoint, ledger.uncached(ticket), self._memory.now)
@@ -121,24 +134,47 @@ class Endpoints:
         if ticket.is_cancelled:
             self._requests.abort_later(ticket)
 
-    def _prefilled(self, reward: Reward, ticket: Ticket, endpoint: Endpoint | None) -> None:
+    def _go_on(self, ticket: Ticket, reward: Reward) -> None:
+        """It stood between two legs: so it does again while its KV is there, else it waits as at its beginning."""
+        kept = self._kept(reward, ticket)
+        if kept is None:
+            self._requests.wait(ticket)
+            return
+        self._memory.book.resume(ticket, kept)
+        self._requests.end_if_over(ticket)
+
+    def _prefilled(self, reward: Reward, ticket: Ticket) -> None:
         """Its prompt is computed and its KV is kept; without a word where, or nobody wanting it, that was for nothing."""
         book, memory = self._memory.book, self._memory
-        is_sound = ticket.leg == "prefill" and 0 < len(reward.kv_params) <= KV_PARAMS_BYTES
-        if endpoint is None or ticket.is_cancelled or not is_sound:
+        kept = self._kept(reward, ticket)
+        if kept is None or ticket.is_cancelled:
             book.give_back(ticket, "hand_back", memory.now)
             self._requests.end_if_over(ticket)
             return
-        kept = Kept(
+        book.hand_over(ticket, kept, memory.now)
+        memory.note(ticket, "prefilled", f"on {kept.endpoint}: waits for an endpoint that decodes")
+
+    def _kept(self, reward: Reward, ticket: Ticket) -> Kept | None:
+        """The KV that a prefill leg speaks of; None where it is gone, or the leg did not say where it is."""
+        now, lease_s = self._memory.now, self._memory.settings.kv_lease_s
+        endpoint = self._fleet.endpoints.get(reward.endpoint)
+        is_sound = ticket.leg == "prefill" and 0 < len(reward.kv_params) <= KV_PARAMS_BYTES
+        if endpoint is None or endpoint.epoch != reward.epoch or endpoint.away_at is not None:
+            return None
+        if not is_sound:
+            return None
+        # The engine's lease began when it was done, however late we hear of it.
+        since_at = now if reward.finished_at is None else min(now, reward.finished_at)
+        if since_at + lease_s <= now:
+            return None
+        return Kept(
             endpoint=endpoint.name,
             epoch=endpoint.epoch,
             tokens=float(ticket.prompt_tokens),
             params=reward.kv_params,
-            until_at=memory.now + memory.settings.kv_lease_s,
-            patient_until_at=memory.now + min(PATIENCE_S, 0.5 * memory.settings.kv_lease_s),
+            until_at=since_at + lease_s,
+            patient_until_at=since_at + min(PATIENCE_S, 0.5 * lease_s),
         )
-        book.hand_over(ticket, kept, memory.now)
-        memory.note(ticket, "prefilled", f"on {endpoint.name}: waits for an endpoint that decodes")
 
     def _learn(self, reward: Reward, endpoint: Endpoint, ticket: Ticket | None) -> None:
         slot = endpoint.slot

@@ -8,6 +8,7 @@ import msgspec
 
 from scheduler.wire.client import Control, Request
 from scheduler.wire.dispatcher import Decision, Job
+from scheduler.wire.words import Leg
 from scheduler.wire.worker import Beat, Result, Reward
 
 
@@ -44,6 +45,15 @@ class Recovered(msgspec.Struct, frozen=True, kw_only=True):
 
     epoch: int = 0
     "That endpoint's epoch at the assignment."
+
+    leg: Leg = "whole"
+    "Which part of it was last assigned."
+
+    handovers: int = 0
+    "Prefill legs that did their part."
+
+    prefilled: Reward | None = None
+    "Where it waits between two legs: what the first said, and with it where the KV is."
 
     cancelled: bool = False
     "Its tombstone is set."

@@ -201,10 +201,11 @@ class Ledger:
 
 
 def uncached(ticket: Ticket) -> Line:
-    """A request's account where nothing is known of the cache: as if all of it were to be computed."""
-    tokens = float(max(1, ticket.prompt_tokens))
-    pairs = tokens * (tokens - 0.5 * tokens)
-    return Line(tokens=tokens, pairs=pairs, kv=tokens + ticket.output_tokens)
+    """A request's account where nothing is known of the cache: as if all of its leg were to be computed."""
+    prompt = float(max(1, ticket.prompt_tokens))
+    tokens = 0.0 if ticket.leg == "decode" else prompt
+    said = 1 if ticket.leg == "prefill" else ticket.output_tokens
+    return Line(tokens=tokens, pairs=tokens * (tokens - 0.5 * tokens), kv=prompt + said)
 
 
 def chain(blocks: tuple[str, ...], kv: float) -> tuple[str, ...]:

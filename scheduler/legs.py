@@ -70,6 +70,10 @@ class Legs:
     def lose(self, endpoint: str, slot: int) -> list[Ticket]:
         """An endpoint is gone: no place is pledged there; who waits with KV there is returned."""
         self.pledges = {key: p for key, p in self.pledges.items() if p.slot != slot}
+        return self.waiting_for(endpoint)
+
+    def waiting_for(self, endpoint: str) -> list[Ticket]:
+        """Who waits with KV there."""
         return [t for t in self.prefilled if self.kept[t.id].endpoint == endpoint]
 
     def kept_kv(self, fleet: Fleet) -> Floats:

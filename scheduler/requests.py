@@ -76,7 +76,7 @@ class Requests:
         return True
 
     def recovered(self, event: Recovered) -> Ticket | None:
-        """Take over what an earlier leader knew; what is with an endpoint is returned, to be put there."""
+        """Take over what an earlier leader knew; what an endpoint holds, or keeps KV of, is returned, to be put there."""
         # Redis says that it lives, whatever is remembered here: its move was refused, or the dead came back.
         self._memory.book.finished.pop(event.request.id, None)
         if self._is_known(event):
@@ -85,13 +85,17 @@ class Requests:
         if found is None:
             return None
         found.is_cancelled = event.cancelled
-        if event.endpoint:
+        found.attempt, found.leg, found.handovers = event.attempt, event.leg, event.handovers
+        if event.endpoint or event.prefilled is not None:
             return found
-        found.attempt = event.attempt
-        self._memory.book.read(found)
-        self._measure(found)
-        self.end_if_over(found)
+        self.wait(found)
         return None
+
+    def wait(self, recovered: Ticket) -> None:
+        """It stands in line again, unless that is over."""
+        self._memory.book.read(recovered)
+        self._measure(recovered)
+        self.end_if_over(recovered)
 
     def refused(self, event: Refused) -> None:
         """Redis knows better: forget it."""

@@ -112,6 +112,13 @@ class LeaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     worker_s: Seconds = 3.0
     "A worker that has sent no beat for this long loses its jobs to others."
 
+    kv_s: Seconds = 20.0
+    """
+    How long a prompt's KV is relied on that was computed for another endpoint to decode.
+
+    Well below the engines' own lease (vLLM's `kv_lease_duration`, 30 s): after it they answer from whatever lies there.
+    """
+
     beat_s: Seconds = 1.0
     "How often a worker says that it lives; at most half of `worker_s`, so one lost beat is forgiven."
 

@@ -75,6 +75,7 @@ def assign(keys: Keys, epoch: int, command: Assign, *, is_new: bool = False) -> 
             DECISIONS_KEPT,
             packed(job),
             packed(command.decision),
+            job.leg,
         ),
     )
 

@@ -1,4 +1,4 @@
-#!lua name=headgate_1
+#!lua name=headgate_2
 
 -- The 1 in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when the
 -- keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
@@ -7,8 +7,11 @@
 -- Redis' clients may send a move again after a lost reply, so each one recognises its own repetition.
 --
 -- request:<id> is a hash: state entry attempt endpoint epoch job tokens cancelled outcome result_stream result_entry
+--   and of one that was ever served in two legs also leg handovers kept
 --   state    queued | waiting | assigned | running | terminal
 --   attempt  the fence: a worker's late write carries an older one, or finds another state
+--   leg      whole | prefill | decode: of the last attempt; without it, whole
+--   handovers  how many prefill legs have done their part; kept: the last one's entry in `rewards`, which says where its KV is
 -- All keys arrive in KEYS and share one hash tag. A list of fields travels as one argument: a MessagePack array of field, value, ...
 
 local function now_ms()
@@ -127,10 +130,11 @@ end
 -- One that was read in this very step needs no `accept` before: its being assigned says that it was read. If it is
 -- refused, an `accept` follows, which says why.
 -- KEYS leader request jobs waiting decisions
--- ARGV epoch id entry endpoint attempt endpoint_epoch is_new keep job decision -> the job's entry; 0 refused; -1 fenced
+-- ARGV epoch id entry endpoint attempt endpoint_epoch is_new keep job decision leg
+-- -> the job's entry; 0 refused; -1 fenced
 local function assign(keys, args)
   if not is_leader(keys[1], args[1]) then return -1 end
-  local held = redis.call('HMGET', keys[2], 'state', 'entry', 'endpoint', 'attempt', 'job', 'cancelled')
+  local held = redis.call('HMGET', keys[2], 'state', 'entry', 'endpoint', 'attempt', 'job', 'cancelled', 'leg')
   local is_ours = held[2] == args[3]
   if is_ours and holds(held[1], held[3], held[4], args[4], args[5]) then return held[5] end -- said before
   local is_new = args[7] == '1' and (not held[1] or held[1] == 'queued') and (not held[2] or is_ours)
@@ -142,7 +146,9 @@ local function assign(keys, args)
   redis.call('HSET', keys[2], 'state', 'assigned', 'entry', args[3], 'endpoint', args[4], 'attempt', args[5],
     'epoch', args[6], 'job', entry)
   redis.call('ZREM', keys[4], args[2])
-  add(keys[5], (take(args, next)), tonumber(args[8]))
+  local decision, leg = take(args, next)
+  add(keys[5], decision, tonumber(args[8]))
+  if args[leg] ~= (held[7] or 'whole') then redis.call('HSET', keys[2], 'leg', args[leg]) end
   return entry
 end
 
@@ -300,7 +306,8 @@ local function finish(keys, args)
   return 1
 end
 
--- KEYS request jobs waiting rewards / ARGV endpoint attempt job group id score keep reward -> 1; 0 no longer yours
+-- KEYS request jobs waiting rewards / ARGV endpoint attempt job group id score keep reward is_prefilled
+-- -> 1; 0 no longer yours
 local function hand_back(keys, args)
   local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt')
   redis.call('XACK', keys[2], args[4], args[3])
@@ -308,25 +315,30 @@ local function hand_back(keys, args)
   if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
   redis.call('HSET', keys[1], 'state', 'waiting', 'endpoint', '', 'job', '')
   redis.call('ZADD', keys[3], args[6], args[5])
-  add(keys[4], (take(args, 8)), tonumber(args[7]))
+  local reward, is_prefilled = take(args, 8)
+  local entry = add(keys[4], reward, tonumber(args[7]))
+  if args[is_prefilled] == '1' then
+    redis.call('HINCRBY', keys[1], 'handovers', 1)
+    redis.call('HSET', keys[1], 'kept', entry)
+  end
   return 1
 end
 
-redis.register_function('hg1_lead', lead)
-redis.register_function('hg1_resign', resign)
-redis.register_function('hg1_save', save)
-redis.register_function('hg1_submit', submit)
-redis.register_function('hg1_cancel', cancel)
-redis.register_function('hg1_requeue', requeue)
-redis.register_function('hg1_accept', accept)
-redis.register_function('hg1_assign', assign)
-redis.register_function('hg1_reclaim', reclaim)
-redis.register_function('hg1_conclude', conclude)
-redis.register_function('hg1_log', log)
-redis.register_function('hg1_retire', retire)
-redis.register_function('hg1_join', join)
-redis.register_function('hg1_beat', beat)
-redis.register_function('hg1_start', start)
-redis.register_function('hg1_tokens', tokens)
-redis.register_function('hg1_finish', finish)
-redis.register_function('hg1_hand_back', hand_back)
+redis.register_function('hg2_lead', lead)
+redis.register_function('hg2_resign', resign)
+redis.register_function('hg2_save', save)
+redis.register_function('hg2_submit', submit)
+redis.register_function('hg2_cancel', cancel)
+redis.register_function('hg2_requeue', requeue)
+redis.register_function('hg2_accept', accept)
+redis.register_function('hg2_assign', assign)
+redis.register_function('hg2_reclaim', reclaim)
+redis.register_function('hg2_conclude', conclude)
+redis.register_function('hg2_log', log)
+redis.register_function('hg2_retire', retire)
+redis.register_function('hg2_join', join)
+redis.register_function('hg2_beat', beat)
+redis.register_function('hg2_start', start)
+redis.register_function('hg2_tokens', tokens)
+redis.register_function('hg2_finish', finish)
+redis.register_function('hg2_hand_back', hand_back)

@@ -150,6 +150,7 @@ def hand_back(keys: Keys, held: Held, reward: Reward) -> Call:
             score(job.deadline_at),
             REWARDS_KEPT,
             packed(reward),
+            int(reward.outcome == "prefilled"),
         ),
     )
 

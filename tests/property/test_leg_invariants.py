@@ -12,7 +12,7 @@ from hypothesis.stateful import (
 )
 
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Reclaim
+from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Reclaim, Recovered
 from scheduler.wire.client import Control, Request
 from scheduler.wire.words import KV_PARAMS_BYTES
 from scheduler.wire.worker import Beat, Reward
@@ -57,6 +57,14 @@ class Pool(RuleBasedStateMachine):
         "By request: what its last prefill leg handed over, and nobody has used."
         self.arrived: set[str] = set()
         self.terminal: dict[str, str] = {}
+        self.requests: dict[str, Arrived] = {}
+        self.attempts: dict[str, int] = {}
+        self.legs: dict[str, str] = {}
+        "By request: which part of it was assigned last."
+        self.handovers: dict[str, int] = {}
+        self.said: dict[str, Reward] = {}
+        "By request: what its last prefill leg said when it had done its part."
+        self.cancelled: set[str] = set()
 
     def tell(self, event: Event) -> None:
         self.log.append((self.now, event))
@@ -84,7 +92,9 @@ class Pool(RuleBasedStateMachine):
             deadline_s=deadline_s,
         )
         self.arrived.add(request.id)
-        self.tell(Arrived(request=request, entry=f"{self.count}-0", enqueued_at=self.now))
+        event = Arrived(request=request, entry=f"{self.count}-0", enqueued_at=self.now)
+        self.requests[request.id] = event
+        self.tell(event)
 
     @rule(name=st.sampled_from(sorted(ROLES)), state=st.sampled_from(["ready", "away"]))
     def beat(self, name, state):
@@ -122,28 +132,33 @@ class Pool(RuleBasedStateMachine):
             self.end(request_id, outcome)
         elif outcome == "prefilled" and how == "done":
             self.params[request_id] = params
-        self.tell(
-            Reward(
-                id=request_id,
-                endpoint=command.endpoint,
-                epoch=job.epoch,
-                attempt=job.attempt,
-                leg=job.leg,
-                outcome=outcome,
-                model="llama",
-                pulled_at=self.now - 0.1,
-                first_token_at=self.now,
-                prefill_s=0.1,
-                output_tokens=20,
-                features=job.features,
-                kv_params=params if is_prefill else b"",
-            )
+        reward = Reward(
+            id=request_id,
+            endpoint=command.endpoint,
+            epoch=job.epoch,
+            attempt=job.attempt,
+            leg=job.leg,
+            outcome=outcome,
+            model="llama",
+            pulled_at=self.now - 0.1,
+            first_token_at=self.now,
+            prefill_s=0.1,
+            output_tokens=20,
+            features=job.features,
+            finished_at=self.now,
+            kv_params=params if is_prefill else b"",
         )
+        if outcome == "prefilled":
+            self.handovers[request_id] = self.handovers.get(request_id, 0) + 1
+            self.said[request_id] = reward
+        self.tell(reward)
 
     @precondition(lambda self: self.arrived)
     @rule(data=st.data())
     def cancel(self, data):
-        self.tell(Control(action="cancel", id=data.draw(st.sampled_from(sorted(self.arrived)))))
+        request_id = data.draw(st.sampled_from(sorted(self.arrived)))
+        self.cancelled.add(request_id)
+        self.tell(Control(action="cancel", id=request_id))
 
     @rule()
     def wake(self):
@@ -163,6 +178,36 @@ class Pool(RuleBasedStateMachine):
         if loser is not None:
             self.restart(loser)
         self.decide()
+
+    @rule(silent=st.sampled_from([None, "p0", "d0"]))
+    def fail_over(self, silent):
+        """A new leader knows what Redis holds, and of the endpoints those that have beaten."""
+        self.decide()
+        self.core, self.log, self.sent = Scheduler(SETTINGS, np.random.default_rng(0)), [], []
+        for name in ROLES:
+            if name != silent:
+                self.tell(beat_of(name, self.epochs[name]))
+        for request_id in sorted(self.arrived - set(self.terminal)):
+            self.tell(self.recovered(request_id))
+        self.decide()
+
+    def recovered(self, request_id: str) -> Recovered:
+        """As the request's hash and the log of rewards say."""
+        event, command = self.requests[request_id], self.held.get(request_id)
+        said, attempt = self.said.get(request_id), self.attempts.get(request_id, 0)
+        is_between = command is None and said is not None and said.attempt == attempt
+        return Recovered(
+            request=event.request,
+            entry=event.entry,
+            enqueued_at=event.enqueued_at,
+            attempt=attempt,
+            endpoint=command.endpoint if command else "",
+            epoch=command.job.epoch if command else 0,
+            leg=self.legs.get(request_id, "whole"),  # type: ignore[arg-type]
+            handovers=self.handovers.get(request_id, 0),
+            prefilled=said if is_between else None,
+            cancelled=request_id in self.cancelled,
+        )
 
     @rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 4.0]))
     def pass_time(self, seconds):
@@ -209,6 +254,7 @@ class Pool(RuleBasedStateMachine):
             assert not job.kv_params
             self.params.pop(job.id, None)
         self.held[job.id] = command
+        self.attempts[job.id], self.legs[job.id] = job.attempt, job.leg
 
     def drop(self, request_id: str) -> None:
         del self.held[request_id]

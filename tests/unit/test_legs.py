@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.events import Arrived, Assign, Note
+from scheduler.events import Arrived, Assign, Note, Recovered
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat, Reward
 
@@ -121,7 +121,7 @@ def test_a_decode_leg_lost_before_its_first_token_is_prefilled_again(pool):
     assert pool.assigned() == [("prefill", "p0")]
 
 
-@pytest.mark.parametrize("lost_by", ["a new life", "its lease"])
+@pytest.mark.parametrize("lost_by", ["a new life", "its lease", "its engine"])
 def test_kv_that_is_lost_while_it_waits_is_computed_again(pool, lost_by):
     pool.ask()
     pool.assigned()
@@ -131,7 +131,13 @@ def test_kv_that_is_lost_while_it_waits_is_computed_again(pool, lost_by):
     if lost_by == "its lease":
         pool.now += CoreSettings().kv_lease_s + 0.1
         assert pool.core.wakeup_at() <= pool.now
-    pool.core.receive(beat("p0", "prefill", epoch=2), pool.now)
+    if lost_by == "its engine":
+        pool.core.receive(beat("p0", "prefill", state="away"), pool.now)
+        pool.core.receive(beat("p0", "prefill"), pool.now)
+    elif lost_by == "a new life":
+        pool.core.receive(beat("p0", "prefill", epoch=2), pool.now)
+    else:
+        pool.core.receive(beat("p0", "prefill"), pool.now)
     pool.core.receive(beat("d0", "decode"), pool.now)
     assert [leg for leg, _ in pool.assigned()] == ["prefill"]
 
@@ -183,3 +189,90 @@ def test_without_a_link_nothing_is_handed_over():
     pool = Pool(beat("p0", "prefill", link_gbps=0.0), beat("d0", "decode", link_gbps=0.0))
     pool.ask()
     assert pool.assigned() == [("whole", "d0")]
+
+
+class TestANewLeader:
+    """What stood between two legs is told by the first leg's reward; what was under way by its leg."""
+
+    def pool(self, **settings: object) -> Pool:
+        return Pool(beat("p0", "prefill"), beat("d0", "decode"), **settings)
+
+    def recover(self, pool: Pool, *, prefilled_s: float | None = None, **fields: object) -> None:
+        prefilled = None
+        if prefilled_s is not None:
+            prefilled = Reward(
+                id="r1",
+                endpoint="p0",
+                epoch=1,
+                attempt=1,
+                leg="prefill",
+                outcome="prefilled",
+                finished_at=pool.now - prefilled_s,
+                kv_params=PARAMS,
+            )
+        request = Request(id="r1", model="llama", prompt_tokens=8000, max_attempts=1)
+        event = Recovered(
+            request=request,
+            entry="r1-0",
+            enqueued_at=pool.now,
+            attempt=1,
+            leg="prefill",
+            prefilled=prefilled,
+            **fields,  # type: ignore[arg-type]
+        )
+        pool.core.receive(event, pool.now)
+
+    def test_goes_on_with_the_kv_that_is_kept(self):
+        """Its one attempt is not spent, and the lease counts from the prefill's own end."""
+        pool = self.pool()
+        self.recover(pool, handovers=1, prefilled_s=5.0)
+        assert pool.assigned() == [("decode", "d0")]
+        job = pool.jobs[0].job
+        assert (job.attempt, job.kv_params) == (2, PARAMS)
+        assert job.kv_until_at == pool.now - 5.0 + CoreSettings().kv_lease_s
+
+    def test_begins_again_where_the_kv_may_be_forgotten(self):
+        pool = self.pool()
+        self.recover(pool, handovers=1, prefilled_s=CoreSettings().kv_lease_s + 0.1)
+        assert pool.assigned() == [("prefill", "p0")]
+
+    def test_begins_again_where_the_endpoint_began_a_new_life(self):
+        pool = self.pool()
+        pool.core.receive(beat("p0", "prefill", epoch=2), pool.now)
+        pool.core.decide(pool.now)
+        self.recover(pool, handovers=1, prefilled_s=5.0)
+        assert [leg for leg, _ in pool.assigned()] == ["prefill"]
+
+    def test_a_prefill_leg_under_way_may_still_hand_over(self):
+        pool = self.pool()
+        self.recover(pool, endpoint="p0", epoch=1)
+        reward = Reward(
+            id="r1",
+            endpoint="p0",
+            epoch=1,
+            attempt=1,
+            leg="prefill",
+            outcome="prefilled",
+            kv_params=PARAMS,
+        )
+        pool.core.receive(reward, pool.now)
+        assert pool.assigned() == [("decode", "d0")]
+
+    def test_what_was_cancelled_between_the_legs_ends(self):
+        pool = self.pool()
+        self.recover(pool, handovers=1, prefilled_s=1.0, cancelled=True)
+        ended = [c for c in pool.core.decide(pool.now) if not isinstance(c, Note)]
+        assert [c.result.outcome for c in ended] == ["cancelled"]
+
+
+def test_kv_is_relied_on_from_when_the_engine_was_done():
+    """A reward that was long on its way makes no KV younger: after the engine's lease it is somebody else's text."""
+    pool = Pool(beat("p0", "prefill"), beat("d0", "decode"))
+    pool.ask()
+    pool.assigned()
+    pool.now += 12.0
+    for name, role in (("p0", "prefill"), ("d0", "decode")):
+        pool.core.receive(beat(name, role), pool.now)
+    pool.answer("prefilled", kv_params=PARAMS, finished_at=pool.now - 11.0)
+    assert pool.assigned() == [("decode", "d0")]
+    assert pool.jobs[0].job.kv_until_at == pool.now - 11.0 + CoreSettings().kv_lease_s
