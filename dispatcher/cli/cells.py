@@ -1,23 +1,20 @@
 """`headgate cells`: the evaluation's cells, run bit by bit and set in tables."""
 
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Annotated
 
-import msgspec
 import typer
 from msgspec import structs
 
-from dispatcher.cli import contender, lab, tables
-from dispatcher.cli.crew import Crew
-from dispatcher.cli.download import FileError
-from scheduler.sim import cells, contrast, trace
+from dispatcher.cli import brief as brief_of
+from dispatcher.cli import lab, runs, tables
+from scheduler.errors import SettingsError
+from scheduler.sim import cells, contrast, policy, verdict
 from scheduler.sim.cells import Cell
-from scheduler.sim.contrast import Standing
-from scheduler.sim.lab import Lab
+from scheduler.sim.contrast import Figures, Standing
 from scheduler.sim.report import Report
-from scheduler.sim.workload import Arrival
+from scheduler.sim.verdict import Sides
 
 app = typer.Typer()
 group = typer.Typer(
@@ -36,27 +33,15 @@ Traces = Annotated[
     Path, typer.Option(metavar="DIR", help="Where the traces lie, NAME.jsonl or NAME.jsonl.gz.")
 ]
 
-OURS = "plan"
-
-Draw = tuple[int, int]
-"Window, counted from 0, and seed."
-
-
-class Run(msgspec.Struct, frozen=True):
-    """One run to be made."""
-
-    cell: str
-    draw: Draw
-    load: float
-    policy: str
+SIDES = Sides(ours="plan", oracle="oracle", is_peer=policy.is_peer)
 
 
 @group.command("list")
 def list_(names: Names = None, file: ListFile = None) -> None:
     """What there is, and how many runs each takes."""
     for name, cell in _chosen(names, file).items():
-        runs = len(cell.policies) * len(cell.loads) * len(cell.windows) * cell.seeds
-        typer.echo(f"{name:16} {runs:5} runs  {cell.asks}")
+        count = len(cell.policies) * len(cell.places) * cell.n_draws
+        typer.echo(f"{name:18} {count:5} runs  {cell.asks}")
 
 
 @group.command()
@@ -90,11 +75,12 @@ def run(
         wanted = structs.replace(
             cell,
             policies=tuple(labels or cell.policies),
-            loads=tuple(loads or cell.loads),
             windows=cell.windows[:windows],
             seeds=min(cell.seeds, seeds or cell.seeds),
         )
-        _run_cell(name, wanted, traces, out / f"{name}.jsonl", jobs)
+        if loads is not None:
+            wanted = _at_loads(name, wanted, loads)
+        runs.make(name, wanted, traces, out / f"{name}.jsonl", jobs)
 
 
 @group.command()
@@ -103,20 +89,77 @@ def table(
     names: Names = None,
     *,
     file: ListFile = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="A row a place: ours beside the best of the others.")
+    ] = False,
 ) -> None:
     """Every cell's tables as Markdown: medians, intervals, differences to the baseline, bounds."""
-    ran = []
+    ran: dict[str, tuple[Cell, list[Report]]] = {}
     for name, cell in _chosen(names, file).items():
-        reports = _read(directory / f"{name}.jsonl")
-        if not any(one.policy == cell.baseline for one in reports):
+        reports = runs.read(directory / f"{name}.jsonl")
+        if any(one.policy == cell.baseline for one in reports):
+            ran[name] = cell, reports
+        else:
             typer.echo(f"{name}: {cell.baseline}, the baseline, was not run", err=True)
-            continue
-        ran.append((cell.metrics[0], reports))
-        typer.echo(f"### {name}: {cell.asks}\n")
+    typer.echo(_brief(ran) if brief else _full(ran))
+
+
+def _at_loads(name: str, cell: Cell, loads: list[float]) -> Cell:
+    """The same at these loads; of what the baseline keeps only what the cell has can be asked."""
+    if not cell.keeps:
+        return structs.replace(cell, loads=tuple(loads))
+    keeps = tuple(share for share in cell.keeps if share in loads)
+    if not keeps:
+        known = ", ".join(f"{share:g}" for share in cell.keeps)
+        raise SettingsError(f"{name}: load is what {cell.baseline} keeps, wanted some of: {known}")
+    return structs.replace(cell, keeps=keeps)
+
+
+def _full(ran: Mapping[str, tuple[Cell, list[Report]]]) -> str:
+    """A table a cell and figure, a row a policy."""
+    found = []
+    for name, (cell, reports) in ran.items():
+        found.append(f"### {name}: {cell.asks}\n")
         for metric in cell.metrics:
             rows = contrast.contrasts(reports, metric=metric, baseline=cell.baseline)
-            typer.echo(tables.markdown(metric, rows, cell.baseline, _bounds(reports, metric)))
-    typer.echo(_standings(contrast.standings(ran, ours=OURS)))
+            bounds = _bounds(contrast.figures(reports, metric))
+            found.append(
+                tables.markdown(
+                    metric, rows, cell.baseline, bounds, at=cell.said, n_wanted=cell.n_draws
+                )
+            )
+    firsts = [(cell.metrics[0], reports) for cell, reports in ran.values()]
+    return "\n".join([*found, _standings(contrast.standings(firsts, ours=SIDES.ours))])
+
+
+def _brief(ran: Mapping[str, tuple[Cell, list[Report]]]) -> str:
+    """Cells by their first figure, then families and policies by each; ablations, whose baseline is ours, are none."""
+    judged = {
+        (name, metric): verdict.verdicts(
+            verdict.Cell(
+                name=name, baseline=cell.baseline, figures=contrast.figures(reports, metric)
+            ),
+            SIDES,
+        )
+        for name, (cell, reports) in ran.items()
+        if cell.baseline != SIDES.ours
+        for metric in cell.metrics
+    }
+    firsts = [
+        one for name, (cell, _) in ran.items() for one in judged.get((name, cell.metrics[0]), [])
+    ]
+    everything = [one for found in judged.values() for one in found]
+
+    def at(name: str, place: float) -> str:
+        return ran[name][0].said(place)
+
+    return "\n".join(
+        [
+            brief_of.places(firsts, SIDES.ours, lambda name: ran[name][0].n_draws, at),
+            brief_of.families(verdict.families(everything), SIDES.ours, at),
+            brief_of.policies(everything),
+        ]
+    )
 
 
 def _chosen(names: list[str] | None, file: Path | None) -> dict[str, Cell]:
@@ -124,115 +167,11 @@ def _chosen(names: list[str] | None, file: Path | None) -> dict[str, Cell]:
     return book.named(names or [])
 
 
-def _run_cell(name: str, cell: Cell, traces: Path, path: Path, jobs: int | None) -> None:
-    done = _read(path)
-    made = {(one.window, one.seed, one.load, one.policy): one for one in done}
-    wanted = [
-        Run(name, (window, seed), load, label)
-        # Seeds outermost: stopped half-way, every policy has met the same draws.
-        for seed in range(cell.seeds)
-        for window in range(len(cell.windows))
-        for load in cell.loads
-        for label in cell.policies
-        if (f"{cell.windows[window]:g}", seed, load, label) not in made
-    ]
-    if not wanted:
-        return
-    stage = cells.lab(name, cell, 0, lambda trace_name: _arrivals(traces, trace_name))
-    for label in cell.policies:  # before minutes go into what the last of them refuses
-        stage.admit(contender.named(label))
-    capacities = {
-        (cell.windows.index(float(one.window)), one.seed): one.capacity_rps
-        for one in done
-        if one.capacity_rps is not None and float(one.window) in cell.windows
-    }
-    with Crew(jobs, _open, name, cell, traces) as crew, path.open("ab") as file:
-        draws = list(dict.fromkeys(one.draw for one in wanted if one.draw not in capacities))
-        rates = crew.all(f"{name}: capacity", _capacity, [(draw,) for draw in draws])
-        capacities |= zip(draws, rates, strict=True)
-        calls = [(one, capacities[one.draw]) for one in wanted]
-        for _, found in crew.each(name, _play, calls):
-            file.write(msgspec.json.encode(found) + b"\n")
-            file.flush()
-
-
-_stage: tuple[str, Cell, Path] | None = None
-"Of this process: the cell that it runs, and where traces lie."
-
-
-def _open(name: str, cell: Cell, traces: Path) -> None:
-    global _stage  # noqa: PLW0603  a process runs one cell after the other
-    _stage = (name, cell, traces)
-    _lab.cache_clear()
-    _bounds_of.cache_clear()
-
-
-@lru_cache(maxsize=4)
-def _lab(window: int) -> Lab:
-    assert _stage is not None, "a process of the pool has no cell"
-    name, cell, traces = _stage
-    return cells.lab(name, cell, window, lambda trace_name: _arrivals(traces, trace_name))
-
-
-@lru_cache(maxsize=8)
-def _bounds_of(window: int, seed: int, rate_rps: float) -> tuple[float, float | None]:
-    found = _lab(window).bounds(seed, rate_rps)
-    return found.ttft_mean_s, found.on_time
-
-
-@lru_cache(maxsize=8)
-def _arrivals(traces: Path, name: str) -> tuple[Arrival, ...]:
-    for ending in (".jsonl.gz", ".jsonl"):
-        path = traces / f"{name}{ending}"
-        if path.is_file():
-            with path.open("rb") as raw:
-                return trace.read(raw, name=str(path)).arrivals
-    raise FileError(
-        f"no trace {name}.jsonl or {name}.jsonl.gz in {str(traces)!r}; see `headgate trace`"
-    )
-
-
-def _capacity(draw: Draw) -> float:
-    window, seed = draw
-    return _lab(window).capacity_rps(seed)
-
-
-def _play(one: Run, capacity_rps: float) -> Report:
-    window, seed = one.draw
-    rate_rps = one.load * capacity_rps
-    stage = _lab(window)
-    ttft_mean_s, on_time = _bounds_of(window, seed, rate_rps)
-    found, _ = stage.run(
-        contender.named(one.policy),
-        label=one.policy,
-        seed=seed,
-        rate_rps=rate_rps,
-        load=one.load,
-        timer=perf_counter_ns,
-    )
-    return structs.replace(
-        found, ttft_mean_bound_s=ttft_mean_s, on_time_bound=on_time, capacity_rps=capacity_rps
-    )
-
-
-def _read(path: Path) -> list[Report]:
-    """The runs of a cell so far. A line that was cut off by a kill is taken away, and run again."""
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        path.write_bytes(b"".join(lines := lines[:-1]))
-    try:
-        return [msgspec.json.decode(line, type=Report) for line in lines]
-    except msgspec.DecodeError as error:
-        raise FileError(f"{str(path)!r} is not what `cells run` writes: {error}") from None
-
-
 def _standings(found: list[Standing]) -> str:
     """Over all cells and loads, each cell by its first figure."""
     lines = [
         "### All of them\n",
-        f"| `{OURS}` against | overall | won | lost | places |",
+        f"| `{SIDES.ours}` against | overall | won | lost | places |",
         "|---" * 5 + "|",
     ]
     for one in found:
@@ -242,14 +181,8 @@ def _standings(found: list[Standing]) -> str:
     return "\n".join(lines)
 
 
-def _bounds(reports: list[Report], metric: str) -> dict[float, float]:
-    """What nobody can beat, the median at each load where something is known."""
-    kind = {"ttft_mean_s": "ttft_mean_bound_s", "on_time": "on_time_bound"}.get(metric)
-    if kind is None:
-        return {}
-    by_load: dict[float, list[float]] = {}
-    for one in reports:
-        bound = getattr(one, kind)
-        if bound is not None and one.load is not None:
-            by_load.setdefault(one.load, []).append(bound)
-    return {load: contrast.bootstrap(values).median for load, values in by_load.items()}
+def _bounds(found: Figures) -> dict[float, float]:
+    """What nobody can beat, the median at each place where something is known."""
+    return {
+        place: contrast.bootstrap(list(at.values())).median for place, at in found.bounds.items()
+    }

@@ -84,8 +84,8 @@ def _is_number(one: Report, key: str) -> bool:
     return isinstance(getattr(one, key), (int, float)) and key != "seed"
 
 
-def _header(rows: list[Contrast], base: str) -> list[str]:
-    versus = f"{base} / it" if rows and rows[0].is_ratio else f"less {base}"
+def _header(key: str, rows: list[Contrast], base: str) -> list[str]:
+    versus = tables.beside(key, base, is_ratio=bool(rows) and rows[0].is_ratio)
     return ["policy", "at", "runs", "median [95 %]", versus, "gap closed"]
 
 
@@ -106,7 +106,7 @@ def _said(found: Estimate, *, signed: bool = False) -> str:
 
 
 def _table(key: str, rows: list[Contrast], base: str) -> Table:
-    table = Table(*_header(rows, base), title=key)
+    table = Table(*_header(key, rows, base), title=key)
     for row in rows:
         table.add_row(*_cells(row))
     return table

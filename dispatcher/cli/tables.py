@@ -1,8 +1,9 @@
 """Contrasts as a Markdown table: a row a policy, the best at the highest load first; a column a load."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from scheduler.sim.contrast import Contrast, Estimate
+from scheduler.sim.contrast import Contrast, Estimate, less_is_better
+from scheduler.sim.verdict import TAIL_RUNS, is_tail
 
 
 def markdown(
@@ -10,72 +11,91 @@ def markdown(
     rows: Sequence[Contrast],
     baseline: str,
     bounds: Mapping[float, float] | None = None,
+    *,
+    at: Callable[[float], str] = "at {:g}".format,
+    n_wanted: int = 0,
 ) -> str:
-    """One figure's table; `bounds` by place: what nobody can beat, as a last row."""
+    """One figure's table.
+
+    Args:
+        metric: the figure.
+        rows: each policy at each place.
+        baseline: whom they stand beside.
+        bounds: by place: what nobody can beat, as a last row.
+        at: how a place is called.
+        n_wanted: how many runs there were to be; fewer are told.
+    """
     places = sorted({row.place for row in rows})
     found = {(row.policy, row.place): row for row in rows}
-    versus = f"`{baseline}` / it" if rows and rows[0].is_ratio else f"less `{baseline}`"
-    header = ["policy", *(word for place in places for word in (f"at {place:g}", versus))]
+    versus = beside(metric, f"`{baseline}`", is_ratio=bool(rows) and rows[0].is_ratio)
+    header = ["policy", *(word for place in places for word in (at(place), versus))]
     lines = [
-        f"**{metric}{', %' if _is_share(metric) else ''}**, median of {_runs(rows)} [95 %]",
+        f"**{metric}{', %' if is_share(metric) else ''}**, median of {_runs(rows, n_wanted)} [95 %]",
         "",
         "| " + " | ".join(header) + " |",
         "|---" * len(header) + "|",
     ]
-    for policy in _ranked(rows, places):
+    for policy in _ranked(rows, places, metric):
         words = [f"`{policy}`"]
         for place in places:
             row = found.get((policy, place))
-            words += ["", ""] if row is None else [_said(row.value, metric), _beside(row, metric)]
+            words += ["", ""] if row is None else [said(row.value, metric), _beside(row, metric)]
         lines.append("| " + " | ".join(words) + " |")
     if bounds:
         words = ["bound"]
         for place in places:
-            words += [_figure(bounds[place], metric) if place in bounds else "", ""]
+            words += [figure(bounds[place], metric) if place in bounds else "", ""]
         lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _ranked(rows: Sequence[Contrast], places: Sequence[float]) -> list[str]:
+def _ranked(rows: Sequence[Contrast], places: Sequence[float], metric: str) -> list[str]:
     """Policies by their figure where load is highest; those that were not run there come last."""
-    is_ratio = bool(rows) and rows[0].is_ratio
-    sign = 1.0 if is_ratio else -1.0
+    sign = 1.0 if less_is_better(metric) else -1.0
     best: dict[str, float] = {row.policy: float("inf") for row in rows}
     best |= {row.policy: sign * row.value.median for row in rows if row.place == places[-1]}
     return sorted(best, key=lambda policy: best[policy])
 
 
-def _runs(rows: Sequence[Contrast]) -> str:
+def _runs(rows: Sequence[Contrast], n_wanted: int) -> str:
     counts = sorted({row.n_runs for row in rows}) or [0]
     if counts == [1]:
-        return "1 run"
-    return f"{counts[0]} runs" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
+        return "1 run" if n_wanted <= 1 else f"1 of {n_wanted} runs"
+    counted = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{counted} runs" if counts[0] >= n_wanted else f"{counted} of {n_wanted} runs"
 
 
 def _beside(row: Contrast, metric: str) -> str:
     """How it stands to the baseline, and how much of the way to the bound that is."""
-    if row.versus is None:
+    if row.versus is None or (is_tail(metric) and row.n_runs < TAIL_RUNS):
         return ""
-    shown = _said(row.versus, "" if row.is_ratio else metric, signed=not row.is_ratio)
+    shown = said(row.versus, "" if row.is_ratio else metric, signed=not row.is_ratio)
     if row.closed_gap is None or row.closed_gap <= 0:  # of the way back nothing is told by a share
         return shown
     return f"{shown}, {row.closed_gap:.0%} of the way"
 
 
-def _said(found: Estimate, metric: str, *, signed: bool = False) -> str:
+def beside(metric: str, other: str, it: str = "it", *, is_ratio: bool) -> str:
+    """What a column compares, so that more is better."""
+    if not is_ratio:
+        return f"less {other}"
+    return f"{other} / {it}" if less_is_better(metric) else f"{it} / {other}"
+
+
+def said(found: Estimate, metric: str, *, signed: bool = False) -> str:
     middle, low, high = (
-        _figure(value, metric, signed=signed) for value in (found.median, found.low, found.high)
+        figure(value, metric, signed=signed) for value in (found.median, found.low, found.high)
     )
     return middle if low == high else f"{middle} [{low}, {high}]"
 
 
-def _figure(value: float, metric: str, *, signed: bool = False) -> str:
-    """Three digits, or one behind the point of a percentage."""
-    if _is_share(metric):
+def figure(value: float, metric: str, *, signed: bool = False) -> str:
+    """A figure with three digits, or one behind the point of a percentage."""
+    if is_share(metric):
         return f"{100 * value:{'+' if signed else ''}.1f}"
     digits = sum(abs(value) < step for step in (1, 10, 100))
     return f"{value:{'+' if signed else ''}.{digits}f}"
 
 
-def _is_share(metric: str) -> bool:
+def is_share(metric: str) -> bool:
     return metric.startswith("on_time") or metric.endswith("attainment") or metric == "cache_hit"

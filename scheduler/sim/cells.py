@@ -3,10 +3,11 @@
     [cells.K1-conv]
     asks = "..."                 # whose claim it tests
     fleet = "a100x4"             # a built-in one, or `endpoints` as a fleet file has them
-    policies = "orders"          # a list, or one of [policies]
+    policies = "orders"          # one of [policies], or a list of such and of policies: ["orders", "edf:seats=48"]
     baseline = "fcfs"
     metrics = ["on_time"]
-    loads = [0.9, 1.1]           # multiples of the capacity of each seed's machines
+    loads = [0.9, 1.1]           # multiples of the capacity of each seed's machines; or, in their place,
+    keeps = [0.95, 0.6]          # those at which the baseline has such shares on time, found anew for each draw
 
     [[cells.K1-conv.parts]]      # one trace, or several at once with their shares of all requests
     trace = "azure23_conv_a"
@@ -19,6 +20,7 @@ caches are warm and whoever learns has learned. Windows of the shipped cells beg
 import tomllib
 from collections.abc import Callable
 from importlib import resources
+from typing import Annotated
 
 import msgspec
 from msgspec import structs
@@ -68,7 +70,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     policies: str | tuple[str, ...]
     baseline: str
     metrics: tuple[str, ...]
-    loads: tuple[float, ...]
+    loads: tuple[float, ...] = ()
+    keeps: tuple[Annotated[float, msgspec.Meta(gt=0, lt=1)], ...] = ()
     fleet: str = ""
     endpoints: tuple[EndpointSpec, ...] = ()
     faults: tuple[Fault, ...] = ()
@@ -83,6 +86,19 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     zero_delay: bool = False
     burst: Burst | None = None
     tenants: dict[str, float] = {}
+
+    @property
+    def n_draws(self) -> int:
+        """Windows times seeds: how often each policy is run at each place."""
+        return len(self.windows) * self.seeds
+
+    @property
+    def places(self) -> tuple[float, ...]:
+        return self.keeps or self.loads
+
+    def said(self, place: float) -> str:
+        """How a place is called in tables."""
+        return f"`{self.baseline}` keeps {place:.0%}" if self.keeps else f"at {place:g}"
 
 
 class Book(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,19 +195,20 @@ def lab(name: str, cell: Cell, window: int, read: Read) -> Lab:
 
 
 def _complete(cell: Cell, groups: dict[str, tuple[str, ...]], where: str) -> Cell:
-    policies = cell.policies
-    if isinstance(policies, str):
-        if policies not in groups:
-            raise SettingsError(
-                f"{where}: policies is {policies!r}, wanted one of: {', '.join(groups)}"
-            )
-        policies = groups[policies]
+    words = (cell.policies,) if isinstance(cell.policies, str) else cell.policies
+    if isinstance(cell.policies, str) and cell.policies not in groups:
+        raise SettingsError(
+            f"{where}: policies is {cell.policies!r}, wanted one of: {', '.join(groups)}"
+        )
+    policies = tuple(dict.fromkeys(one for word in words for one in groups.get(word, (word,))))
     if cell.baseline not in policies:
         policies = (cell.baseline, *policies)
     if bool(cell.fleet) == bool(cell.endpoints):
         raise SettingsError(f"{where}: wanted either fleet or endpoints")
-    if not (cell.parts and cell.windows and cell.loads and cell.metrics):
-        raise SettingsError(f"{where}: wanted at least one of parts, windows, loads and metrics")
+    if bool(cell.loads) == bool(cell.keeps):
+        raise SettingsError(f"{where}: wanted either loads or keeps")
+    if not (cell.parts and cell.windows and cell.metrics):
+        raise SettingsError(f"{where}: wanted at least one of parts, windows and metrics")
     return structs.replace(cell, policies=policies)
 
 

@@ -1,14 +1,18 @@
 """Policies beside each other: medians, bootstrap intervals and differences paired by window and seed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 import numpy as np
 
 from scheduler.sim.report import Report
+from scheduler.state import Floats
 
 Draw = tuple[str, int]
 "Window and seed: what two policies must share to be compared."
+
+Mark = Literal["won", "level", "lost"]
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_250_101
@@ -17,6 +21,8 @@ WON_RATIO, WON_POINTS = 0.03, 0.01
 "How far apart two policies must be, beside being sure of it."
 
 LESS_IS_BETTER = ("_s", "wasted_tokens", "preemptions", "aborts")
+RATES = ("_per_s", "_rps")
+"Figures of which more is better, and compared by quotients as well."
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -32,15 +38,87 @@ class Contrast(msgspec.Struct, frozen=True, kw_only=True):
 
     policy: str
     place: float
-    "The load, or the rate where loads were not used."
+    "What `place` says of its runs."
     n_runs: int
     "Windows times seeds."
     value: Estimate
     versus: Estimate | None
-    "Baseline over ours where less is better, ours less the baseline otherwise; None for the baseline itself."
+    "As `Figures.paired` has it; None for the baseline itself."
     is_ratio: bool
     closed_gap: float | None
     "How much of the way from the baseline to the bound is gone; None without a bound."
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """One figure of one cell's runs, sorted by where and who."""
+
+    metric: str
+    values: dict[float, dict[str, dict[Draw, float]]]
+    "By place, policy and draw; runs without the figure are not in it."
+    bounds: dict[float, dict[Draw, float]]
+    "What no policy can beat in that draw, where it is known."
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether policies are compared by quotients, as seconds and rates are, or by differences, as shares are."""
+        return self.metric.endswith((*LESS_IS_BETTER, *RATES))
+
+    @property
+    def less_is_better(self) -> bool:
+        return less_is_better(self.metric)
+
+    def paired(self, ours: Mapping[Draw, float], theirs: Mapping[Draw, float]) -> list[float]:
+        """How many times as good ours is in each draw that both ran, or by how much: better above 1, or above 0."""
+        both = [(ours[draw], theirs[draw]) for draw in ours if draw in theirs]
+        if not self.is_ratio:
+            return [one - other for one, other in both]
+        if self.less_is_better:
+            both = [(other, one) for one, other in both]
+        return [over / under if under > 0 else 1.0 for over, under in both]
+
+
+def less_is_better(metric: str) -> bool:
+    return metric.endswith(LESS_IS_BETTER) and not metric.endswith(RATES)
+
+
+def place(report: Report) -> float:
+    """Where in its cell: the share that the baseline is to keep, else the load, else the rate."""
+    if report.keeps is not None:
+        return report.keeps
+    return report.rate_rps if report.load is None else report.load
+
+
+def figures(reports: Sequence[Report], metric: str) -> Figures:
+    """One figure of all runs, places and policies in the order in which they first come."""
+    values: dict[float, dict[str, dict[Draw, float]]] = {}
+    bounds: dict[float, dict[Draw, float]] = {}
+    for one in reports:
+        found, bound = getattr(one, metric), _bound(one, metric)
+        draw = (one.window, one.seed)
+        if bound is not None:
+            bounds.setdefault(place(one), {})[draw] = bound
+        if found is not None:
+            values.setdefault(place(one), {}).setdefault(one.policy, {})[draw] = float(found)
+    return Figures(metric=metric, values=values, bounds=bounds)
+
+
+def resampled(values: Sequence[float]) -> Floats:
+    """float64[RESAMPLES], medians of few values drawn with replacement.
+
+    As many values are always drawn at the same places of the sequence: of two places with the same draws in the same
+    order, resample by resample, the same draws are meant.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = rng.integers(len(sample), size=(RESAMPLES, len(sample)))
+    medians: Floats = np.median(sample[drawn], axis=1)
+    return medians
+
+
+def estimate(middle: float, drawn: Floats) -> Estimate:
+    """A figure with the interval that 95 % of its resamples fall into."""
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Estimate(middle, float(low), float(high))
 
 
 def bootstrap(values: Sequence[float]) -> Estimate:
@@ -49,12 +127,19 @@ def bootstrap(values: Sequence[float]) -> Estimate:
     >>> bootstrap([1.0, 1.0, 1.0])
     Estimate(median=1.0, low=1.0, high=1.0)
     """
-    sample = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    drawn = rng.integers(len(sample), size=(RESAMPLES, len(sample)))
-    medians = np.median(sample[drawn], axis=1)
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return Estimate(float(np.median(sample)), float(low), float(high))
+    return estimate(float(np.median(values)), resampled(values))
+
+
+def closed_gap(
+    ours: Mapping[Draw, float], theirs: Mapping[Draw, float], bounds: Mapping[Draw, float]
+) -> float | None:
+    """How much of the way from theirs to the bound is gone, the median over draws; None where nothing is known."""
+    gaps = [
+        (ours[draw] - theirs[draw]) / (bounds[draw] - theirs[draw])
+        for draw in ours
+        if draw in theirs and draw in bounds and abs(bounds[draw] - theirs[draw]) > 1e-9
+    ]
+    return float(np.median(gaps)) if gaps else None
 
 
 def contrasts(reports: Sequence[Report], *, metric: str, baseline: str) -> list[Contrast]:
@@ -63,42 +148,28 @@ def contrasts(reports: Sequence[Report], *, metric: str, baseline: str) -> list[
     Raises:
         KeyError: the baseline was not run.
     """
-    values: dict[tuple[str, float], dict[Draw, float]] = {}
-    bounds: dict[tuple[float, Draw], float | None] = {}
-    for one in reports:
-        found = getattr(one, metric)
-        place = one.rate_rps if one.load is None else one.load
-        draw = (one.window, one.seed)
-        bounds[place, draw] = _bound(one, metric)
-        if found is not None:
-            values.setdefault((one.policy, place), {})[draw] = float(found)
-    if not any(policy == baseline for policy, _ in values):
+    found = figures(reports, metric)
+    if not any(baseline in by_policy for by_policy in found.values.values()):
         raise KeyError(baseline)
-    is_ratio = metric.endswith(LESS_IS_BETTER) and not metric.endswith("_per_s")
-    found_all = []
-    for (policy, place), ours in values.items():
-        base = values.get((baseline, place), {})
-        shared = [draw for draw in ours if draw in base]
-        versus = None
-        if policy != baseline and shared:
-            versus = bootstrap([_versus(ours[d], base[d], is_ratio=is_ratio) for d in shared])
-        gaps = [
-            (ours[d] - base[d]) / (bound - base[d])
-            for d in shared
-            if (bound := bounds[place, d]) is not None and abs(bound - base[d]) > 1e-9
-        ]
-        found_all.append(
-            Contrast(
-                policy=policy,
-                place=place,
-                n_runs=len(ours),
-                value=bootstrap(list(ours.values())),
-                versus=versus,
-                is_ratio=is_ratio,
-                closed_gap=float(np.median(gaps)) if gaps and policy != baseline else None,
-            )
-        )
-    return found_all
+    return [
+        _contrast(found, at, policy, baseline)
+        for policy, at in dict.fromkeys((one.policy, place(one)) for one in reports)
+        if policy in found.values.get(at, {})
+    ]
+
+
+def _contrast(found: Figures, at: float, policy: str, baseline: str) -> Contrast:
+    ours, base = found.values[at][policy], found.values[at].get(baseline, {})
+    versus = found.paired(ours, base) if policy != baseline else []
+    return Contrast(
+        policy=policy,
+        place=at,
+        n_runs=len(ours),
+        value=bootstrap(list(ours.values())),
+        versus=bootstrap(versus) if versus else None,
+        is_ratio=found.is_ratio,
+        closed_gap=closed_gap(ours, base, found.bounds.get(at, {})) if policy != baseline else None,
+    )
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,33 +193,44 @@ def standings(cells: Sequence[tuple[str, Sequence[Report]]], *, ours: str) -> li
     """
     found: dict[tuple[bool, str], list[Estimate]] = {}
     for metric, reports in cells:
+        cell = figures(reports, metric)
         for other in dict.fromkeys(one.policy for one in reports if one.policy != ours):
-            for row in contrasts(reports, metric=metric, baseline=other):
-                if row.policy == ours and row.versus is not None:
-                    found.setdefault((row.is_ratio, other), []).append(row.versus)
+            for by_policy in cell.values.values():
+                versus = cell.paired(by_policy.get(ours, {}), by_policy.get(other, {}))
+                if versus:
+                    found.setdefault((cell.is_ratio, other), []).append(bootstrap(versus))
     return [
         _standing(other, found[is_ratio, other], is_ratio=is_ratio)
         for is_ratio, other in sorted(found, key=lambda key: not key[0])
     ]
 
 
-def _standing(other: str, versus: Sequence[Estimate], *, is_ratio: bool) -> Standing:
+def overall(medians: Sequence[float], *, is_ratio: bool) -> float:
+    """Over places: the geometric mean of ratios, or the mean of differences."""
+    found = np.array(medians)
+    return float(np.exp(np.log(found).mean())) if is_ratio else float(found.mean())
+
+
+def mark(versus: Estimate, *, is_ratio: bool) -> Mark:
+    """Whether a place is won: surely, and by enough to matter."""
     even, enough = (1.0, WON_RATIO) if is_ratio else (0.0, WON_POINTS)
-    medians = np.array([one.median for one in versus])
+    if versus.low > even and versus.median >= even + enough:
+        return "won"
+    if versus.high < even and versus.median <= even - enough:
+        return "lost"
+    return "level"
+
+
+def _standing(other: str, versus: Sequence[Estimate], *, is_ratio: bool) -> Standing:
+    marks = [mark(one, is_ratio=is_ratio) for one in versus]
     return Standing(
         other=other,
         is_ratio=is_ratio,
-        overall=float(np.exp(np.log(medians).mean())) if is_ratio else float(medians.mean()),
-        n_won=sum(one.low > even and one.median >= even + enough for one in versus),
-        n_lost=sum(one.high < even and one.median <= even - enough for one in versus),
+        overall=overall([one.median for one in versus], is_ratio=is_ratio),
+        n_won=marks.count("won"),
+        n_lost=marks.count("lost"),
         n_places=len(versus),
     )
-
-
-def _versus(ours: float, theirs: float, *, is_ratio: bool) -> float:
-    if not is_ratio:
-        return ours - theirs
-    return theirs / ours if ours > 0 else 1.0
 
 
 def _bound(one: Report, metric: str) -> float | None:

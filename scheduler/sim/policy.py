@@ -65,3 +65,13 @@ def named(text: str) -> LabPolicy:
         return msgspec.convert(fields, kind, strict=False)
     except msgspec.ValidationError as error:
         raise SettingsError(f"policy {text!r}: {error}") from None
+
+
+def is_peer(label: str) -> bool:
+    """Whether a label is of a policy that is not ours and can exist; of one that is unknown here it is.
+
+    >>> is_peer("edf-drop:seats=48"), is_peer("plan:fill=0"), is_peer("oracle")
+    (True, False, False)
+    """
+    kind = BY_NAME.get(label.partition(":")[0])
+    return kind is None or kind().is_peer

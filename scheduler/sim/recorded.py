@@ -69,6 +69,8 @@ def story(lines: Iterable[Line]) -> Story:
     """Read a recording to its end."""
     found = Story(requests={}, rewards={}, beats={})
     for line in lines:
+        for beat in line.standing:
+            _add_beat(found, beat, line.now)
         event = line.event
         if event is None:
             continue

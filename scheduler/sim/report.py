@@ -106,6 +106,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     on_time_bound: float | None = None
     "No policy can have more on time; null unless all are promised the same TTFT and nothing else."
     capacity_rps: float | None = None
+    keeps: float | None = None
+    "The share on time that the cell's baseline was to keep at this load; null where loads are given."
     fleet: str = ""
     trace: str = ""
     window: str = ""

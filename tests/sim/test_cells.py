@@ -80,6 +80,8 @@ class TestShipped:
         (files / "list.toml").write_text(LIST.replace("asks", "ask"))
         with pytest.raises(HeadgateError, match=r"small: .*ask"):
             run("cells", "list", "--list", files / "list.toml")
+        book = cells.parse(LIST.replace('policies = "few"', 'policies = ["few", "edf"]'), "list")
+        assert book.cells["small"].policies == ("least-request", "fcfs", "edf")
         (files / "list.toml").write_text(LIST.replace('policies = "few"', 'policies = "many"'))
         with pytest.raises(HeadgateError, match="'many', wanted one of: few"):
             run("cells", "list", "--list", files / "list.toml")
@@ -148,7 +150,7 @@ class TestRun:
                 dict.fromkeys(Report.__struct_fields__, 0)
                 | {"policy": name, "load": load, "seed": seed, "ttft_mean_s": value}
                 | {"window": "", "fleet": "", "trace": "", "by_tenant": {}, "curves": None}
-                | {"on_time_by_decile": []},
+                | {"on_time_by_decile": [], "keeps": None},
                 Report,
             )
             for seed in range(10)

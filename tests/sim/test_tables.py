@@ -56,7 +56,7 @@ class TestMarkdown:
         """As many as tell something: milliseconds below a second, tenths from ten on."""
         rows = [row("a", 1, 0.0312, versus=2.0, is_ratio=True), row("b", 1, 12.34, is_ratio=True)]
 
-        assert lines("ttft_p99_s", rows, "b")[2:] == [
+        assert lines("ttft_p90_s", rows, "b")[2:] == [
             "| policy | at 1 | `b` / it |",
             "|---|---|---|",
             "| `a` | 0.031 | 2.00 |",

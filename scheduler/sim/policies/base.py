@@ -46,6 +46,11 @@ class LabPolicy(
         return str(self.__struct_config__.tag)
 
     @property
+    def is_peer(self) -> bool:
+        """Whether somebody else's, which one could run in place of ours."""
+        return True
+
+    @property
     def is_open(self) -> bool:
         """Whether jobs go into the engine as they come; else the worker's admission stands before it."""
         return True

@@ -25,6 +25,10 @@ class _Core(LabPolicy, frozen=True):
     "How it chooses an endpoint; None: by seconds."
 
     @property
+    def is_peer(self) -> bool:
+        return False
+
+    @property
     def is_open(self) -> bool:
         return False
 

@@ -237,6 +237,10 @@ class EarliestFinish(_Paired, frozen=True, tag="earliest-finish"):
 class Oracle(LabPolicy, frozen=True, tag="oracle"):
     """Greedy on the truth: real coefficients, caches and queues, without delay. Cannot exist."""
 
+    @property
+    def is_peer(self) -> bool:
+        return False
+
     def dispatch(self, stage: Stage) -> Dispatch:  # noqa: ARG002
         raise AssertionError("the oracle cannot begin without the truth")
 
