@@ -14,7 +14,7 @@ import typer
 from scheduler.errors import SettingsError
 from scheduler.settings import Settings
 from scheduler.sim.arguments import EngineSettings
-from workers.emulator.settings import EmulatorSettings
+from workers.emulator.settings import EmulatorSettings, KvTransfer
 from workers.fleet import cli as fleet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -62,6 +62,18 @@ def emulate(
     kv_events: Annotated[
         bool, typer.Option(help="Publish what the cache stores and forgets.")
     ] = False,
+    kv_transfer_config: Annotated[
+        str,
+        typer.Option(
+            metavar="JSON", help="As vLLM's, for NixlConnector; empty: no KV is handed over."
+        ),
+    ] = "",
+    link_gbps: Annotated[
+        float, typer.Option(help="The link that KV goes over.")
+    ] = KvTransfer().link_gbps,
+    side_channel_host: Annotated[
+        str, typer.Option(help="Where other engines find it; default: --host.")
+    ] = "",
     allow_faults: Annotated[bool, typer.Option(help="POST /emulator/fault.")] = False,
     ready_file: Annotated[Path | None, typer.Option(help="Written when it serves.")] = None,
 ) -> Coroutine[object, object, None]:
@@ -104,11 +116,19 @@ def emulate(
             enable_per_request_metrics=enable_per_request_metrics,
             enable_force_include_usage=enable_force_include_usage,
             kv_events=kv_events,
+            kv_transfer=_kv_transfer(kv_transfer_config, link_gbps, side_channel_host),
             allow_faults=allow_faults,
         )
     except ValueError as error:  # msgspec's too
         raise SettingsError(str(error)) from error
     return _emulate(settings, ready_file)
+
+
+def _kv_transfer(config: str, link_gbps: float, host: str) -> KvTransfer | None:
+    if not config:
+        return None
+    said = msgspec.json.decode(config, type=KvTransfer)
+    return msgspec.structs.replace(said, link_gbps=link_gbps, host=host)
 
 
 async def _emulate(settings: EmulatorSettings, ready_file: Path | None) -> None:

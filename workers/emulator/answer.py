@@ -43,6 +43,7 @@ class Answer:
         "done",
         "ends_itself",
         "external_id",
+        "kv_params",
         "metrics",
         "received_at",
         "sequence",
@@ -72,6 +73,8 @@ class Answer:
         "Engine seconds at which its HTTP request came in."
         self.sequence: Sequence | None = None
         self.done: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        self.kv_params = b""
+        "`kv_transfer_params` of an answer whose KV is kept; only an answer that is sent whole says them."
         self.metrics: dict[str, float] | None = None
         "Times of the request for its last chunk, where the server gives them."
         self.write: Callable[[bytes], None] | None = None
@@ -128,11 +131,15 @@ class Answer:
                 self._write(self._shape.chunk(b"", [], "abort", self._usage_if_running()))
         self._close(ending)
 
+    def garble(self) -> None:
+        """Say something else from now on: its KV is not its own."""
+        self.words = [word[::-1] for word in self.words]
+
     def body(self, ending: Ending) -> bytes:
         """The whole answer, for a client that did not ask for a stream."""
         words = self.words[: self._said]
         reason = "abort" if ending == "empty" else ending
-        return self._shape.whole(words, reason, self.usage(), self.metrics)
+        return self._shape.whole(words, reason, self.usage(), self.metrics, self.kv_params)
 
     def usage(self) -> bytes:
         cached = self.sequence.cached_tokens if self.sequence is not None else 0
@@ -255,7 +262,12 @@ class _Shape:
         ) % (prompt_tokens, prompt_tokens + output_tokens, output_tokens, details)
 
     def whole(
-        self, words: list[bytes], reason: str, usage: bytes, metrics: dict[str, float] | None
+        self,
+        words: list[bytes],
+        reason: str,
+        usage: bytes,
+        metrics: dict[str, float] | None,
+        kv_params: bytes,
     ) -> bytes:
         said = b"".join(words)
         ids = b',"token_ids":%b' % _ids(words) if self._ask.returns_ids else b""
@@ -273,6 +285,8 @@ class _Shape:
             extra += b',"prompt_token_ids":%b' % msgspec.json.encode(self._ask.context.ids)
         if metrics is not None:
             extra += b',"metrics":%b' % msgspec.json.encode(metrics)
+        if kv_params:
+            extra += b',"kv_transfer_params":%b' % kv_params
         return b'{"id":%b,"object":"%b",%b,"choices":[%b]%b}' % (
             self._id,
             self._object.encode(),

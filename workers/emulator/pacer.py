@@ -50,6 +50,8 @@ class Pacer:
         self._step: Step | None = None
         self._timer: asyncio.Handle | None = None
         self._is_stopped = False
+        self.stepped: Callable[[], None] | None = None
+        "Called whenever the engine has begun a step, or found nothing to do."
 
     def now(self) -> float:
         """Engine seconds since the start."""
@@ -84,7 +86,7 @@ class Pacer:
     def _turn(self) -> None:
         self._timer = None
         if self._step is None:
-            self._step = self._engine.step(self.now())
+            self._begin(self.now())
         is_level = self._catch_up(STEPS_A_TURN)
         if self._step is None or self._is_stopped or self._timer is not None:
             return
@@ -94,6 +96,11 @@ class Pacer:
         else:
             self._timer = self._loop.call_soon(self._turn)
 
+    def _begin(self, now: float) -> None:
+        self._step = self._engine.step(now)
+        if self.stepped is not None:
+            self.stepped()
+
     def _catch_up(self, limit: int | None = None) -> bool:
         """Deliver steps that are over; False when there were more than `limit`."""
         now, n_delivered = self.now(), 0
@@ -102,7 +109,7 @@ class Pacer:
                 break
             step, self._step = self._step, None
             self._deliver(step)
-            self._step = self._engine.step(step.ended_at)
+            self._begin(step.ended_at)
             n_delivered += 1
         if n_delivered:
             self._flush()

@@ -39,6 +39,19 @@ class Hidden(msgspec.Struct, frozen=True):
     "True length of the answer."
 
 
+class Transfer(msgspec.Struct, frozen=True):
+    """`kv_transfer_params`, as far as they are looked at."""
+
+    do_remote_decode: bool = False
+    "Keep the KV for another engine."
+    do_remote_prefill: bool = False
+    "Fetch it from there."
+    remote_engine_id: str | None = None
+    remote_request_id: str | None = None
+    remote_host: str | None = None
+    remote_port: int | None = None
+
+
 class TextPart(msgspec.Struct, frozen=True):
     type: str
     text: str = ""
@@ -68,7 +81,7 @@ class Body(msgspec.Struct, frozen=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     vllm_xargs: Hidden | None = None
-    kv_transfer_params: dict[str, object] | None = None
+    kv_transfer_params: Transfer | None = None
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +99,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     has_usage: bool
     has_running_usage: bool
     returns_ids: bool
+    transfer: Transfer
     kills_engine: bool
     "It claims KV blocks of a peer without naming them: the real engine dies of it."
 
@@ -131,7 +145,7 @@ def understand(
             "Stream options can only be defined when `stream=True`. (parameter=stream_options)",
             param="stream_options",
         )
-    transfer = body.kv_transfer_params or {}
+    transfer = body.kv_transfer_params or Transfer()
     return Ask(
         kind=kind,
         context=context,
@@ -145,7 +159,8 @@ def understand(
         has_usage=options.include_usage,
         has_running_usage=options.include_usage and options.continuous_usage_stats,
         returns_ids=bool(body.return_token_ids),
-        kills_engine=bool(transfer.get("do_remote_prefill")) and "remote_engine_id" not in transfer,
+        transfer=transfer,
+        kills_engine=transfer.do_remote_prefill and transfer.remote_engine_id is None,
     )
 
 

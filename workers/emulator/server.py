@@ -17,7 +17,7 @@ from aiohttp import web
 
 from scheduler.errors import SettingsError
 from scheduler.sim.refusal import QueueFullError
-from workers.emulator import faults
+from workers.emulator import faults, kv_connector
 from workers.emulator.answer import DONE, ENGINE_DEAD, Answer, framed_event
 from workers.emulator.controls import Controls, json_reply
 from workers.emulator.protocol import Kind, RefusedError, tokens, understand
@@ -90,6 +90,9 @@ class Emulator:
             ) from error
         port = self._runner.addresses[0][1]
         self.url = f"http://{host}:{port}"
+        transfer, connector = self.settings.kv_transfer, self.service.kv_connector
+        if transfer is not None and connector is not None:
+            connector.address = (transfer.host or host, port)
         self._watch = asyncio.create_task(self._watch_for_death())
 
     async def stop(self) -> None:
@@ -176,6 +179,8 @@ class Emulator:
             ]
         )
         app.add_routes(Controls(self.service).routes(allow_faults=self.settings.allow_faults))
+        if self.service.kv_connector is not None:
+            app.add_routes([web.get(kv_connector.PATH, self.service.kv_connector.hand_out)])
         return app
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:

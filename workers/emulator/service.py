@@ -4,16 +4,19 @@ It owns the engine, the pacer and every answer under way; `server.py` puts route
 """
 
 import asyncio
+import contextlib
 from typing import Literal
 
 import numpy as np
 
 from scheduler.sim import profile
 from scheduler.sim.engine import Engine
+from scheduler.sim.refusal import QueueFullError
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.step import Step
 from workers.emulator.answer import Answer
 from workers.emulator.faults import Crash, Die, EngineFault, FaultLine, Freeze, Slow, Thaw
+from workers.emulator.kv_connector import KvConnector
 from workers.emulator.kv_publisher import KvPublisher
 from workers.emulator.metrics import Metrics
 from workers.emulator.pacer import Pacer
@@ -62,6 +65,7 @@ class Service:
         self._answers: dict[str, Answer] = {}
         self._touched: dict[str, Answer] = {}
         self._n_received = 0
+        self.kv_connector = self._connector()
         self.kv_events = KvPublisher(settings.engine.block_size) if settings.kv_events else None
         if self.kv_events is not None:
             self.kv_events.open(settings.host)
@@ -100,10 +104,14 @@ class Service:
         Raises:
             QueueFullError: the engine's waiting line is full.
         """
-        sequence = self._sequence(answer)
+        self._enter(answer, self._sequence(answer))
+
+    def _enter(self, answer: Answer, sequence: Sequence) -> None:
         self.pacer.add(sequence)
         answer.sequence = sequence
         self._answers[sequence.id] = answer
+        if sequence.is_remote and self.kv_connector is not None:
+            self.kv_connector.fetch(answer, sequence)
         self.idle.clear()
         self.quiet.clear()
 
@@ -111,11 +119,33 @@ class Service:
         """End it now: the slot and the blocks are free for the next step. As in vLLM, nobody counts it."""
         sequence = answer.sequence
         if sequence is not None and sequence.id in self._answers:
-            self.engine.abort(sequence.id)
-            del self._answers[sequence.id]
+            self._leave(sequence)
             self._note_load()
             self.pacer.kick()
         answer.end("abort")
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.engine.abort(sequence.id)
+        del self._answers[sequence.id]
+        if self.kv_connector is not None:
+            self.kv_connector.drop(sequence)
+
+    def _lost(self, answer: Answer) -> None:
+        """The KV that it waited for is not to be had."""
+        sequence = answer.sequence
+        assert sequence is not None
+        assert self.settings.kv_transfer is not None
+        if sequence.id not in self._answers:
+            return
+        self._leave(sequence)
+        if self.settings.kv_transfer.kv_load_failure_policy == "recompute":
+            with contextlib.suppress(QueueFullError):
+                self._enter(answer, self._sequence(answer, is_local=True))
+                return
+        self.metrics.finished["error"] += 1
+        self._note_load()
+        self.pacer.kick()
+        answer.end("error")
 
     def abort_ids(self, external_ids: list[str]) -> None:
         """As `abort_requests` does: exact ids only, unknown ones are ignored."""
@@ -167,6 +197,8 @@ class Service:
             return
         self.life = "dead"
         self.pacer.stop()
+        if self.kv_connector is not None:
+            self.kv_connector.close()
         answers, self._answers = list(self._answers.values()), {}
         for answer in answers:
             self.metrics.finished["error"] += 1
@@ -192,6 +224,8 @@ class Service:
 
     def close(self) -> None:
         self.pacer.stop()
+        if self.kv_connector is not None:
+            self.kv_connector.close()
         if self.kv_events is not None:
             self.kv_events.close()
 
@@ -210,8 +244,24 @@ class Service:
             data = answer.ask.context.data(answer.words)
             self.kv_events.stored(sequence.keys, data, start, stop)
 
-    def _sequence(self, answer: Answer) -> Sequence:
+    def _connector(self) -> KvConnector | None:
+        if self.settings.kv_transfer is None:
+            return None
+        connector = KvConnector(
+            self.settings.kv_transfer,
+            self.engine,
+            kv_token_bytes=self.profile.kv_bytes_per_token,
+            time_scale=self.settings.time_scale,
+            kick=self.pacer.kick,
+            lost=self._lost,
+        )
+        self.pacer.stepped = connector.grant
+        return connector
+
+    def _sequence(self, answer: Answer, *, is_local: bool = False) -> Sequence:
+        """Its prompt and its answer for the engine; `is_local`: the prompt is computed here whatever was asked."""
         ask, words = answer.ask, answer.words
+        is_parted = self.kv_connector is not None and not is_local
         settings = self.settings.engine
         self._n_received += 1
         return Sequence(
@@ -225,6 +275,8 @@ class Service:
             else (),
             priority=ask.priority,
             arrived_at=self.pacer.now(),
+            hands_over=is_parted and ask.transfer.do_remote_decode,
+            is_remote=is_parted and ask.transfer.do_remote_prefill,
         )
 
     def _deliver(self, step: Step) -> None:
@@ -259,6 +311,8 @@ class Service:
 
     def _note_finished(self, sequence: Sequence, answer: Answer) -> None:
         self.metrics.note_finished(sequence, answer.received_at)
+        if sequence.hands_over and self.kv_connector is not None:
+            answer.kv_params = self.kv_connector.park(answer, sequence)
         if self.settings.enable_per_request_metrics:
             answer.metrics = request_metrics(sequence)
 

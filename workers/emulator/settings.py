@@ -1,8 +1,41 @@
 """What an emulated server is told at its start, under vLLM's names where it has one."""
 
+from typing import Literal
+
 import msgspec
 
 from scheduler.sim.arguments import EngineSettings
+
+
+class KvExtra(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kv_connector_extra_config`."""
+
+    kv_lease_duration: float = 30.0
+    "Wall seconds that a prompt's KV is kept for whoever decodes."
+
+
+class KvTransfer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`--kv-transfer-config`, as far as it is emulated, and the link that the real one has."""
+
+    kv_connector: Literal["NixlConnector"] = "NixlConnector"
+
+    kv_role: Literal["kv_producer", "kv_consumer", "kv_both"] = "kv_both"
+    "Said and not looked at, as by that connector."
+
+    kv_load_failure_policy: Literal["fail", "recompute"] = "fail"
+    "Where KV is not to be had: an error, or the prompt is computed here."
+
+    kv_connector_extra_config: KvExtra = KvExtra()
+
+    link_gbps: float = 100.0
+    "Gigabits a second; of the two ends' the smaller holds. No setting of vLLM's."
+
+    host: str = ""
+    "Where others find it, as VLLM_NIXL_SIDE_CHANNEL_HOST says; empty: where it listens. No setting of vLLM's."
+
+    def __post_init__(self) -> None:
+        if not self.link_gbps > 0:
+            raise ValueError(f"link_gbps is {self.link_gbps}, more than 0 wanted")
 
 
 class EmulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +94,9 @@ class EmulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     kv_events: bool = False
     "Whether it publishes what its cache stores and forgets, on free ports; `/kv_event_sources` says where."
+
+    kv_transfer: KvTransfer | None = None
+    "How it hands KV over; None: it does not."
 
     allow_faults: bool = False
     "Whether `POST /emulator/fault` exists."
