@@ -129,6 +129,44 @@ class TestRun:
 
         assert {json.loads(line)["policy"] for line in lines} == {f"plan:profile={profile}"}
 
+    def test_loads_by_what_the_baseline_keeps(self, files):
+        """Found once for each draw, as near as its arrivals allow; every policy of the draw meets the same load."""
+        text = LIST.replace("loads = [0.5, 1]", "keeps = [0.9, 0.5]").replace("500", "150")
+        (files / "list.toml").write_text(text)
+
+        lines = ran(files, "--seeds", 1)
+        found = [json.loads(line) for line in lines]
+
+        loads = {}
+        for one in found:
+            loads.setdefault((one["window"], one["keeps"]), set()).add(one["load"])
+            if one["policy"] == "fcfs":
+                assert one["on_time"] == pytest.approx(one["keeps"], abs=0.06)
+        assert len(loads) == 4
+        assert all(len(shared) == 1 for shared in loads.values())
+        shown = run("cells", "table", files / "out", "--list", files / "list.toml")
+        assert "| policy | `fcfs` keeps 50% | less `fcfs` | `fcfs` keeps 90% |" in shown
+
+        (files / "out" / "small.jsonl").write_text("\n".join(lines[1:]) + "\n")
+        again = json.loads(ran(files, "--seeds", 1, "--load", 0.9)[-1])
+        assert [again[key] for key in ("policy", "keeps", "load")] == [
+            found[0][key] for key in ("policy", "keeps", "load")
+        ]
+        with pytest.raises(HeadgateError, match=r"what fcfs keeps, wanted some of: 0.9, 0.5"):
+            ran(files, "--load", 0.7)
+
+    def test_at_a_glance_who_is_short_of_runs_is_told(self, files):
+        """One seed of two, and nobody of ours: nothing to judge."""
+        ran(files, "--seeds", 1, "--policy", "fcfs,least-request,plan")
+
+        shown = run("cells", "table", files / "out", "--brief", "--list", files / "list.toml")
+
+        assert "| small | at 0.5 | 2 of 4 | " in shown
+        assert "**By family**" in shown
+        assert "median of 2 of 4 runs" in run(
+            "cells", "table", files / "out", "--list", files / "list.toml"
+        )
+
     def test_a_table_pairs_by_window_and_seed(self, files):
         ran(files)
 
