@@ -2,27 +2,36 @@
 
 1. `begin`     a file of its own in `loop.journal`, with the settings and the seed; the oldest files go
 2. `Recorder`  takes the core's place in the loop; a line for each fact and each turn
-3. `close`     the last line says why nothing follows
+3. `_roll`     a full file is followed by the reign's next part; it begins with the endpoints that stand
+4. `close`     the last line says why nothing follows
+
+The parts of a reign repeat it together, from its first on. Alone, a later one tells of its own time: enough to ask
+what other policies would have done, as a copy of the streams is. The core's whole state, which would let it repeat
+turns alone, is nothing that we write.
 
 Nothing is written while `loop.journal` is empty, and no code of this file runs then.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import msgspec
 import structlog
+from msgspec import structs
 
 from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Command, Event
+from scheduler.recording import Head
 from scheduler.view import Snapshot, View
+from scheduler.wire.worker import Beat
 
 FLUSH_BYTES, FLUSH_S = 1 << 16, 0.02
 "Lines gather until they are so many bytes or so old: what a killed process takes with it. A write costs 20 us."
 
 FILES_KEPT = 8
-"Of a pool, newest first; one reign is one file."
+"Of a pool, newest first."
 
 log = structlog.get_logger()
 
@@ -44,16 +53,32 @@ class Core(Protocol):
 
 
 class Journal:
-    """One open file of bounded size. A disk that fails ends the recording, never the dispatcher."""
+    """One reign's lines, in files of bounded size. A disk that fails ends the recording, never the dispatcher."""
 
-    def __init__(self, file: BinaryIO, *, bytes_max: int) -> None:
-        """Write to this file, at most so many bytes and the line that says so."""
-        self._file: BinaryIO | None = file
+    def __init__(self, head: Head, open_file: Callable[[int], BinaryIO], *, bytes_max: int) -> None:
+        """Begin part 0.
+
+        Args:
+            head: of the reign.
+            open_file: by a part's number; raises OSError.
+            bytes_max: at which the next part begins.
+        """
+        self._head = head
+        self._open = open_file
         self._bytes_max = bytes_max
         self._encoder = msgspec.json.Encoder(enc_hook=lambda value: value.item())
         self._buffer = bytearray()
         self._written = 0
         self._flushed_at = 0.0
+        self.beats: dict[str, Beat] = {}
+        "The last of each endpoint."
+        self._file: BinaryIO | None = open_file(0)
+        self.add(head)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it still records."""
+        return self._file is not None
 
     def add(self, line: object) -> None:
         """One more line; kept here until there are enough."""
@@ -67,11 +92,10 @@ class Journal:
             self._flushed_at = now
             self._flush()
             if self._written >= self._bytes_max:
-                log.warning("journal_full", bytes=self._written)
-                self.close("full")
+                self._roll(now)
 
     def close(self, reason: str) -> None:
-        """Nothing follows, and why; once."""
+        """Nothing follows in this file, and why; once."""
         if self._file is None:
             return
         self.add({"end": reason})
@@ -79,6 +103,18 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _roll(self, now: float) -> None:
+        self.close("rolled")
+        self._head = structs.replace(self._head, part=self._head.part + 1)
+        self._written = 0
+        try:
+            self._file = self._open(self._head.part)
+        except OSError as error:
+            log.warning("journal_ended", reason=str(error))
+            return
+        self.add(self._head)
+        self.add({"now": now, "standing": list(self.beats.values())})
 
     def _flush(self) -> None:
         if self._file is None:
@@ -106,6 +142,8 @@ class Recorder:
 
     def receive(self, event: Event, now: float) -> None:
         """As the core's."""
+        if isinstance(event, Beat):
+            self._journal.beats[event.endpoint] = event
         self._journal.add(recording.told(event, now))
         self._core.receive(event, now)
 
@@ -132,20 +170,23 @@ def begin(
     now: float,
     bytes_max: int,
 ) -> Journal | None:
-    """The journal of the reign that begins now; of the pool's older ones some are kept.
+    """The journal of the reign that begins now; of the pool's older files some are kept.
 
     None, and a warning, where it cannot be written: a full disk must not keep a standby from leading.
     """
-    path = Path(directory) / pool / f"{round(now * 1e3)}-{epoch}.jsonl"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in sorted(path.parent.glob("*-*.jsonl"))[: 1 - FILES_KEPT]:
+    folder = Path(directory) / pool
+
+    def open_file(part: int) -> BinaryIO:
+        path = folder / f"{round(now * 1e3)}-{epoch}-{part:04}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in sorted(folder.glob("*-*.jsonl"))[: 1 - FILES_KEPT]:
             old.unlink(missing_ok=True)
-        file = path.open("xb")
+        log.info("journal", path=str(path))
+        return path.open("xb")
+
+    head = recording.head(settings, seed=epoch, version=version, pool=pool)
+    try:
+        return Journal(head, open_file, bytes_max=bytes_max)
     except OSError as error:
-        log.warning("journal_not_begun", path=str(path), reason=error.strerror)
+        log.warning("journal_not_begun", path=str(folder), reason=error.strerror)
         return None
-    journal = Journal(file, bytes_max=bytes_max)
-    journal.add(recording.head(settings, seed=epoch, version=version, pool=pool))
-    log.info("journal", path=str(path))
-    return journal

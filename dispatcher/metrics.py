@@ -111,6 +111,10 @@ class Figures(Protocol):
         """Whether this node leads."""
 
     @property
+    def is_recording(self) -> bool | None:
+        """Whether the journal is still written; None where none is kept."""
+
+    @property
     def round_trips(self) -> int:
         """How often this reign asked Redis to move something."""
 
@@ -279,6 +283,8 @@ class Exposition(Collector):
         if view is not None:
             yield from self._core(view)
             yield from self._memory()
+            if (is_recording := self._figures.is_recording) is not None:
+                yield self._gauge("is_recording", "Whether the journal is written.", is_recording)
             yield from self._endpoints(view.endpoints)
 
     def _counters(self) -> Iterator[Metric]:

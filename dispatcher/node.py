@@ -63,6 +63,7 @@ class Node:
         self._lease = Lease(connection, self._keys, node=name, ttl_s=settings.lease.leader_s)
         self._meter = Meter()
         self._core: Scheduler | None = None
+        self._pen: Journal | None = None
         self._delivery = Delivery(connection, on_wait=self._meter.beat)
         self._is_leader = False
 
@@ -96,6 +97,13 @@ class Node:
         return self._is_leader
 
     @property
+    def is_recording(self) -> bool | None:
+        """Whether this reign's journal is still written; None where none is kept."""
+        if not self._settings.loop.journal:
+            return None
+        return self._pen is not None and self._pen.is_open
+
+    @property
     def round_trips(self) -> int:
         """How often this process asked Redis to move something."""
         return self._delivery.round_trips
@@ -107,7 +115,7 @@ class Node:
     async def _reign(self, epoch: int) -> None:
         began_at = time.monotonic()
         core = Scheduler(self._core_settings, np.random.default_rng(epoch))
-        pen = self._journal(epoch)
+        pen = self._pen = self._journal(epoch)
         loop = self._loop(core if pen is None else Recorder(core, pen), epoch)
         upkeep = self._upkeep(epoch)
         try:
@@ -130,6 +138,7 @@ class Node:
         finally:
             if pen is not None:
                 pen.close("resigned")
+            self._pen = None
             await self._lease.resign(epoch)
             log.info("resigned", epoch=epoch)
 

@@ -4,7 +4,9 @@
     {"restored": {...}}                                           what an earlier leader had learned
     {"now": 1731500000.123, "arrived": {...}, "body_bytes": 812}  a fact
     {"now": 1731500000.125, "decided": [{"assign": {...}}, ...]}  a turn, and every command of it
-    {"end": "resigned"}
+    {"end": "resigned"}                                           or "rolled": the reign's next part goes on
+
+A later part begins with {"now": ..., "standing": [beats]}, which tells nobody anything new.
 
 With the same seed and settings a fresh core that is told the same at the same moments asks for the same, byte for
 byte (I5). Bodies stay out, only their length is kept: the core never looks into one, and a log that people pass
@@ -72,6 +74,9 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     "Of the core's chance: the leader's epoch. None: a copy of streams, without turns."
 
+    part: int = 0
+    "Of its reign; the core's turns can be repeated from part 0 on."
+
     settings: dict[str, Any] = {}
     "The core's, as plain values; infinities as words, which JSON has not."
 
@@ -98,9 +103,12 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     noted: Decision | None = None
     "From a copy of the streams: a decision as it was logged."
 
+    standing: tuple[Beat, ...] = ()
+    "Where a later part begins: the last beat of each endpoint, told before."
+
     restored: Snapshot | None = None
     end: str | None = None
-    "Why nothing follows: `resigned`, `full` or `copied`."
+    "Why nothing follows: `resigned`, `rolled` or `copied`."
 
     @property
     def event(self) -> Event | None:

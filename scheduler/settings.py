@@ -100,7 +100,7 @@ class LoopSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     journal_bytes: Count = 2**30
-    "How long a journal may grow; then the recording ends, and begins anew with the next leader."
+    "How long a file of the journal may grow; the reign goes on in the next."
 
 
 class LeaseSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

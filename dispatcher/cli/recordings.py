@@ -82,6 +82,19 @@ def opened(path: Path) -> Iterator[Recording]:
         raise FileError(f"cannot read {str(path)!r}: {error.strerror}") from None
 
 
+def whole(found: Recording) -> Iterator[Line]:
+    """Its lines and those of the parts that its reign went on in, as far as they lie beside it."""
+    for line in found.lines:
+        path = Path(found.name)
+        later = path.with_name(f"{path.stem[:-4]}{found.head.part + 1:04}{path.suffix}")
+        if line.end != "rolled" or not later.exists():
+            yield line
+            continue
+        with opened(later) as part:
+            yield from whole(part)
+            found.is_cut = part.is_cut
+
+
 async def copied(
     connection: Connection, keys: Keys, settings: CoreSettings, *, since: float
 ) -> AsyncIterator[bytes]:

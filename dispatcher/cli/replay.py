@@ -71,8 +71,13 @@ def _replayed(found: Recording, changes: list[str]) -> Outcome:
             f"{found.name} is a copy of the streams, which do not say when the core was told what: "
             "set loop.journal for recordings that can be repeated, or ask with --policy"
         )
+    if found.head.part:
+        raise SettingsError(
+            f"{found.name} is part {found.head.part} of its reign, wanted part 0, which the others follow by "
+            "themselves; of this one alone, ask with --policy or `evaluate`"
+        )
     settings = recording.settings(found.head, changes, plug_ins=_plug_ins(found))
-    return replay.replayed(found.lines, settings, seed=found.head.seed)
+    return replay.replayed(recordings.whole(found), settings, seed=found.head.seed)
 
 
 def _plug_ins(found: Recording) -> tuple[plugins.PlugIn, ...]:
@@ -93,8 +98,8 @@ def _say(found: Recording, outcome: Outcome, *, is_changed: bool) -> None:
             output.talk(
                 f"{found.name} has no last line: its dispatcher was killed or still writes, or the copy is cut"
             )
-        elif outcome.end == "full":
-            output.talk(f"{found.name} ends where it had grown to loop.journal_bytes")
+        elif outcome.end == "rolled":
+            output.talk(f"the reign of {found.name} went on in a part that does not lie beside it")
         return
     whose = f" of request {apart.request}" if apart.request else ""
     typer.echo(f"differs in turn {apart.turn} at {apart.now:.6f}, {apart.field}{whose}")

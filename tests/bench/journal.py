@@ -61,8 +61,8 @@ def run(path: Path | None) -> float:
     settings = CoreSettings()
     core = Scheduler(settings, np.random.default_rng(0))
     if path is not None:
-        journal = Journal(path.open("wb"), bytes_max=2**40)
-        journal.add(recording.head(settings, seed=0, version="0", pool="bench"))
+        head = recording.head(settings, seed=0, version="0", pool="bench")
+        journal = Journal(head, lambda _: path.open("wb"), bytes_max=2**40)
         core = Recorder(core, journal)
     timed = Timed(core)
     World(rows, fleet.machines(FLEET, 0), delays=FLEET.delays, is_open=False).run(timed)

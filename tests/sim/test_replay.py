@@ -9,8 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
+from typer.testing import CliRunner
 
-from dispatcher.journal import Journal, Recorder
+from dispatcher.cli import recordings
+from dispatcher.cli.root import root
+from dispatcher.journal import FILES_KEPT, Journal, Recorder, begin
 from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.errors import SettingsError
@@ -62,8 +65,14 @@ def recorded_run(seed=0, core_settings=None, where=FLEET, **more):
     """A run of the lab and its recording, as bytes."""
     core_settings = core_settings or CoreSettings(objectives=CHAT, lease_s=Delays().lease_s)
     file = io.BytesIO()
-    journal = Journal(file, bytes_max=2**40)
-    journal.add(recording.head(core_settings, seed=seed, version="0", pool="lab"))
+    head = recording.head(core_settings, seed=seed, version="0", pool="lab")
+    journal = Journal(head, lambda _: file, bytes_max=2**40)
+    run = played(journal, core_settings, seed, where, **more)
+    return run, file.getvalue()
+
+
+def played(journal, core_settings, seed=0, where=FLEET, **more):
+    """A run of the lab that this journal takes down."""
     core = Recorder(Scheduler(core_settings, np.random.default_rng(seed)), journal)
     rows = world.rows(arrivals(seed, **more))
     run = World(
@@ -75,7 +84,7 @@ def recorded_run(seed=0, core_settings=None, where=FLEET, **more):
     )
     run.run(core)
     journal.flush_by(math.inf)
-    return run, file.getvalue()
+    return run
 
 
 def lines_of(data):
@@ -156,12 +165,72 @@ class TestDifference:
             again(data, "plan.commit_window_s=soon")
 
 
+class TestParts:
+    """A journal that grows full goes on in the next file, and the newest files are kept."""
+
+    @pytest.fixture
+    def parts(self, tmp_path):
+        def parts(bytes_max):
+            journal = begin(
+                str(tmp_path),
+                CoreSettings(objectives=CHAT),
+                pool="p",
+                epoch=0,
+                version="0",
+                now=1.5e9,
+                bytes_max=bytes_max,
+            )
+            played(journal, CoreSettings(objectives=CHAT))
+            journal.close("resigned")
+            return sorted((tmp_path / "p").iterdir())
+
+        return parts
+
+    def test_together_they_repeat_the_reign(self, parts):
+        """From the first part on, to the reign's own end, as from one file."""
+        first, *later = parts(200_000)
+        assert len(later) > 2
+
+        with recordings.opened(first) as found:
+            outcome = replayed(recordings.whole(found), recording.settings(found.head), seed=0)
+
+        assert (outcome.difference, outcome.end) == (None, "resigned")
+        assert outcome.turns > 100
+
+    def test_what_is_kept_is_the_newest_and_tells_of_its_own_time(self, parts):
+        """The last part alone knows the endpoints and what was asked then; its turns can't be repeated, and it says so."""
+        files = parts(20_000)
+        with recordings.opened(files[-1]) as found:
+            part, told = found.head.part, recorded.story(found.lines)
+
+        assert len(files) == FILES_KEPT
+        assert part > FILES_KEPT
+        assert set(told.beats) == {"a100-0", "a100-1", "l40s-0"}
+        shown = CliRunner().invoke(root(["replay"]), ["replay", str(files[-1])])
+        assert f"is part {part} of its reign, wanted part 0" in str(shown.exception)
+
+    def test_a_disk_that_fails_ends_the_recording_only(self, tmp_path):
+        """The next part cannot be opened: the core goes on, and the journal says that it is shut."""
+
+        def open_file(part):
+            if part:
+                raise OSError(28, "No space left on device")
+            return (tmp_path / "part").open("xb")
+
+        head = recording.head(CoreSettings(), seed=0, version="0", pool="p")
+        journal = Journal(head, open_file, bytes_max=20_000)
+        run = played(journal, CoreSettings(objectives=CHAT))
+
+        assert not journal.is_open
+        assert len(run.fates) > 0
+
+
 class TestFormat:
     def test_bodies_stay_out_and_their_length_counts(self, tmp_path):
         """A prompt's text is nowhere in a recording, and the estimate made from its bytes is."""
         path = tmp_path / "recording"
-        journal = Journal(path.open("xb"), bytes_max=2**30)
-        journal.add(recording.head(CoreSettings(), seed=1, version="0", pool="p"))
+        head = recording.head(CoreSettings(), seed=1, version="0", pool="p")
+        journal = Journal(head, lambda _: path.open("xb"), bytes_max=2**30)
         core = Recorder(Scheduler(CoreSettings(), np.random.default_rng(1)), journal)
         beat = Beat(endpoint="e0", epoch=1, models=("m",))
         secret = b'{"prompt": "' + b"secret " * 400 + b'"}'
@@ -237,8 +306,8 @@ class TestRecorded:
         slow = tuple(refit.slowed(m, Factors(2.0, 1.5)) for m in fleet.machines(where, 0))
         assert slow
         file = io.BytesIO()
-        journal = Journal(file, bytes_max=2**40)
-        journal.add(recording.head(CoreSettings(), seed=0, version="0", pool="lab"))
+        head = recording.head(CoreSettings(), seed=0, version="0", pool="lab")
+        journal = Journal(head, lambda _: file, bytes_max=2**40)
         core = Recorder(Scheduler(CoreSettings(), np.random.default_rng(0)), journal)
         run = World(
             world.rows(arrivals(0, rate_rps=6.0, span_s=60.0)),
