@@ -16,6 +16,9 @@ from scheduler.sim.contrast import Draw, Estimate, Figures, Mark
 AHEAD_RATIO, AHEAD_POINTS = 1.05, 0.01
 "From here on ours is ahead of the best peer."
 
+JUDGED_RUNS = 4
+"Of fewer an interval is hardly more than the runs themselves: nothing is won or lost."
+
 TAIL_RUNS = 20
 "No ratio of P99s is told of fewer runs."
 
@@ -67,8 +70,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def mark(self) -> Mark | None:
-        """Against the best peer."""
-        if not self.over_peer:
+        """Against the best peer; None where there is none, or where the runs are too few to be sure of anything."""
+        if len(self.over_peer) < JUDGED_RUNS:
             return None
         return contrast.mark(
             contrast.bootstrap(self.over_peer), is_ratio=self.cell.figures.is_ratio
@@ -89,6 +92,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     "The geometric mean of ratios, or the mean of differences."
     over_peer: Estimate | None
     marks: Mapping[Mark, int]
+    "Places of each, where there were enough runs."
     n_ahead: int
     "Places where ours is at least `AHEAD_RATIO` times as good as the best peer, or `AHEAD_POINTS` better."
     worst: Verdict | None
