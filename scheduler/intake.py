@@ -69,11 +69,11 @@ def obstacle(
     return ending
 
 
-def shed(waiting: Ticket, count: int, *, backlog_s: float) -> Ending:
-    """How one of a priority below 0 ends that makes room in a full line."""
+def shed(whose: str, count: int, *, backlog_s: float) -> Ending:
+    """How one ends that makes room in a full line."""
     return Ending(
         outcome="rejected",
-        reason=f"shed at priority {waiting.promise.priority} for one of 0 or more: {count} requests wait",
+        reason=f"shed {whose}: {count} requests wait",
         retry_after_s=retry_after_s(backlog_s),
     )
 

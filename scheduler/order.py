@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from scheduler.fairness import Accounts
+from scheduler.longest import Longest
 from scheduler.state import Ticket
 
 OLDEST_AMONG = 1000
@@ -189,6 +190,7 @@ class Lines:
     def __init__(self, accounts: Accounts | None = None) -> None:
         """Keep the order of the policy, or with accounts the turns of tenants."""
         self.turns = None if accounts is None else Turns(accounts)
+        self.longest = None if accounts is None else Longest(accounts.settings.weights)
         self.waiting: Queue | Turns = Queue(by_rank) if self.turns is None else self.turns
         self.aside = Queue(by_rank)
         "The same order, to see who can make it after all."
@@ -217,6 +219,8 @@ class Lines:
         self.by_model.setdefault(ticket.request.model, {})[ticket.id] = ticket
         if ticket.promise.priority < 0:
             self.sheddable[ticket.id] = ticket
+        if self.longest is not None:
+            self.longest.add(ticket)
         self.tokens += ticket.prompt_tokens
 
     def remove(self, ticket: Ticket) -> None:
@@ -231,6 +235,8 @@ class Lines:
         if not same:
             del self.by_model[ticket.request.model]
         self.sheddable.pop(ticket.id, None)
+        if self.longest is not None:
+            self.longest.remove(ticket)
         self.tokens -= ticket.prompt_tokens
 
     def charge(self, ticket: Ticket, prompt_tokens: float, output_tokens: float) -> None:

@@ -67,12 +67,22 @@ class Requests:
         )
 
     def _sheds_for(self, newcomer: Ticket) -> bool:
-        """Let the last in a full line that may be shed make room for one that may not; False: there is none."""
+        """Let one in a full line make room for it; False: there is none.
+
+        The last of those who may be shed goes for one that may not; where tenants share, the last of the longest line.
+        """
         lines = self._memory.book.lines
-        if newcomer.promise.priority < 0 or not lines.sheddable:
+        if newcomer.promise.priority >= 0 and lines.sheddable:
+            shed = lines.sheddable[next(reversed(lines.sheddable))]
+            whose = f"at priority {shed.promise.priority} for one of 0 or more"
+        elif lines.longest is not None and (last := lines.longest.last(newcomer.request.tenant)):
+            shed, whose = (
+                last,
+                f"as the last of tenant {last.request.tenant!r}, whose line is the longest",
+            )
+        else:
             return False
-        shed = lines.sheddable[next(reversed(lines.sheddable))]
-        self.finish(shed, intake.shed(shed, len(lines), backlog_s=self._memory.backlog_s()))
+        self.finish(shed, intake.shed(whose, len(lines), backlog_s=self._memory.backlog_s()))
         return True
 
     def recovered(self, event: Recovered) -> Ticket | None:

@@ -142,7 +142,17 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     "How long a claim-checked body is kept for a request that never ends."
 
     waiting_max: Count = 100_000
-    "Requests waiting in a pool; the next one is rejected with a time to come back."
+    """
+    Requests waiting in a pool; one more is rejected with a time to come back.
+
+    Who that is, the dispatcher says: one of a priority below 0 makes room for others, and with `[fairness]` the last of the
+    tenant with the longest line. So that it is asked, clients refuse by themselves only at a tenth more.
+    """
+
+    @property
+    def queued_max(self) -> int:
+        """Requests waiting at which a client refuses by itself, whoever asks: nobody may be reading."""
+        return self.waiting_max + self.waiting_max // 10
 
 
 class Objective(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -198,7 +208,21 @@ class EngineAddress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     "Its class for the cost prior, such as a100; empty: learned from scratch."
 
     roles: tuple[Literal["both", "prefill", "decode", "encode"], ...] = ("both",)
-    "What legs of a request it takes."
+    """
+    What legs of a request it takes.
+
+    One whose only role is `prefill` computes prompts for those that decode, all others serve whole requests as well.
+    """
+
+    link_gbps: Annotated[float, Meta(ge=0)] = 0.0
+    """
+    Gigabits a second over which it hands KV to other engines, or fetches it; 0: it does neither.
+
+    The engine must have been started with --kv-transfer-config: docs/PD.md.
+    """
+
+    kv_token_bytes: Annotated[int, Meta(ge=0)] = 0
+    "One token's KV, which a transfer must carry; 0: as of an 8B model in 16 bits, and learned from there."
 
     models: tuple[str, ...] = ()
     "What it serves; empty: what /v1/models says."
@@ -220,6 +244,12 @@ class EngineAddress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     api_key_file: str = ""
     "A file with the key that the engine was started with (--api-key); empty: none."
+
+    def __post_init__(self) -> None:
+        if "prefill" in self.roles and len(self.roles) == 1 and not self.link_gbps:
+            raise ValueError(
+                f"roles of {self.name!r} is only prefill and link_gbps is 0, wanted a link to hand KV over"
+            )
 
 
 class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

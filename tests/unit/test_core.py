@@ -22,7 +22,7 @@ from scheduler.plan import PlanSettings
 from scheduler.policies import Fcfs, Urgency
 from scheduler.profile.pickers import Random
 from scheduler.profile.profile import Profile
-from scheduler.settings import Objective
+from scheduler.settings import FairnessSettings, Objective
 from scheduler.view import Snapshot
 from scheduler.wire.client import Control, Request
 from scheduler.wire.worker import Beat, Reward
@@ -191,6 +191,32 @@ class TestArrival:
         assert {name: end.outcome for name, end in ends.items()} == dict.fromkeys("dca", "rejected")
         assert "shed at priority -2" in ends["c"].reason
         assert ends["c"].retry_after_s >= 1.0
+
+    def test_the_longest_line_makes_room_in_a_full_pool(self):
+        """A tenant that floods the pool is refused, and no other: its last gives way, its own newcomers are rejected."""
+        weights = FairnessSettings(quantum_tokens=1000, weights={"gold": 2.0})
+        pool = Pool(waiting_max=6, fairness=weights)
+        flood = [(f"f{n}", "flood") for n in range(6)]
+        for name, tenant in (
+            *flood,
+            ("g0", "gold"),
+            ("s0", "small"),
+            ("f6", "flood"),
+            ("g1", "gold"),
+        ):
+            pool.ask(name, tenant=tenant)
+
+        ends = {finish.result.id: finish.result for finish in pool.decide()}
+
+        assert {name: end.outcome for name, end in ends.items()} == dict.fromkeys(
+            ("f5", "f4", "f6", "f3"), "rejected"
+        )
+        assert (
+            "the last of tenant 'flood', whose line is the longest: 6 requests wait"
+            in ends["f5"].reason
+        )
+        assert "the limit is 6" in ends["f6"].reason
+        assert ends["f5"].retry_after_s >= 1.0
 
     def test_an_objective_may_refuse_to_wait(self):
         """`max_queue_ms`: still without endpoint after that long, it is rejected."""
