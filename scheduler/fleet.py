@@ -145,10 +145,13 @@ class Fleet:
         return self._longest[model]
 
     def wanted(self, models: Iterable[str]) -> Floats:
-        """0 for each slot where a request for any of these models may go, `inf` for the others; there must be one."""
+        """0 for each slot where a request for any of these models may go, `inf` for the others; there must be one.
+
+        Not to be written to.
+        """
         barriers = [self.barrier(model) for model in models]
         if len(barriers) == 1:
-            return barriers[0].copy()
+            return barriers[0]
         least: Floats = np.minimum.reduce(barriers)
         return least
 

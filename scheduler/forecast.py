@@ -21,6 +21,7 @@ SECONDS_MIN = 1e-3
 "No prediction is shorter."
 
 _PREFIXES = tuple(f"{name}=" for name in (*cost.FEATURES, "start", "q50", "q90"))
+_FORM = " ".join(f"{prefix}%.6g" for prefix in _PREFIXES)
 
 
 class Forecast(msgspec.Struct, frozen=True):
@@ -52,8 +53,7 @@ class Forecast(msgspec.Struct, frozen=True):
 
 def written(x: Sequence[float], start_s: float, ratios: Sequence[float]) -> tuple[str, ...]:
     """As it rides in the job and the decision, and comes back in the reward."""
-    named = zip(_PREFIXES, (*x, start_s, *ratios), strict=True)
-    return tuple([f"{prefix}{value:.6g}" for prefix, value in named])
+    return tuple((_FORM % (*x, start_s, *ratios)).split(" "))
 
 
 def read(reward: Reward) -> Forecast | None:

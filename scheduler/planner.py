@@ -279,12 +279,8 @@ class Planner:
             pledge = Pledge(target, min(offer.kv, float(self.room.kv_max[target])))
         elif self.onward is not None and leg == "decode":
             features = self.onward.features(offer, slot)
-        cached = best_cached = 0.0
-        if offer.cached is not None:
-            cached = float(offer.cached[slot])
-            may_go = offer.service_s < math.inf
-            best_cached = float(np.maximum.reduce(offer.cached, where=may_go, initial=0.0))
-        work_s = float(offer.work_s[slot])
+        cached, best_cached = offer.best_cached(slot)
+        work_s = offer.work_s.item(slot)
         candidates = self.picker.candidates(total_s)
         self.choices.append(
             Choice(
@@ -293,11 +289,11 @@ class Planner:
                 line=line,
                 cached_tokens=int(cached),
                 best_cached_tokens=int(best_cached),
-                start_s=float(self.room.start_s[slot]),
+                start_s=self.room.start_s.item(slot),
                 work_s=work_s,
-                total_s=float(total_s[slot]),
-                ahead_tokens=float(self.room.tokens[slot]),
-                ahead_pairs=float(self.room.pairs[slot]),
+                total_s=total_s.item(slot),
+                ahead_tokens=self.room.tokens.item(slot),
+                ahead_pairs=self.room.pairs.item(slot),
                 propensity=propensity,
                 candidates=candidates,
                 weighed=self.picker.weighed(offer, candidates),
@@ -340,8 +336,8 @@ class Planner:
         left_s = ticket.due_at - self.now
         if left_s <= 0:
             return False
-        predicted_s = float(total_s[best])
-        odds = self.odds(float(self.room.backlog_s[best]), math.log(left_s / predicted_s))
+        predicted_s = total_s.item(best)
+        odds = self.odds(self.room.backlog_s.item(best), math.log(left_s / predicted_s))
         if odds < terms.odds_min:
             return False
         if terms.price <= 0:
@@ -350,13 +346,13 @@ class Planner:
         others = self.waits
         if ticket.state != "set_aside":
             others -= self.usual.share(ticket, self.room)
-        asked = terms.price * others * float(offer.work_s[best]) / promised_s
+        asked = terms.price * others * offer.work_s.item(best) / promised_s
         return odds * ticket.promise.weight >= asked
 
     def _line(self, offer: Offer, slot: int) -> Line:
         """What the ledger is to hold; a promise per token that cannot be kept there binds nobody."""
         prompt, own_s = offer.prompt, offer.ticket.promise.tpot_s
-        kv = min(offer.kv, float(self.room.kv_max[slot]))
+        kv = min(offer.kv, self.room.kv_max.item(slot))
         leg = self._leg(offer, slot)
         if leg == "prefill":
             kv, own_s = min(kv, prompt + 1.0), None
@@ -366,7 +362,7 @@ class Planner:
         )
         tokens = prompt
         if offer.cached is not None:
-            tokens -= float(offer.cached[slot])
+            tokens -= offer.cached.item(slot)
         if leg == "decode":
             tokens = 0.0
         return Line(

@@ -65,14 +65,14 @@ class Planning:
     def step(self) -> None:
         """Hand over what starts within the commit window."""
         self._room_at = self._rested_at = None
-        prefilled = self._book.legs.prefilled.head(PREFILLED_MAX)
-        if not self._book.lines and not prefilled:
+        lines, between = self._book.lines, self._book.legs.prefilled
+        prefilled = between.head(PREFILLED_MAX) if between else []
+        # Whoever waits stands there by his model.
+        if not self._fleet.by_slot or not (lines.by_model or prefilled):
             return
-        asked = list(self._book.lines.by_model)
-        asked += [t.request.model for t in prefilled if t.request.model not in asked]
-        wanted_s = self._fleet.wanted(dict.fromkeys(asked))
-        self._let_rest(wanted_s)
-        if np.minimum.reduce(wanted_s, initial=np.inf) == np.inf:
+        asked = dict.fromkeys([*lines.by_model, *[ticket.request.model for ticket in prefilled]])
+        wanted_s = self._without_resting(self._fleet.wanted(asked))
+        if wanted_s[wanted_s.argmin()] == np.inf:
             return
         planner = self._planner(wanted_s)
         if planner.onward is not None:
@@ -80,16 +80,16 @@ class Planning:
         self._serve_aged(planner)
         line = self._serve_line(planner)
         self._turn(planner)
-        if not planner.is_cut and self._book.lines.aside and planner.has_idle():
+        if lines.aside and not planner.is_cut and planner.has_idle():
             self._fill(planner)
         for choice in planner.choices:
             self._hand_over(choice)
         if planner.is_cut:
             self._room_at = self._memory.now
-        elif self._book.lines:
+        elif lines.by_model:
             is_short = planner.is_exhausted and len(line) == self._settings.horizon
             self._room_at = self._next_room_at(planner.room, is_short=is_short)
-        if len(self._book.legs.prefilled):
+        if between:
             self._room_at = min(self._memory.now + PACE_TICK_S, self._room_at or np.inf)
 
     def _serve_line(self, planner: Planner) -> list[Ticket]:
@@ -104,8 +104,11 @@ class Planning:
             planner.serve(line)
         return line
 
-    def _let_rest(self, wanted_s: Floats) -> None:
-        """Nothing new for endpoints that have just handed something back."""
+    def _without_resting(self, wanted_s: Floats) -> Floats:
+        """The same, but nothing new for endpoints that have just handed something back."""
+        if not self._fleet.resting:
+            return wanted_s
+        wanted_s = wanted_s.copy()
         now, by_slot = self._memory.now, self._fleet.by_slot
         resting = [e for e in self._fleet.resting if e.rests_until > now and by_slot[e.slot] is e]
         self._fleet.resting = resting
@@ -113,6 +116,7 @@ class Planning:
             if wanted_s[endpoint.slot] == 0:
                 wanted_s[endpoint.slot] = np.inf
                 self._rested_at = min(endpoint.rests_until, self._rested_at or np.inf)
+        return wanted_s
 
     def _planner(self, wanted_s: Floats) -> Planner:
         ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now

