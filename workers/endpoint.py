@@ -11,6 +11,7 @@ Silence at every point has a bound, and nothing ends without a reply from Redis 
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from time import perf_counter
 
 import structlog
@@ -24,6 +25,7 @@ from scheduler.wire.words import EndpointState
 from scheduler.wire.worker import Beat
 from workers import body
 from workers.admission import Admission
+from workers.answer import Answer
 from workers.attempt import FENCED, Attempt, Stop
 from workers.ending import Ending
 from workers.engine import Engine
@@ -32,6 +34,7 @@ from workers.health import Health, is_broken
 from workers.inbox import Arrival, Inbox
 from workers.kv_cache import KvCache
 from workers.metrics import Gaps, Meter
+from workers.posts import Reply
 from workers.pulse import Pulse
 from workers.rhythm import Rhythm
 from workers.telling import Telling
@@ -137,14 +140,23 @@ class Endpoint:
 
     async def _live(self) -> None:
         """One epoch: until cancelled, or until the beat is fenced."""
+        task = asyncio.current_task()
+        assert task is not None
         try:
-            async with asyncio.TaskGroup() as group:
-                self._group = group
-                tasks = (self._read, self._tend, self._pulse.run, self._watch, self._adopt)
-                for task in (*tasks, self._kv.run):
-                    group.create_task(task(), name=f"{self.name} {task.__qualname__}")
+            # A task of its own: a group that fails leaves its own cancel counted with its parent (Python 3.11), and
+            # ours must count only what others ask of us.
+            await asyncio.create_task(self._work(), name=f"{self.name} {self._epoch}")
         except* FencedError as fenced:
             log.debug("fenced", endpoint=self.name, reason=str(fenced.exceptions[0]))
+        if task.cancelling():  # it came with the fence, and the group tells the failure alone
+            raise asyncio.CancelledError
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            tasks = (self._read, self._tend, self._pulse.run, self._watch, self._adopt)
+            for task in (*tasks, self._kv.run):
+                group.create_task(task(), name=f"{self.name} {task.__qualname__}")
 
     async def drain(self, drain_s: float, hurry: asyncio.Event) -> None:
         """Take nothing new, give the held back, let the running finish for so long, give back the rest."""
@@ -291,19 +303,36 @@ class Endpoint:
             self._start(attempt)
 
     def _start(self, attempt: Attempt) -> None:
-        self._hands.start(attempt)
         attempt.admitted_at = self._connection.now()
         attempt.admitted_tick = attempt.last_tick = perf_counter()
+        # Before all else, and before the word to Redis: the engine is what the client waits for.
+        begun = self._begun(attempt)
+        self._hands.start(attempt)
         self._vigil.began(attempt.last_tick)
-        # Before the word to Redis: the engine is what the client waits for.
         assert self._group is not None
-        attempt.task = self._group.create_task(self._serve(attempt), name=attempt.name)
+        attempt.task = self._group.create_task(self._serve(attempt, begun), name=attempt.name)
+        attempt.task.add_done_callback(lambda task: self._left(attempt, task, begun))
         self._writer.send(
             attempt,
             sidecar.start(self._keys, attempt.held),
             lambda reply: self._started(attempt, reply),
         )
         self._pulse.started(attempt.name)
+
+    def _begun(self, attempt: Attempt) -> Reply | None:
+        """The post, on its way already where a connection is kept; else its task sees to it."""
+        try:
+            post = self._post(attempt)
+            return None if post.is_spent else self._engine.begin(post, *self._ears(attempt))
+        except Exception:  # noqa: BLE001
+            return None  # its task trips over the same, behind the door for that
+
+    def _left(self, attempt: Attempt, task: asyncio.Task[None], begun: Reply | None) -> None:
+        """Its task is over: one that was halted before its first turn has done nothing, not even for its end."""
+        if begun is not None:
+            begun.cancel()
+        if task.cancelled() and attempt.stop is not None and attempt.stage == "running":
+            self._served(attempt, None)
 
     def _started(self, attempt: Attempt, reply: int) -> None:
         if reply == 0:
@@ -314,11 +343,11 @@ class Endpoint:
 
     # Serving.
 
-    async def _serve(self, attempt: Attempt) -> None:
+    async def _serve(self, attempt: Attempt, begun: Reply | None) -> None:
         """Let the engine answer; whatever comes of it, the attempt is brought to an end here."""
         error: EngineError | None = None
         try:
-            error = await self._answered(attempt)
+            error = await self._answered(attempt, begun)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             assert task is not None
@@ -330,16 +359,14 @@ class Endpoint:
             error = EngineError(f"the worker failed: {type(bug).__name__}: {bug}")
         self._served(attempt, error)
 
-    async def _answered(self, attempt: Attempt) -> EngineError | None:
+    async def _answered(self, attempt: Attempt, begun: Reply | None) -> EngineError | None:
         """The engine's answer, all of it taken in; what was wrong with it, or nothing."""
         try:
-            post = body.post(
-                attempt.job, attempt.body, attempt.written, by_priority=self._address.by_priority
-            )
-            if not post.is_spent:
-                await self._engine.ask(
-                    post, attempt.answer, lambda more: self._heard(attempt, more=more)
-                )
+            if begun is not None:
+                await self._engine.reply(begun)
+                attempt.answer.check(attempt.written)
+            elif not (post := self._post(attempt)).is_spent:
+                await self._engine.ask(post, *self._ears(attempt))
                 attempt.answer.check(attempt.written)
         except EngineError as error:
             has_turned = self.health.failed(error)
@@ -350,6 +377,14 @@ class Endpoint:
                 await self._turned()
             return error
         return None
+
+    def _post(self, attempt: Attempt) -> body.Post:
+        return body.post(
+            attempt.job, attempt.body, attempt.written, by_priority=self._address.by_priority
+        )
+
+    def _ears(self, attempt: Attempt) -> tuple[Answer, Callable[[bool], None]]:
+        return attempt.answer, lambda more: self._heard(attempt, more=more)
 
     def _heard(self, attempt: Attempt, *, more: bool) -> None:
         """The engine has sent something for this attempt; the hot path, once a token."""
@@ -362,12 +397,12 @@ class Endpoint:
         if attempt.first_token_at is None:
             attempt.first_token_at = self._connection.now()
             attempt.first_tick = tick
+            if attempt.job.stream:  # first of all: somebody waits for it
+                self._writer.note(attempt, is_urgent=True)
             self._pulse.first_token(attempt.name, tick - attempt.admitted_tick)
             self.rhythm.first(attempt, tick)
             self._vigil.spoke(tick)
             self._changed.set()
-            if attempt.job.stream:
-                self._writer.note(attempt, is_urgent=True)
             return
         attempt.gap_max_s = max(attempt.gap_max_s, gap_s)
         self.rhythm.gap(attempt, gap_s, tick, self._hands.running.values())
@@ -387,10 +422,10 @@ class Endpoint:
         if stop is not None:
             self._ending.stopped(attempt, stop)
         elif error is None:
+            self._ending.finish(attempt, "completed")
             self.health.succeeded()
             self.rhythm.said(attempt.output_tokens)
             self._kv.computed(attempt.job, attempt.body)
-            self._ending.finish(attempt, "completed")
         else:
             self._ending.failed(attempt, error)
 

@@ -13,7 +13,7 @@ from scheduler.errors import EngineError, SettingsError
 from scheduler.settings import EngineAddress
 from workers.answer import Answer, fault_in, refusal
 from workers.body import Body, Post
-from workers.posts import ERROR_BYTES, Posts
+from workers.posts import ERROR_BYTES, Heard, Posts, Reply
 from workers.scrape import Load, parse
 
 SCRAPE_BYTES = 8 * 2**20
@@ -69,6 +69,14 @@ class Engine:
         if self._session is not None:
             await self._session.close()
 
+    def begin(self, post: Post, answer: Answer, heard: Callable[[bool], None]) -> Reply | None:
+        """Post now, before any other task has its turn; then wait for the `reply`. None: no connection is kept."""
+        return self._posts.begin(post.path, post.data, post.headers, _feeding(answer, heard))
+
+    async def reply(self, begun: Reply) -> None:
+        """What was begun, to its end; as `ask`."""
+        _check(await begun)
+
     async def ask(self, post: Post, answer: Answer, heard: Callable[[bool], None]) -> None:
         """Stream the engine's answer into `answer`; `heard` after every arrival, True where it brought tokens.
 
@@ -77,11 +85,8 @@ class Engine:
         Raises:
             EngineError: refused, broken off, or not what it should be.
         """
-        status, error = await self._posts.send(
-            post.path, post.data, post.headers, lambda data: heard(answer.feed(data))
-        )
-        if status != 200:
-            raise refusal(status, fault_in(error))
+        feed = _feeding(answer, heard)
+        _check(await self._posts.send(post.path, post.data, post.headers, feed))
 
     async def probe(self) -> str:
         """Why the engine cannot serve now; empty where nothing speaks against it.
@@ -206,6 +211,16 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
         if size > limit:
             raise EngineError(f"{response.url.path} is longer than {limit} bytes")
     return b"".join(parts)
+
+
+def _check(reply: tuple[int, bytes]) -> None:
+    status, error = reply
+    if status != 200:
+        raise refusal(status, fault_in(error))
+
+
+def _feeding(answer: Answer, heard: Callable[[bool], None]) -> Heard:
+    return lambda data: heard(answer.feed(data))
 
 
 def _weather(error: BaseException) -> EngineError:

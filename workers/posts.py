@@ -9,7 +9,7 @@ A connection carries one post at a time and is kept for the next:
 1. idle     kept for `KEPT_S`, unless the engine closes it before
 2. posted   request written; a success's bytes go to `heard` as they come, an error's are kept
 3. idle     the answer is complete, and the engine keeps the connection; else it is closed
-   closed   the asker was cancelled, or the engine broke off
+   closed   the reply was cancelled, or the engine broke off
 """
 
 import asyncio
@@ -17,7 +17,8 @@ import base64
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import cast
+from functools import cached_property
+from typing import TypeAlias, cast
 from urllib.parse import SplitResult, quote, urlsplit
 
 import httptools
@@ -36,6 +37,13 @@ HEAD_BYTES = 64 * 1024
 PORTS = {"http": 80, "https": 443}
 
 Heard = Callable[[bytes], None]
+
+Reply: TypeAlias = asyncio.Future[tuple[int, bytes]]
+"""
+What will hold the answer's status, and the beginning of its body unless it was 200; then `heard` got it all.
+
+Cancelling it closes the connection.
+"""
 
 
 class Posts:
@@ -58,36 +66,52 @@ class Posts:
         while self._idle:
             self._idle.pop().abort()
 
+    def begin(
+        self, path: str, data: bytes, headers: Mapping[str, str], heard: Heard
+    ) -> Reply | None:
+        """Post now, over a kept connection; None: there is none, nothing was written.
+
+        What `heard` raises ends the answer, and is the reply's error.
+
+        Raises:
+            EngineError: a header that cannot be sent.
+        """
+        connection = self._kept()
+        if connection is None:
+            return None
+        return self._posted(connection, self._request(path, data, headers), heard)
+
     async def send(
         self, path: str, data: bytes, headers: Mapping[str, str], heard: Heard
     ) -> tuple[int, bytes]:
-        """The answer's status, and the beginning of its body unless it was 200; then `heard` got it all.
-
-        Cancelling this closes the connection. What `heard` raises ends it, too, and is raised here.
+        """Post over a kept connection or a new one; what the `Reply` holds.
 
         Raises:
             EngineError: no connection, or it was lost before the answer's end, or what came is no HTTP.
         """
-        request = self._head(path, headers, len(data)) + data
+        request = self._request(path, data, headers)
         connection = self._kept() or await self._made()
-        try:
-            reply = await connection.send(request, heard)
-        except BaseException:
-            connection.abort()
-            raise
+        return await self._posted(connection, request, heard)
+
+    def _posted(self, connection: "_Connection", request: bytes, heard: Heard) -> Reply:
+        reply = connection.post(request, heard)
+        reply.add_done_callback(lambda _: self._over(connection))
+        return reply
+
+    def _over(self, connection: "_Connection") -> None:
         if connection.is_reusable:
-            connection.idle_since = asyncio.get_running_loop().time()
+            connection.rest()
             self._idle.append(connection)
         else:
             connection.abort()
-        return reply
 
-    def _head(self, path: str, own: Mapping[str, str], size: int) -> bytes:
-        lines = [f"{name}: {value}" for name, value in {**self._headers, **own}.items()]
-        if any("\r" in line or "\n" in line for line in lines):
-            raise EngineError("a header holds a line break", retryable=False)
-        first = f"POST {self._path}{path} HTTP/1.1"
-        return "\r\n".join((first, *lines, f"Content-Length: {size}", "", "")).encode()
+    def _request(self, path: str, data: bytes, headers: Mapping[str, str]) -> bytes:
+        head = f"POST {self._path}{path} HTTP/1.1\r\n{self._own_lines}{_lines(headers)}"
+        return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+    @cached_property
+    def _own_lines(self) -> str:
+        return _lines(self._headers)
 
     def _kept(self) -> "_Connection | None":
         before = asyncio.get_running_loop().time() - KEPT_S
@@ -123,7 +147,7 @@ class _Connection(asyncio.Protocol):
         "The answer is complete, and another may follow on this connection."
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
-        self._asker: asyncio.Future[tuple[int, bytes]] | None = None
+        self._asker: Reply | None = None
         self._heard: Heard | None = None
         self._status = 0
         self._has_length = False
@@ -133,24 +157,28 @@ class _Connection(asyncio.Protocol):
         self._keeps = False
         self._is_complete = False
 
-    async def send(self, request: bytes, heard: Heard) -> tuple[int, bytes]:
-        """Write the request; the status, and an error's body."""
-        if self.is_lost or self._transport is None:
-            raise EngineError("connection: lost")
+    def post(self, request: bytes, heard: Heard) -> Reply:
+        """Write the request; what will hold the status, and an error's body."""
         self._asker = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._heard, self._parts = heard, []
         self._status = self._head_bytes = 0
         self._has_length = self._is_complete = self.is_reusable = False
-        self._transport.write(request)
-        try:
-            return await self._asker
-        finally:
-            self._heard = self._parser = None
+        if self.is_lost or self._transport is None:
+            self._asker.set_exception(EngineError("connection: lost"))
+        else:
+            self._transport.write(request)
+        return self._asker
+
+    def rest(self) -> None:
+        """Wait for the next post."""
+        self.idle_since = asyncio.get_running_loop().time()
+        self._heard = self._parser = None
 
     def abort(self) -> None:
         """Close it at once."""
         self.is_lost = True
+        self._heard = self._parser = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -220,8 +248,15 @@ class _Connection(asyncio.Protocol):
             raise EngineError(f"an answer's head of over {HEAD_BYTES} bytes")
         return False
 
-    def _answer(self, asker: asyncio.Future[tuple[int, bytes]]) -> None:
+    def _answer(self, asker: Reply) -> None:
         asker.set_result((self._status, b"".join(self._parts)[:ERROR_BYTES]))
+
+
+def _lines(headers: Mapping[str, str]) -> str:
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+        raise EngineError("a header holds a line break", retryable=False)
+    return lines
 
 
 def _login(parts: SplitResult) -> dict[str, str]:

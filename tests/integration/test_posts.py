@@ -201,3 +201,31 @@ async def test_a_header_ends_where_its_line_ends():
     async with played() as (_, posts):
         with pytest.raises(EngineError, match="line break"):
             await posts.send("/v1/completions", b"{}", {"X-Request-Id": "r\r\nX: y"}, print)
+
+
+async def test_a_kept_connection_is_written_to_at_once():
+    """What is begun needs no turn of the loop to be written; without a kept connection nothing is."""
+    async with played(CHUNKED + b"0\r\n\r\n", CHUNKED + b"0\r\n\r\n") as (server, posts):
+        asked = ("/v1/completions", b"{}", {"X-Request-Id": "r-1"}, lambda _: None)
+        assert posts.begin(*asked) is None
+        await posts.send(*asked)
+
+        reply = posts.begin(*asked)
+
+        assert reply is not None
+        assert await reply == (200, b"")
+        assert (server.connections, len(server.posted)) == (1, 2)
+
+
+async def test_who_gives_up_what_was_begun_takes_the_connection_along():
+    """Cancelling the reply is all that it takes for the engine to see the end of the connection."""
+    async with played(CHUNKED + b"0\r\n\r\n", CHUNKED + b"3\r\nabc\r\n") as (server, posts):
+        asked = ("/v1/completions", b"{}", {"X-Request-Id": "r-1"})
+        await posts.send(*asked, lambda _: None)
+        begun = asyncio.Event()
+        reply = posts.begin(*asked, lambda _: begun.set())
+        await begun.wait()
+
+        reply.cancel()
+
+        await server.closed.wait()

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 from hand import Hand, until
 
+from dispatcher.streams.connection import Connection, Where
 from scheduler.errors import FencedError
-from scheduler.keys import WORKER_GROUP
+from scheduler.keys import WORKER_GROUP, Keys
 from scheduler.settings import (
     EngineAddress,
     LeaseSettings,
@@ -17,9 +18,13 @@ from scheduler.settings import (
     Settings,
     WorkerSettings,
 )
+from workers.attempt import Stop
 from workers.emulator.server import Emulator
 from workers.emulator.settings import EmulatorSettings
+from workers.endpoint import Endpoint
+from workers.metrics import Meter
 from workers.worker import Worker
+from workers.writer import Writer
 
 MODEL = "emulated"
 
@@ -475,6 +480,30 @@ class TestEnding:
 
         assert (await hand.result("r1")).outcome == "cancelled"
 
+    async def test_one_halted_before_its_first_turn_ends_as_well(self, emulator, hand, rig):
+        """A word that comes in the very turn in which it is posted: the engine is rid of it, and the client told."""
+        worker, _ = await rig.start(emulator.url)
+        beat = await hand.ready()
+        await hand.submit("first", chat(2), beat.epoch)
+        await hand.result("first")  # a connection is kept now
+        [endpoint] = worker.endpoints
+        note = endpoint._pulse.started
+
+        def halted(name):
+            endpoint._hands.running["r1"].halt(Stop("cancelled", "at once"))
+            note(name)
+
+        endpoint._pulse.started = halted
+        await hand.submit("r1", chat(100_000), beat.epoch, stream=True)
+
+        result = await hand.result("r1")
+        assert (result.outcome, result.reason) == ("cancelled", "at once")
+
+        async def is_idle():
+            return await running_in(emulator) == 0
+
+        await until(is_idle)
+
     async def test_the_deadline_ends_it_in_the_middle(self, emulator, hand, rig):
         """Past its deadline a running request expires and its seat is freed."""
         await rig.start(emulator.url)
@@ -521,6 +550,32 @@ class TestEnding:
 
 
 class TestLease:
+    async def test_a_cancel_that_comes_with_the_fence_is_obeyed(self, redis_url, pool, emulator):
+        """Whoever ends the endpoint in the moment in which it is fenced is not ignored."""
+        connection = await Connection.connect(Where(url=redis_url))
+        keys, meter = Keys("hg", pool), Meter()
+        endpoint = Endpoint(
+            EngineAddress(name="e0", url=emulator.url),
+            connection=connection,
+            writer=Writer(connection, keys, WorkerSettings(), meter),
+            keys=keys,
+            settings=WorkerSettings(),
+            lease=LeaseSettings(),
+            meter=meter,
+            worker="w",
+        )
+
+        async def fenced():
+            living.cancel()
+            raise FencedError("a newer worker has joined")
+
+        endpoint._pulse.run = fenced
+        living = asyncio.create_task(endpoint.run())
+
+        with pytest.raises(asyncio.CancelledError):
+            await living
+        await connection.close()
+
     async def test_a_newer_worker_takes_the_name(self, emulator, hand, rig):
         """The older stands down with a clear word; what it held runs again under the newer epoch."""
         _, older = await rig.start(emulator.url)
