@@ -1,7 +1,14 @@
 """The Redis servers of this machine that tests may start: the embedded one always, installed ones where found."""
 
+import contextlib
+import os
 import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from dispatcher import binary
 
@@ -18,3 +25,32 @@ def _binaries() -> dict[str, Path]:
 
 
 BINARIES = _binaries()
+
+
+def free_port() -> int:
+    # Under 55,536, so that a cluster's bus port, 10,000 higher, exists.
+    for port in range(20_000 + os.getpid() % 10_000, 55_000, 7):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
+@contextlib.contextmanager
+def serving(binary: Path, directory: Path, *flags: str, is_sentinel: bool = False) -> Iterator[int]:
+    """A server with these flags, in a directory of which nothing is kept; its port."""
+    port = free_port()
+    config = directory / f"{port}.conf"
+    config.write_text(f'port {port}\nbind 127.0.0.1\ndir {directory}\nsave ""\n' + "\n".join(flags))
+    words = [str(binary), str(config), *(["--sentinel"] if is_sentinel else [])]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for line in process.stdout:
+            if "Ready to accept" in line or "Sentinel ID" in line:
+                break
+        else:
+            pytest.fail(f"{binary.name} did not start")
+        yield port
+    finally:
+        process.kill()
+        process.communicate()

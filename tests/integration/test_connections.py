@@ -2,17 +2,18 @@
 
 import asyncio
 import contextlib
-import os
-import socket
+import itertools
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from byhand import PlayedWorker
 from certificates import Authority
-from servers import BINARIES
+from hand import until
+from redis.crc import key_slot
+from servers import BINARIES, free_port, serving
 
+from dispatcher import resp
 from dispatcher.node import Node
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Connection, Where
@@ -43,35 +44,6 @@ def has_tls(binary: Path) -> bool:
     """Whether this server was built with TLS: then it needs OpenSSL's library."""
     linked = subprocess.run(["ldd", binary], capture_output=True, check=False)
     return b"libssl" in linked.stdout
-
-
-def free_port() -> int:
-    # Under 55,536, so that a cluster's bus port, 10,000 higher, exists.
-    for port in range(20_000 + os.getpid() % 10_000, 55_000, 7):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
-
-
-@contextlib.contextmanager
-def serving(binary: Path, directory: Path, *flags: str, is_sentinel: bool = False) -> Iterator[int]:
-    """A server with these flags; its port."""
-    port = free_port()
-    config = directory / f"{port}.conf"
-    config.write_text(f'port {port}\nbind 127.0.0.1\ndir {directory}\nsave ""\n' + "\n".join(flags))
-    words = [str(binary), str(config), *(["--sentinel"] if is_sentinel else [])]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        for line in process.stdout:
-            if "Ready to accept" in line or "Sentinel ID" in line:
-                break
-        else:
-            pytest.fail(f"{binary.name} did not start")
-        yield port
-    finally:
-        process.kill()
-        process.communicate()
 
 
 async def hand_over(where: Where, pool: str, *, worker: Where | None = None) -> None:
@@ -105,16 +77,25 @@ async def submit(redis: Connection, keys: Keys, request_id: str) -> None:
 @pytest.mark.parametrize("kind", list(BINARIES))
 class TestWays:
     async def test_cluster(self, kind, tmp_path, pool):
-        """All of a pool lies in one slot, so every move works in a Cluster."""
-        with serving(BINARIES[kind], tmp_path, "cluster-enabled yes") as port:
-            single = await Connection.connect(Where(url=f"redis://127.0.0.1:{port}"))
-            await single.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            async with asyncio.timeout(LIMIT_S):
-                while b"cluster_state:ok" not in await info(single):  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-            await single.close()
+        """All of a pool lies in one slot, so every move works in a Cluster, on whichever of its masters that is."""
+        with contextlib.ExitStack() as stack:
+            ports = [
+                stack.enter_context(
+                    serving(
+                        BINARIES[kind], tmp_path, "cluster-enabled yes", f"cluster-config-file {n}"
+                    )
+                )
+                for n in range(3)
+            ]
+            await join(ports)
+            where = Where(url=f"redis+cluster://127.0.0.1:{ports[0]}")
+            pools = one_of_each(pool)
+            for name in pools:
+                await hand_over(where, name)
 
-            await hand_over(Where(url=f"redis+cluster://127.0.0.1:{port}"), pool)
+            for port, own in zip(ports, pools, strict=True):
+                keys = str(ask(port, "KEYS", "hg:*"))
+                assert [name for name in pools if name in keys] == [own]
 
     async def test_sentinel(self, kind, tmp_path, pool):
         """The master is found by its name."""
@@ -170,24 +151,36 @@ async def test_tls(kind, tmp_path, pool):
             await Connection.connect(Where(url=url))
 
 
-async def info(redis: Connection) -> bytes:
-    said = await redis.command("CLUSTER", "INFO")
-    return (
-        said
-        if isinstance(said, bytes)
-        else b"\n".join(b"%s:%s" % (str(k).encode(), str(v).encode()) for k, v in said.items())
-    )
+async def join(ports: list[int]) -> None:
+    """Make one Cluster of these servers, each with its part of the slots."""
+    first, *others = ports
+    for at, port in enumerate(ports):
+        ask(port, "CLUSTER", "ADDSLOTSRANGE", *map(str, _slots(at, len(ports))))
+    for port in others:
+        ask(port, "CLUSTER", "MEET", "127.0.0.1", str(first))
+
+    def is_whole() -> bool:
+        told = [str(ask(port, "CLUSTER", "INFO")) for port in ports]
+        return all("state:ok" in one and f"known_nodes:{len(ports)}" in one for one in told)
+
+    await until(is_whole)
 
 
-async def test_a_server_older_than_hello():
-    """Redis 5 refuses the first word that is said to it; whoever reads the error learns what is wanted."""
+def ask(port: int, *words: str) -> resp.Reply:
+    with resp.Connection(f"redis://127.0.0.1:{port}", timeout_s=5) as connection:
+        return connection.call(*words)
 
-    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.readline():
-            writer.write(b"-ERR unknown command `HELLO`, with args beginning with: `3`, \r\n")
-        writer.close()
 
-    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        with pytest.raises(StreamError, match=r"older than 6\.0; wanted 7\.0 or newer"):
-            await Connection.connect(Where(url=f"redis://127.0.0.1:{port}"))
+def one_of_each(pool: str, n: int = 3) -> list[str]:
+    """Names of pools, one for each part of the slots."""
+    names = (f"{pool}-{number}" for number in itertools.count())
+    found: dict[int, str] = {}
+    while len(found) < n:
+        name = next(names)
+        slot = key_slot(name.encode())
+        found.setdefault(next(at for at in range(n) if slot <= _slots(at, n)[1]), name)
+    return [found[at] for at in range(n)]
+
+
+def _slots(at: int, n: int) -> tuple[int, int]:
+    return 16384 * at // n, 16384 * (at + 1) // n - 1
