@@ -57,6 +57,14 @@ class Fault(msgspec.Struct):
     message: str = ""
     code: int | str | None = None
 
+    @property
+    def status(self) -> int:
+        """The HTTP status that it stands for; 0: none that can be read."""
+        try:
+            return int(self.code or 0)
+        except ValueError:
+            return 0
+
 
 class Times(msgspec.Struct):
     """`--enable-per-request-metrics`, in the last chunk."""
@@ -249,7 +257,7 @@ class Answer:
         return said.add(choice) or choice.index > 0
 
     def _refusal(self, error: Fault) -> EngineError:
-        return refusal(_status(error.code), error.message)
+        return refusal(error.status, error.message)
 
 
 class _Said:
@@ -334,13 +342,6 @@ def fault_in(data: bytes) -> str:
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or error
     return str(error)[:1000]
-
-
-def _status(code: int | str | None) -> int:
-    try:
-        return int(code or 0)
-    except ValueError:
-        return 0
 
 
 def _merge_call(known: Fields, more: Fields) -> None:

@@ -37,6 +37,7 @@ class Stop(msgspec.Struct, frozen=True):
 
 
 FENCED = Stop("fenced")
+STALE = Stop("returned", "too late for its KV: the engine that keeps it may have forgotten it")
 
 
 class Attempt:
@@ -55,6 +56,7 @@ class Attempt:
         "held_tick",
         "is_torn",
         "job",
+        "kv_params",
         "last_tick",
         "pieces",
         "pulled_at",
@@ -77,6 +79,8 @@ class Attempt:
         self.stop: Stop | None = None
         self.task: asyncio.Task[None] | None = None
         self.answer = Answer(keeps_news=held.job.stream)
+        self.kv_params = b""
+        "Where the KV is that a prefill leg has left with its engine."
         self.pieces = written.pieces
         "Pieces of text in the token log, those on their way included."
         self.is_torn = False
@@ -105,6 +109,13 @@ class Attempt:
         return known + self.written.output_tokens
 
     @property
+    def uncached_tokens(self) -> int:
+        """What the dispatcher believes must be computed of the prompt; where its KV comes over the link, one."""
+        if self.job.leg == "decode":
+            return 1
+        return max(self.prompt_tokens - self.job.cached_tokens, 1)
+
+    @property
     def new_tokens(self) -> int:
         """Output of this attempt so far; before the usage has come, as far as pieces show it."""
         return (
@@ -119,10 +130,18 @@ class Attempt:
 
     def expect(self, usual_tokens: float) -> None:
         """Say how long answers usually are here; what the request says of its own goes before."""
+        if self.job.leg == "prefill":
+            self.expected_tokens = 1.0
+            return
         limit = max_tokens(self.body)
         wanted = self.job.expected_tokens or usual_tokens
         bounded = wanted if limit is None else min(wanted, limit)
         self.expected_tokens = max(bounded - self.written.output_tokens, 1.0)
+
+    @property
+    def kv_until_at(self) -> float | None:
+        """From when on the KV that it is still to fetch may be somebody else's; None: it fetches none any more."""
+        return self.job.kv_until_at if self.stage == "held" else None
 
     def halt(self, stop: Stop) -> None:
         """End it from outside: the connection to the engine closes, which frees its seat. The first reason stays."""
@@ -140,7 +159,8 @@ class Attempt:
         prompt = self.prompt_tokens
         return Candidate(
             prompt_tokens=prompt,
-            uncached_tokens=max(prompt - job.cached_tokens, 1),
+            uncached_tokens=self.uncached_tokens,
+            arriving_tokens=prompt - job.cached_tokens if job.leg == "decode" else 0.0,
             output_tokens=self.expected_tokens,
             tpot_s=job.tpot_s or float("inf"),
             due_at=due_at,
@@ -165,7 +185,7 @@ class Attempt:
             remaining_tokens=remaining,
             tpot_s=tpot_s,
             banked_s=banked,
-            prefill_tokens=0.0 if has_begun else max(prompt - self.job.cached_tokens, 1),
+            prefill_tokens=0.0 if has_begun else self.uncached_tokens,
             cached_tokens=self.job.cached_tokens,
         )
 
@@ -216,7 +236,7 @@ class Attempt:
 
     def reward(
         self,
-        outcome: Outcome | Literal["returned"],
+        outcome: Outcome | Literal["returned", "prefilled"],
         reason: str,
         finished_at: float,
         *,
@@ -226,6 +246,7 @@ class Attempt:
         """What this attempt cost."""
         job, answer = self.job, self.answer
         first_at, admitted_at = self.first_token_at, self.admitted_at
+        is_half = outcome == "prefilled"  # its token is nobody's, and keeps or breaks no promise
         has_both = first_at is not None and admitted_at is not None
         queue_ms = answer.metrics.queue_time_ms if answer.metrics else None
         return Reward(
@@ -248,15 +269,18 @@ class Attempt:
             prefill_s=self.first_tick - self.admitted_tick if has_both else None,
             predicted_s=job.prefill_s or None,
             queue_s=None if queue_ms is None else queue_ms / 1e3,
-            ttft_s=None if first_at is None else first_at - job.enqueued_at,
+            ttft_s=None if first_at is None or is_half else first_at - job.enqueued_at,
             tpot_s=self._own_tpot_s(),
             gap_max_s=self.gap_max_s or None,
             prompt_tokens=answer.usage.prompt_tokens if answer.usage else 0,
             cached_tokens=answer.cached_tokens,
             output_tokens=answer.output_tokens,
-            on_time=self._is_on_time(finished_at, is_completed=outcome == "completed"),
+            on_time=None
+            if is_half
+            else self._is_on_time(finished_at, is_completed=outcome == "completed"),
             tenant=job.tenant,
             features=job.features,
+            kv_params=self.kv_params if is_half else b"",
         )
 
     @property

@@ -6,6 +6,7 @@ import msgspec
 
 from scheduler.errors import EngineError, WireError
 from scheduler.wire.dispatcher import Job
+from workers import halves
 
 CHAT = "/v1/chat/completions"
 
@@ -59,7 +60,7 @@ class Post(msgspec.Struct, frozen=True):
     max_tokens: int | None
     "The most it may still say, where the client set a limit."
     is_spent: bool = False
-    "Earlier attempts have said all that was allowed: there is nothing to ask."
+    "There is nothing to ask: all that was allowed is said, or the prompt cannot be computed apart."
 
 
 def read(raw: bytes, path: str) -> Body:
@@ -85,13 +86,15 @@ def read(raw: bytes, path: str) -> Body:
 def post(job: Job, body: Body, written: Written = NOTHING, *, by_priority: bool = False) -> Post:
     """The body made ready for the engine.
 
-    Always streamed, so that the first token, the gaps and a cancellation can be seen. `kv_transfer_params` from
-    outside can kill an engine or poison its cache, and are dropped.
+    Streamed, so that the first token, the gaps and a cancellation can be seen; but for a prefill leg, as only an answer
+    in one piece says where its KV is. `kv_transfer_params` from outside can kill an engine or poison its cache, and
+    are dropped.
 
     Raises:
-        EngineError: text was already written and this kind of request cannot be continued.
+        EngineError: text was already written and this kind of request cannot be continued; or what a decode leg says
+            of its KV is no object.
     """
-    ready = {key: value for key, value in body.items() if key != "kv_transfer_params"}
+    ready = {key: value for key, value in body.items() if key != halves.PARAMS}
     ready.setdefault("model", job.model)
     ready["stream"] = True
     ready["stream_options"] = {"include_usage": True, "continuous_usage_stats": job.stream}
@@ -103,6 +106,11 @@ def post(job: Job, body: Body, written: Written = NOTHING, *, by_priority: bool 
     if written.pieces:
         _continue(ready, job, written)
         is_spent = _reduce(ready, written.output_tokens)
+    if job.leg == "prefill":
+        is_spent = is_spent or bool(halves.obstacle(ready))
+        halves.first(ready)
+    elif job.leg == "decode":
+        halves.second(ready, job.kv_params)
     headers = {"Content-Type": "application/json", "X-Request-Id": f"{job.id}-{job.attempt}"}
     if _TRACEPARENT.fullmatch(job.traceparent):
         headers["traceparent"] = job.traceparent

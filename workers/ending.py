@@ -1,6 +1,7 @@
 """How an attempt ends in Redis: the one terminal record, or back to be tried elsewhere; each one move."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import structlog
 
@@ -106,9 +107,18 @@ class Ending:
 
     def give_back(self, attempt: Attempt, reason: str) -> None:
         """To be tried elsewhere; what it has written stays, the next attempt goes on from there."""
+        self._hand_back(attempt, "returned", reason)
+
+    def prefilled(self, attempt: Attempt) -> None:
+        """Its prompt is computed: it waits for an endpoint that decodes, and its KV for that one's engine."""
+        self._hand_back(attempt, "prefilled")
+
+    def _hand_back(
+        self, attempt: Attempt, outcome: Literal["returned", "prefilled"], reason: str = ""
+    ) -> None:
         attempt.stage = "ending"
         reward = attempt.reward(
-            "returned", reason, self._clock(), retryable=True, hardware=self._address.hardware
+            outcome, reason, self._clock(), retryable=True, hardware=self._address.hardware
         )
 
         def replied(reply: int) -> None:
@@ -116,9 +126,10 @@ class Ending:
             if reply == 0:
                 self._meter.fenced.inc()
                 return
-            self._meter.returned.labels(reward.endpoint).inc()
+            counter = self._meter.returned if outcome == "returned" else self._meter.prefilled
+            counter.labels(reward.endpoint).inc()
             log.info(
-                "returned",
+                outcome,
                 request_id=reward.id,
                 endpoint=reward.endpoint,
                 attempt=reward.attempt,

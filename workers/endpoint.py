@@ -23,10 +23,10 @@ from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
 from scheduler.wire.words import EndpointState
 from scheduler.wire.worker import Beat
-from workers import body
+from workers import body, halves
 from workers.admission import Admission
 from workers.answer import Answer
-from workers.attempt import FENCED, Attempt, Stop
+from workers.attempt import FENCED, STALE, Attempt, Stop
 from workers.ending import Ending
 from workers.engine import Engine
 from workers.hands import Hands
@@ -303,7 +303,11 @@ class Endpoint:
             self._start(attempt)
 
     def _start(self, attempt: Attempt) -> None:
-        attempt.admitted_at = self._connection.now()
+        now = self._connection.now()
+        if attempt.kv_until_at is not None and now >= attempt.kv_until_at:
+            self._stop(attempt, STALE)
+            return
+        attempt.admitted_at = now
         attempt.admitted_tick = attempt.last_tick = perf_counter()
         # Before all else, and before the word to Redis: the engine is what the client waits for.
         begun = self._begun(attempt)
@@ -321,6 +325,8 @@ class Endpoint:
 
     def _begun(self, attempt: Attempt) -> Reply | None:
         """The post, on its way already where a connection is kept; else its task sees to it."""
+        if attempt.job.leg == "prefill":
+            return None
         try:
             post = self._post(attempt)
             return None if post.is_spent else self._engine.begin(post, *self._ears(attempt))
@@ -365,12 +371,16 @@ class Endpoint:
             if begun is not None:
                 await self._engine.reply(begun)
                 attempt.answer.check(attempt.written)
+            elif attempt.job.leg == "prefill":
+                await self._prefill(attempt, self._post(attempt))
             elif not (post := self._post(attempt)).is_spent:
                 await self._engine.ask(post, *self._ears(attempt))
                 attempt.answer.check(attempt.written)
         except EngineError as error:
-            has_turned = self.health.failed(error)
-            if is_broken(error):
+            # Where KV could not be fetched this engine is not to blame, or not alone: it is asked, not counted.
+            is_alone = attempt.job.leg != "decode" or attempt.first_token_at is not None
+            has_turned = is_alone and self.health.failed(error)
+            if is_broken(error) or not is_alone:
                 has_turned = await self.health.doubt() or has_turned
                 self._changed.set()
             if has_turned:
@@ -385,6 +395,18 @@ class Endpoint:
 
     def _ears(self, attempt: Attempt) -> tuple[Answer, Callable[[bool], None]]:
         return attempt.answer, lambda more: self._heard(attempt, more=more)
+
+    async def _prefill(self, attempt: Attempt, post: body.Post) -> None:
+        """Have the prompt computed, for another engine to decode."""
+        if post.is_spent:
+            attempt.kv_params = halves.NO_KV
+            return
+        attempt.kv_params = await self._engine.prefill(post, attempt.answer)
+        tick = perf_counter()
+        self.health.heard(tick)
+        attempt.first_token_at = self._connection.now()
+        attempt.first_tick = attempt.last_tick = tick
+        self.rhythm.first(attempt, tick)
 
     def _heard(self, attempt: Attempt, *, more: bool) -> None:
         """The engine has sent something for this attempt; the hot path, once a token."""
@@ -421,6 +443,10 @@ class Endpoint:
                 self._group.create_task(self._turned(), name=f"{self.name} turned")
         if stop is not None:
             self._ending.stopped(attempt, stop)
+        elif error is None and attempt.job.leg == "prefill":
+            self.health.succeeded()
+            self._kv.computed(attempt.job, attempt.body)
+            self._ending.prefilled(attempt)
         elif error is None:
             self._ending.finish(attempt, "completed")
             self.health.succeeded()

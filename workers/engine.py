@@ -13,6 +13,7 @@ from scheduler.errors import EngineError, SettingsError
 from scheduler.settings import EngineAddress
 from workers.answer import Answer, fault_in, refusal
 from workers.body import Body, Post
+from workers.parked import Parked
 from workers.posts import ERROR_BYTES, Heard, Posts, Reply
 from workers.scrape import Load, parse
 
@@ -87,6 +88,18 @@ class Engine:
         """
         feed = _feeding(answer, heard)
         _check(await self._posts.send(post.path, post.data, post.headers, feed))
+
+    async def prefill(self, post: Post, answer: Answer) -> bytes:
+        """Have a prompt computed and its KV kept; where it is, for whoever decodes. `answer` is told what it cost.
+
+        Cancelling this closes the connection, which makes the engine give up the request.
+
+        Raises:
+            EngineError: refused, broken off, or not what it should be.
+        """
+        parked = Parked()
+        _check(await self._posts.send(post.path, post.data, post.headers, parked.feed))
+        return parked.told(answer)
 
     async def probe(self) -> str:
         """Why the engine cannot serve now; empty where nothing speaks against it.

@@ -73,6 +73,9 @@ class Meter:
             "headgate_worker_engine_ready", "1 while the engine takes work.", **one
         )
         self.returned = Counter("headgate_worker_returned", "Attempts handed back.", **one)
+        self.prefilled = Counter(
+            "headgate_worker_prefilled", "Prefill legs that did their part.", **one
+        )
         self.retries = Counter("headgate_worker_retries", "Attempts after the first.", **one)
         self.prompt_tokens = Counter("headgate_worker_prompt_tokens", "As engines count.", **one)
         self.cached_tokens = Counter(

@@ -57,8 +57,7 @@ class Rhythm:
 
     def first(self, attempt: Attempt, tick: float) -> None:
         """Its first token came now: the last of its prompt was in the step that just ended."""
-        uncached = max(attempt.prompt_tokens - attempt.job.cached_tokens, 1)
-        self._prefilled.append((tick, (uncached - 1) % CHUNK_TOKENS + 1))
+        self._prefilled.append((tick, (attempt.uncached_tokens - 1) % CHUNK_TOKENS + 1))
 
     def gap(self, attempt: Attempt, gap_s: float, tick: float, running: Iterable[Attempt]) -> None:
         """Another token came, so long after the one before it."""
@@ -95,7 +94,7 @@ class Rhythm:
                 kv_tokens += one.prompt_tokens + one.new_tokens
             elif one.admitted_tick < tick - gap_s:
                 n_prompts += 1
-                waiting_tokens += max(one.prompt_tokens - one.job.cached_tokens, 1)
+                waiting_tokens += one.uncached_tokens
         is_full = n_prompts > 1 and waiting_tokens > 2 * CHUNK_TOKENS
         if not is_full and waiting_tokens > CHUNK_TOKENS:
             return None

@@ -61,6 +61,8 @@ class Telling:
             kv_tokens=load.kv_tokens,
             block_tokens=load.block_tokens,
             max_model_len=health.max_model_len,
+            link_gbps=address.link_gbps,
+            kv_token_bytes=address.kv_token_bytes,
             running=load.running,
             queued=load.queued,
             held=len(self._hands.held),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from time import perf_counter
 
 from scheduler.settings import WorkerSettings
-from workers.attempt import Attempt, Stop
+from workers.attempt import STALE, Attempt, Stop
 
 AGAIN_S = 0.1
 "After an engine first looks frozen, when it is looked at again before that is believed."
@@ -31,9 +31,10 @@ class Vigil:
         return self._due_tick - perf_counter()
 
     def arrived(self, attempt: Attempt) -> None:
-        """It may expire."""
-        if attempt.job.deadline_at is not None:
-            self._look_by(perf_counter() + attempt.job.deadline_at - self._clock())
+        """It may expire, or the KV that it is to fetch."""
+        for until_at in (attempt.job.deadline_at, attempt.kv_until_at):
+            if until_at is not None:
+                self._look_by(perf_counter() + until_at - self._clock())
 
     def began(self, tick: float) -> None:
         """The engine was given a request."""
@@ -61,6 +62,8 @@ class Vigil:
             deadline_at = attempt.job.deadline_at
             if deadline_at is not None and now > deadline_at:
                 yield attempt, Stop("expired", "its deadline has passed")
+            elif attempt.kv_until_at is not None and now >= attempt.kv_until_at:
+                yield attempt, STALE
             elif attempt.stage == "running":
                 yield from self._silent(attempt, tick)
         if _has_begun(attempts):

@@ -126,6 +126,7 @@ class Service:
 
     def _leave(self, sequence: Sequence) -> None:
         self.engine.abort(sequence.id)
+        self.engine.forget(sequence.id)  # in the step that is not over yet it may have ended
         del self._answers[sequence.id]
         if self.kv_connector is not None:
             self.kv_connector.drop(sequence)
