@@ -10,6 +10,7 @@ vLLM publishes numbered messages and keeps the last ones for who missed some (`r
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncGenerator
 from urllib.parse import urlsplit
 
@@ -30,6 +31,9 @@ LIST_S = 30.0
 
 WAITING_MAX = 100_000
 "Messages that may wait for us, as vLLM's own limit; then they are lost, and asked for."
+
+AGAIN_S = (0.1, 0.5, 2.0, 10.0)
+"Before it is listened again where ZeroMQ failed, as it does without a free file; the last one for as long as it takes."
 
 END = (-1).to_bytes(8, "big", signed=True)
 "The number of the message that ends a replay."
@@ -99,18 +103,24 @@ class Feed:
 
     async def _listen(self, source: Source) -> None:
         log.info("kv_events", endpoint=self._name, source=source.events, replay=source.replay)
+        for tries in itertools.count():
+            try:
+                await self._hear_out(source)
+            except zmq.ZMQError as error:
+                if tries & (tries - 1) == 0:  # ever more rarely: an hour of it is a dozen lines
+                    log.warning("kv_events_lost", endpoint=self._name, reason=f"{source}: {error}")
+            await asyncio.sleep(AGAIN_S[min(tries, len(AGAIN_S) - 1)])
+
+    async def _hear_out(self, source: Source) -> None:
         with zmq.asyncio.Context.instance().socket(zmq.SUB) as socket:
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.RCVHWM, WAITING_MAX)
             socket.setsockopt(zmq.SUBSCRIBE, source.topic.encode())
-            try:
-                socket.connect(source.events)
-                if not await self._is_same(source):
-                    self._begin_anew()
-                await self._replay(source)
-                await self._follow(source, socket)
-            except zmq.ZMQError as error:
-                log.warning("kv_events_lost", endpoint=self._name, reason=f"{source}: {error}")
+            socket.connect(source.events)
+            if not await self._is_same(source):
+                self._begin_anew()
+            await self._replay(source)
+            await self._follow(source, socket)
 
     async def _is_same(self, source: Source) -> bool:
         """Whether the engine still knows what we heard last; another one does not."""

@@ -1,6 +1,7 @@
 """Requests from Python: submit, wait, stream, cancel, attach again after a crash."""
 
 import asyncio
+import contextlib
 import os
 import re
 import secrets
@@ -117,9 +118,12 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.records.close()
-        await self.follower.close()
-        await self.connection.close()
+        async with (
+            contextlib.AsyncExitStack() as ends
+        ):  # each of them, whatever becomes of the others
+            ends.push_async_callback(self.connection.close)
+            ends.push_async_callback(self.follower.close)
+            ends.push_async_callback(self.records.close)
 
     @property
     def connection(self) -> Connection:

@@ -6,10 +6,9 @@ has its wait broken off, which costs a connection and no entry.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from dispatcher.streams.connection import Connection, Entry, Read
 from scheduler.errors import StreamError
@@ -75,6 +74,19 @@ class Following:
         return taken
 
 
+async def ended(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel these and wait until they are over; what one of them failed with is raised."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    if ending:
+        # Not `await task`: its cancel and one of our own could not be told apart.
+        await asyncio.wait(ending)
+    for task in ending:
+        if not task.cancelled():
+            task.result()
+
+
 class Follower:
     """The readers of one client."""
 
@@ -113,12 +125,7 @@ class Follower:
 
     async def close(self) -> None:
         """End every reader."""
-        readers = list(self._readers)
-        for reader in readers:
-            reader.cancel()
-        for reader in readers:
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
+        await ended(self._readers)
 
     async def _run(self, reader: "_Reader") -> None:
         task = asyncio.current_task()

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 
-from dispatcher.client.follower import Follower, Following
+from dispatcher.client.follower import Follower, Following, ended
 from dispatcher.client.handle import BEGINNING
 from dispatcher.client.standing import Standing
 from dispatcher.streams.connection import Connection
@@ -52,16 +52,16 @@ class Records:
 
     async def close(self) -> None:
         """Stop reading; who still waits gets a `StreamError`."""
-        for reader in self._readers.values():
-            reader.cancel()
-        for reader in list(self._readers.values()):
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
-        for ended in self._expected.values():
-            if not ended.done():
-                ended.set_exception(StreamError("the client was closed before the request ended"))
-                ended.exception()  # nobody need be waiting
-        self._expected.clear()
+        try:
+            await ended(self._readers.values())
+        finally:
+            for record in self._expected.values():
+                if not record.done():
+                    record.set_exception(
+                        StreamError("the client was closed before the request ended")
+                    )
+                    record.exception()  # nobody need be waiting
+            self._expected.clear()
 
     def is_expected(self, request_id: str) -> bool:
         """Whether somebody waits for it."""

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import redis.exceptions as weather
 
-from dispatcher.streams.clock import Clock
+from dispatcher.streams.clock import READINGS, Clock, Reading
 from dispatcher.streams.pipe import Address, Begun, Pipe, Words
 from dispatcher.streams.where import REPLY_TIMEOUT_S, Where, client, without_password
 from scheduler.errors import StreamError
@@ -109,9 +109,12 @@ class Connection:
     async def refresh_clock(self) -> None:
         """Measure the offset to the server's clock anew, unless that was done lately."""
         if self._clock.is_stale:
-            asked_at = time.monotonic()
-            seconds, micros = await self.command("TIME")
-            self._clock.set(int(seconds) + int(micros) / 1e6, asked_at=asked_at)
+            self._clock.set([await self._time() for _ in range(READINGS)])
+
+    async def _time(self) -> Reading:
+        asked_at = time.monotonic()
+        seconds, micros = await self.command("TIME")
+        return Reading(int(seconds) + int(micros) / 1e6, asked_at, time.monotonic())
 
     async def call(self, function: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
         """One function call's reply."""

@@ -156,6 +156,19 @@ class TestEnds:
         with pytest.raises(StreamError, match="closed"):
             await handle
 
+    @pytest.mark.parametrize("part", ["records", "follower"])
+    async def test_who_is_cancelled_while_closing_learns_it(self, redis_url, pool, part):
+        """The readers' own end is not taken for the cancel of whoever closes them."""
+        async with Client(redis=redis_url, pool=pool) as client:
+            await client.submit(says("x"))
+            closing = asyncio.create_task(getattr(client, part).close())
+            await asyncio.sleep(0)  # it waits for its readers now
+
+            closing.cancel()
+
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+
 
 class TestStream:
     async def test_pieces_come_as_they_are_written(self, played, client):

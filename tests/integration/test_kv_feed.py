@@ -8,6 +8,7 @@ import pytest
 import zmq
 import zmq.asyncio
 from hand import until
+from structlog.testing import capture_logs
 
 from scheduler.prefix import BLOCK_TOKENS, blocks
 from workers.kv_feed import END, Feed, Source, source_in
@@ -163,6 +164,24 @@ async def test_an_engine_that_comes_back_is_asked_whether_it_is_the_same():
 
         await until(lambda: not mirror.blocks)
         assert mirror.account().was_empty
+
+
+async def test_a_failure_of_zeromq_does_not_end_the_listening(monkeypatch):
+    """Where no socket can be had it is tried again, and as soon as there is one everything is heard."""
+    publisher = Publisher()
+    await publisher.say(0, stored(0), is_lost=True)
+    few = zmq.asyncio.Context()
+    few.set(zmq.MAX_SOCKETS, 2)
+    taken = [few.socket(zmq.PUB) for _ in range(2)]
+    monkeypatch.setattr(zmq.asyncio.Context, "_instance", few)
+    with capture_logs() as said:
+        async with heard(publisher) as mirror:
+            await until(lambda: [one for one in said if one["event"] == "kv_events_lost"])
+            for one in taken:
+                one.close()
+
+            await until(lambda: block(0) in mirror.blocks)
+    few.term()
 
 
 async def test_a_message_that_cannot_be_read_is_a_lost_one():
