@@ -632,15 +632,12 @@ class TestLease:
             await hand.submit(name, chat(5), beat.epoch)
         handed_at = hand.redis.now()
 
-        async def said():
-            return [
-                beat.holds
-                for beat in await hand.beats()
-                if beat.read_at is not None and beat.read_at > handed_at - 0.5 and beat.holds
-            ]
+        async def both_are_held():
+            last = (await hand.beats())[-1]
+            is_after = last.read_at is not None and last.read_at > handed_at - 0.5
+            return is_after and last.holds == ("r1:1", "r2:1")
 
-        await until(said)
-        assert (await said())[-1] == ("r1:1", "r2:1")
+        await until(both_are_held)
         await fault(emulator, "thaw")
         for name in ("r1", "r2"):
             assert (await hand.result(name)).outcome == "completed"
