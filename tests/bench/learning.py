@@ -1,11 +1,13 @@
-"""How soon it has learned: `python tests/bench/learning.py [SEEDS]`, or with real traces `... SEEDS TRACES [CELL...]`.
+"""How soon it has learned: `python tests/bench/learning.py [SEEDS]`, or with real traces `... SEEDS TRACES [CELL...]`,
+and there with `--policy plan,lodestar` whoever else learns.
 
-Each run is paired with one over the same arrivals and machines whose core knows already: started from the other's
-snapshot (cold start, join), or with an endpoint that was slow or gone from the beginning. Told is from when on the
-rolling mean of the time to first token stays within 10 % of the pair's. A trace's own load comes and goes, so its mean
-is held against the pair's and not against what it is at the end.
+Each run is paired with one over the same arrivals and machines by the same policy, which knows already: started from
+what the other has learned (cold start, join, other work), or with an endpoint that was slow or gone from the beginning.
+Told is from when on the rolling mean of the time to first token stays within 10 % of the pair's. A trace's own load
+comes and goes, so its mean is held against the pair's and not against what it is at the end.
 """
 
+import argparse
 import functools
 import sys
 from pathlib import Path
@@ -15,11 +17,14 @@ import numpy as np
 from msgspec import structs
 
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.sim import cells, fleet, trace, workload, world
+from scheduler.sim import cells, fleet, policy, trace, workload, world
+from scheduler.sim.baselines.lodestar import Lodestar
 from scheduler.sim.cells import Cell
 from scheduler.sim.fleet import EndpointSpec, Fault, Fleet
-from scheduler.sim.policies import ours
-from scheduler.sim.world import World
+from scheduler.sim.lab import Lab
+from scheduler.sim.policies.base import LabPolicy
+from scheduler.sim.promise import Promised
+from scheduler.sim.world import Dispatch, World
 
 SPAN_S = 150.0
 SLOW_AT_S = 60.0
@@ -144,25 +149,49 @@ FAULT_PART = 0.4
 "Of the run: then it happens."
 
 
-class Starting(ours.Plan, frozen=True, tag="starting"):
-    """`plan`, from what another has learned; its core can be had afterwards."""
+LEARNERS = ("plan", "lodestar", "llm-d-predicted", "earliest-finish")
+"Who learns; the last two by the cost model that ships, without the plan."
 
-    known: Scheduler | None = None
-    cores: list[Scheduler] = msgspec.field(default_factory=list)
+
+class Starting(LabPolicy, frozen=True, tag="starting"):
+    """Another policy, from what one of its kind has learned; what it made can be had afterwards."""
+
+    who: str
+    known: Dispatch | None = None
+    made: list[Dispatch] = msgspec.field(default_factory=list)
+
+    @property
+    def is_open(self):
+        return policy.named(self.who).is_open
+
+    @property
+    def scrapes(self):
+        return policy.named(self.who).scrapes
 
     def dispatch(self, stage):
-        core = super().dispatch(stage)
+        found = policy.named(self.who).dispatch(stage)
         if self.known is not None:
-            assert core.restore(self.known.snapshot())
-        self.cores.append(core)
-        return core
+            hand_over(self.known, found)
+        self.made.append(found)
+        return found
+
+
+def hand_over(old: Dispatch, new: Dispatch) -> None:
+    """What one has learned, to another that has not begun."""
+    if isinstance(old, Scheduler):
+        assert new.restore(old.snapshot())
+    elif isinstance(old._router, Lodestar):
+        for field in ("_network", "_shift", "_scale", "_answers"):
+            setattr(new._router, field, getattr(old._router, field))
+    else:
+        assert new._desk.predictor.restore(old._desk.predictor.export(()))
 
 
 class OnCell:
-    """One cell's tuning window, with one seed."""
+    """One cell's tuning window, with one seed, under one policy."""
 
-    def __init__(self, name: str, cell: Cell, read, seed: int) -> None:
-        self.name, self.read, self.seed = name, read, seed
+    def __init__(self, name: str, cell: Cell, read, seed: int, who: str = "plan") -> None:
+        self.name, self.read, self.seed, self.who = name, read, seed, who
         self.kinds = CELLS[name]
         self.cell = structs.replace(
             cell, windows=(0.0,), window_s=CELL_END_S, run_in_s=0.0, fleet="", endpoints=self.kinds
@@ -176,12 +205,13 @@ class OnCell:
     def lab(self, **changes):
         return cells.lab(self.name, structs.replace(self.cell, **changes), 0, self.read)
 
-    def run(self, known: Scheduler | None = None, **changes):
-        chosen = Starting(known=known, cores=[])
-        _, played = self.lab(**changes).run(
-            chosen, label="plan", seed=self.seed, rate_rps=self.rate_rps
-        )
-        return played.fates, chosen.cores[-1]
+    def run(self, known: Dispatch | None = None, **changes):
+        return self.played(self.lab(**changes), self.rate_rps, known)
+
+    def played(self, lab: Lab, rate_rps: float, known: Dispatch | None = None):
+        chosen = Starting(who=self.who, known=known, made=[])
+        _, done = lab.run(chosen, label=self.who, seed=self.seed, rate_rps=rate_rps)
+        return done.fates, chosen.made[-1]
 
     def cold(self, **changes) -> Told:
         fates, core = self.run(**changes)
@@ -206,6 +236,24 @@ class OnCell:
         known, _ = self.run(core, faults=faults)
         return told(fates, known, since_s=self.fault_s, window_s=CELL_WINDOW_S)
 
+    def turned(self) -> Told:
+        """From one moment on it is other work: agents, nearly all prefix, where there were conversations."""
+        lab = self.lab()
+        agents = cells.Part(trace="agent_miniswe")
+        later = self.lab(parts=(agents,), window_s=CELL_END_S)
+        first = workload.scaled(lab.work.arrivals, rate_per_s=self.rate_rps)
+        begin_s = first[-1].at_s
+        second = workload.scaled(
+            later.work.arrivals, rate_per_s=LOAD * later.capacity_rps(self.seed)
+        )
+        second = tuple(structs.replace(a, at_s=begin_s + a.at_s) for a in second)
+        both = workload.merged(first, second)
+        lab = structs.replace(lab, work=Promised(both))
+        rate_rps = workload.rate(both)
+        fates, made = self.played(lab, rate_rps)
+        known, _ = self.played(lab, rate_rps, made)
+        return told(fates, known, since_s=begin_s, window_s=CELL_WINDOW_S)
+
     def befallen(self, kind: str, **how) -> Told:
         """What befalls one in the middle has befallen the pair's from the beginning."""
         fault = Fault(at_s=self.fault_s, endpoint=self.one, kind=kind, **how)
@@ -220,6 +268,7 @@ CELL_CASES = {
     "one three times slower": OnCell.slowed,
     "one joins": OnCell.joined,
     "one dies": OnCell.died,
+    "agents after conversations": OnCell.turned,
 }
 
 
@@ -246,16 +295,23 @@ def say(name: str, found: list[Told]) -> None:
 
 
 def main() -> None:
-    seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
-    if len(sys.argv) < 3:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seeds", type=int, nargs="?", default=5)
+    parser.add_argument("traces", type=Path, nargs="?")
+    parser.add_argument("cells", nargs="*")
+    parser.add_argument("--policy", default="plan", help=f"some of {','.join(LEARNERS)}")
+    asked = parser.parse_args()
+    seeds = range(asked.seeds)
+    if asked.traces is None:
         for name, case in CASES.items():
             say(name, [case(seed) for seed in seeds])
         return
-    read, shipped = reader(Path(sys.argv[2])), cells.shipped()
-    for cell in sys.argv[3:] or CELLS:
-        stages = [OnCell(cell, shipped.cells[cell], read, seed) for seed in seeds]
-        for name, case in CELL_CASES.items():
-            say(f"{cell}, {name}", [case(stage) for stage in stages])
+    read, shipped = reader(asked.traces), cells.shipped()
+    for cell in asked.cells or CELLS:
+        for who in asked.policy.split(","):
+            stages = [OnCell(cell, shipped.cells[cell], read, seed, who) for seed in seeds]
+            for name, case in CELL_CASES.items():
+                say(f"{cell}, {name}, {who}", [case(stage) for stage in stages])
 
 
 if __name__ == "__main__":
