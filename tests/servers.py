@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher import binary
+from dispatcher import binary, resp
 
 
 def _binaries() -> dict[str, Path]:
@@ -54,3 +54,9 @@ def serving(binary: Path, directory: Path, *flags: str, is_sentinel: bool = Fals
     finally:
         process.kill()
         process.communicate()
+
+
+def ask(port: int, *words: str) -> resp.Reply:
+    """One command to the server on this port."""
+    with resp.Connection(f"redis://127.0.0.1:{port}", timeout_s=5) as connection:
+        return connection.call(*words)

@@ -11,9 +11,8 @@ from byhand import PlayedWorker
 from certificates import Authority
 from hand import until
 from redis.crc import key_slot
-from servers import BINARIES, free_port, serving
+from servers import BINARIES, ask, free_port, serving
 
-from dispatcher import resp
 from dispatcher.node import Node
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Connection, Where
@@ -164,11 +163,6 @@ async def join(ports: list[int]) -> None:
         return all("state:ok" in one and f"known_nodes:{len(ports)}" in one for one in told)
 
     await until(is_whole)
-
-
-def ask(port: int, *words: str) -> resp.Reply:
-    with resp.Connection(f"redis://127.0.0.1:{port}", timeout_s=5) as connection:
-        return connection.call(*words)
 
 
 def one_of_each(pool: str, n: int = 3) -> list[str]:
