@@ -83,6 +83,9 @@ class PoolGlance(msgspec.Struct, frozen=True, kw_only=True):
     set_aside: int
     "Cannot make it on the present prediction."
 
+    prefilled: int
+    "Of those that wait, between two legs: their prompts are computed."
+
     assigned: int
     "Handed over, running or not."
 
@@ -145,7 +148,8 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
         lease_s=max(0.0, until - now),
         unread=unread,
         waiting=int(waiting),
-        set_aside=min(int(waiting), _set_aside(decisions)),
+        set_aside=min(int(waiting), _latest(decisions, "set_aside")),
+        prefilled=min(int(waiting), _latest(decisions, "prefilled")),
         assigned=sum(e.jobs for e in endpoints),
         running=sum(e.beat.running for e in endpoints if e.is_alive),
         oldest_s=None if oldest_at is None else now - oldest_at,
@@ -258,9 +262,10 @@ def _rate(rewards: Sequence[Reward], now: float) -> float:
     return len(ends) / span_s if span_s > 0 else 0.0
 
 
-def _set_aside(decisions: Sequence[Decision]) -> int:
+def _latest(decisions: Sequence[Decision], wanted: str) -> int:
+    """Requests of which this was decided last."""
     latest = {d.id: d.kind for d in decisions}
-    return sum(kind == "set_aside" for kind in latest.values())
+    return sum(kind == wanted for kind in latest.values())
 
 
 def _outcomes(rewards: Sequence[Reward], decisions: Sequence[Decision]) -> dict[str, int]:

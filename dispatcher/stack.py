@@ -20,9 +20,16 @@ from dispatcher.streams.connection import Connection, Where
 from scheduler.errors import SettingsError, StreamError
 from scheduler.keys import Keys
 from scheduler.settings import Settings
+from scheduler.sim import profile as gpus
 
 PROFILES = ("h100", "a100", "l40s", "a30")
 "The mixed fleet of `--emulate`, taken in turn."
+
+KV_TRANSFER = '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'
+"With which emulated engines hand KV over."
+
+ROLES = ("prefill", "decode", "both")
+"That an emulated engine can have."
 
 BEATEN_S = 30.0
 "How long the endpoints may take to their first beat after the workers are ready."
@@ -63,6 +70,12 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     profiles: tuple[str, ...] = ()
     "One emulated engine each."
+
+    roles: tuple[str, ...] = ()
+    "Of the emulated engines: `prefill`, `decode` or `both`; empty: all serve whole requests, and hand no KV over."
+
+    link_gbps: float = 100.0
+    "Of each, where they have roles; in their own time."
 
     model: str = "emulated"
     time_scale: float = 1.0
@@ -213,8 +226,15 @@ class Stack:
         # At another speed than the real one the prior for that hardware would be wrong by just as much.
         is_real = self._wanted.time_scale == 1.0
         emulated = [
-            Engine(name=child.name, url=child.ready["url"], hardware=profile if is_real else "")
-            for child, profile in zip(self._engines, self._wanted.profiles, strict=True)
+            Engine(
+                name=child.name,
+                url=child.ready["url"],
+                hardware=profile if is_real else "",
+                more=self._role(number),
+            )
+            for number, (child, profile) in enumerate(
+                zip(self._engines, self._wanted.profiles, strict=True)
+            )
         ]
         self._endpoints = [*self._wanted.engines, *emulated]
         if not self._endpoints:
@@ -250,7 +270,15 @@ class Stack:
 
     def _emulator(self, profile: str, number: int) -> Callable[[Ready | None], list[str]]:
         wanted = self._wanted
-        options: dict[str, Any] = {
+        options: dict[str, Any] = (
+            {}
+            if not wanted.roles
+            else {
+                "kv-transfer-config": KV_TRANSFER,
+                "link-gbps": wanted.link_gbps,
+            }
+        )
+        options |= {
             "profile": profile,
             "model": wanted.model,
             "time-scale": wanted.time_scale,
@@ -265,6 +293,15 @@ class Stack:
             return ["emulate", *(part for k, v in said.items() for part in (f"--{k}", str(v)))]
 
         return words
+
+    def _role(self, number: int) -> str:
+        """What the worker is to say of an emulated engine's part in requests of two legs."""
+        wanted = self._wanted
+        if not wanted.roles:
+            return ""
+        token_bytes = gpus.load(wanted.profiles[number]).kv_bytes_per_token
+        link_gbps = wanted.link_gbps * wanted.time_scale
+        return f"roles={wanted.roles[number]},link_gbps={link_gbps:g},kv_token_bytes={token_bytes}"
 
     def _worker(self, share: Sequence[Engine]) -> Callable[[Ready | None], list[str]]:
         engines = [part for engine in share for part in ("--engine", engine.option)]

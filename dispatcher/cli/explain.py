@@ -152,10 +152,12 @@ def _served(reward: Reward) -> Iterator[Line]:
         real_s = reward.first_token_at - reward.decided_at
         text = f"{seconds(real_s)} after the decision, predicted {seconds(reward.predicted_s)}"
         text += _bounds(reward)
-        text += f"; prefill {seconds(reward.prefill_s)}"
+        work = "KV fetched and joined in" if reward.leg == "decode" else "prefill"
+        text += f"; {work} {seconds(reward.prefill_s)}"
         if reward.cached_tokens is not None:
             text += f"; {reward.cached_tokens} of {reward.prompt_tokens} prompt tokens cached"
-        yield Line(reward.first_token_at, "first token", text)
+        done = "prompt done" if reward.leg == "prefill" else "first token"
+        yield Line(reward.first_token_at, done, text)
     if reward.outcome == "returned" and reward.finished_at is not None:
         yield Line(reward.finished_at, "returned", reward.reason)
 

@@ -15,6 +15,7 @@ from dispatcher.cli.output import seconds
 from dispatcher.client import Client, Standing
 from dispatcher.glance import EndpointGlance, PoolGlance
 from scheduler.settings import Settings
+from scheduler.wire.worker import Beat
 
 app = typer.Typer()
 
@@ -69,17 +70,19 @@ def _standing(found: Standing, now: float) -> RenderableType:
         table.add_row("outcome", found.outcome)
     table.add_row("enqueued", f"{seconds(now - found.enqueued_at)} ago")
     if found.attempt:
-        table.add_row("attempt", f"{found.attempt} on {found.endpoint or '-'}")
+        leg = "" if found.leg == "whole" else f", {found.leg} leg"
+        table.add_row("attempt", f"{found.attempt} on {found.endpoint or '-'}{leg}")
     return table
 
 
 def _pool(name: str, found: PoolGlance) -> RenderableType:
     leader = f"{found.leader} (epoch {found.leader_epoch})" if found.leader else "nobody"
+    between = f", {found.prefilled} between two legs" if found.prefilled else ""
     table = Table(show_header=False, box=None)
     table.add_row("pool", f"{name}, led by {leader}")
     table.add_row(
         "requests",
-        f"{found.unread} unread, {found.waiting} waiting ({found.set_aside} set aside), "
+        f"{found.unread} unread, {found.waiting} waiting ({found.set_aside} set aside{between}), "
         f"{found.assigned} assigned ({found.running} running)",
     )
     backlog = "unknown: nothing completes" if found.backlog_s is None else seconds(found.backlog_s)
@@ -112,13 +115,16 @@ def engines(found: list[EndpointGlance]) -> list[str]:
 
 def endpoints(found: list[EndpointGlance]) -> Table:
     """A row an endpoint."""
-    head = ("endpoint", "hardware", "state", "beat", "jobs", "running", "queued", "seats", "kv")
+    has_roles = any(one.beat.link_gbps for one in found)
+    head = ("endpoint", *(("role",) if has_roles else ()), "hardware", "state", "beat", "jobs")
+    head += ("running", "queued", "seats", "kv")
     table = Table(*head, "step", "speed", "believed", "off by", "in q90", "on time", box=None)
     for one in found:
         beat = one.beat
         state = beat.state if one.is_alive else "silent"
         table.add_row(
             beat.endpoint,
+            *((role(beat),) if has_roles else ()),
             beat.hardware or "-",
             state + (f": {beat.reason}" if beat.reason else ""),
             seconds(one.silent_s),
@@ -135,6 +141,11 @@ def endpoints(found: list[EndpointGlance]) -> Table:
             share(one.on_time),
         )
     return table
+
+
+def role(beat: Beat) -> str:
+    """Which legs of requests it takes; without a link whole ones, whatever its roles."""
+    return "+".join(beat.roles) if beat.link_gbps else "whole"
 
 
 def share(value: float | None) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from dispatcher.cli import output
 from dispatcher.local import announce, state_directory
-from dispatcher.stack import PROFILES, Engine, Running, Stack, Wanted
+from dispatcher.stack import PROFILES, ROLES, Engine, Running, Stack, Wanted
 from scheduler.errors import SettingsError
 from scheduler.settings import Settings
 
@@ -26,6 +26,16 @@ async def up(
     profiles: Annotated[
         str, typer.Option(metavar="A,B,...", help="Their hardware, in turn.")
     ] = ",".join(PROFILES),
+    roles: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,...",
+            help="Their roles, in turn: prefill, decode, both. Empty: all serve whole requests.",
+        ),
+    ] = "",
+    link_gbps: Annotated[
+        float, typer.Option(help="Emulated: the link that KV goes over, with --roles.")
+    ] = Wanted().link_gbps,
     engine: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=URL[,SETTING=VALUE]", help="A real vLLM; repeatable."),
@@ -50,6 +60,8 @@ async def up(
     wanted = Wanted(
         engines=tuple(_engine(one) for one in engine or ()),
         profiles=fleet(emulate, profiles),
+        roles=_roles(emulate, roles),
+        link_gbps=link_gbps,
         model=model,
         time_scale=time_scale,
         seed=seed,
@@ -79,7 +91,7 @@ async def up(
 
 
 def fleet(count: int, profiles: str) -> tuple[str, ...]:
-    """So many profiles, taken in turn.
+    """So many profiles, or roles, taken in turn.
 
     >>> fleet(3, "h100,a30")
     ('h100', 'a30', 'h100')
@@ -88,6 +100,16 @@ def fleet(count: int, profiles: str) -> tuple[str, ...]:
     if count and not names:
         raise SettingsError("--profiles is empty, wanted at least one")
     return tuple(names[n % len(names)] for n in range(count))
+
+
+def _roles(count: int, text: str) -> tuple[str, ...]:
+    if not text:
+        return ()
+    found = fleet(count, text)
+    strange = [role for role in found if role not in ROLES]
+    if strange:
+        raise SettingsError(f"--roles has {strange[0]!r}, wanted {', '.join(ROLES)}")
+    return found
 
 
 def _engine(text: str) -> Engine:

@@ -17,6 +17,9 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     "Attempts so far."
 
+    leg: str = "whole"
+    "Which part of it the last attempt was: `whole`, `prefill` or `decode`."
+
     endpoint: str = ""
     "Who has it, or had it last."
 
@@ -51,6 +54,7 @@ def standing(request_id: str, fields: Mapping[bytes, bytes]) -> Standing:
         id=request_id,
         state=text.get("state", "queued"),
         attempt=int(text.get("attempt") or 0),
+        leg=text.get("leg", "whole"),
         endpoint=text.get("endpoint", ""),
         is_cancelled=bool(text.get("cancelled")),
         outcome=text.get("outcome", ""),
