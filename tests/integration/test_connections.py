@@ -21,7 +21,7 @@ from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.settings import Settings
 from scheduler.wire.client import Request
 
-LIMIT_S = 20
+LIMIT_S = 60
 PASSWORD = "s3cret"
 
 EVERYBODY = "~hg:{*}:* +@connection +info +time +function|load +fcall"
@@ -55,7 +55,7 @@ async def hand_over(where: Where, pool: str, *, worker: Where | None = None) -> 
         async with asyncio.timeout(LIMIT_S), played.beating():
             for n in range(20):
                 await submit(redis, keys, f"r{n}")
-            assert await played.finish(await played.jobs(20)) == [1] * 20
+            assert await played.finish(await played.jobs(20, limit_s=LIMIT_S)) == [1] * 20
             assert len(await redis.entries(keys.results)) == 20
             summary = await redis.command("XPENDING", keys.requests, DISPATCHER_GROUP)
             assert summary["pending"] == 0
