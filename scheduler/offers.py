@@ -57,7 +57,7 @@ class Offers:
         service_s = work_s + fixed_s
         if work.prompt > room.length_least:
             service_s[work.prompt > room.length_max] = math.inf
-        kv = work.prompt + float(ticket.output_tokens)
+        kv = room.asked_kv(ticket)
         return Offer(ticket, work.prompt, kv, work.cached, work_s, service_s)
 
     def total_s(self, offer: Offer) -> Floats:

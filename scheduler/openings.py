@@ -55,7 +55,7 @@ class Openings:
         if end < 0:
             return -1
         last = self._line[end]
-        if not room.is_tight(float(max(1, last.prompt_tokens) + last.output_tokens)):
+        if not room.is_tight(room.asked_kv(last)):
             open_s = room.open_s + self._barrier(last.request.model)
             if open_s[open_s.argmin()] <= self._within_s:
                 return end
@@ -91,8 +91,10 @@ class Openings:
     def _sizes(self) -> tuple[Floats, Floats]:
         """The KV tokens that each of the line wants, and its prefix blocks; float64[n_line] both."""
         if self._known is None:
-            is_whole = self._room.only_prefills is None
-            kv = [float(max(1, t.prompt_tokens) + is_whole * t.output_tokens) for t in self._line]
+            if self._room.only_prefills is None:
+                kv = [self._room.asked_kv(ticket) for ticket in self._line]
+            else:
+                kv = [float(max(1, ticket.prompt_tokens)) for ticket in self._line]
             blocks = [float(len(t.request.blocks)) for t in self._line]
             self._known = np.array(kv), np.array(blocks)
         return self._known

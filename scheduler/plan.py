@@ -38,6 +38,14 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     It decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody.
     """
 
+    answer_part: float = 0.6
+    """
+    Of its expected answer, the part that a request counts with where KV is given away; 1: all of it.
+
+    Who decodes has on average said half. Room for all ends of all answers at once is room that stands empty while
+    long prompts wait for it; where it is short after all, the engine preempts, and finds most of the KV again.
+    """
+
     tie: float = 0.02
     "Endpoints whose predicted first token differs by less than this part are taken as equal: chance decides."
 

@@ -136,6 +136,7 @@ class Planning:
             ),
             length_max=fleet.length_max,
             wanted_s=wanted_s,
+            answer_part=self._settings.answer_part,
         )
         if self._settings.explore > 0:
             room.probe(self._memory.predictor.is_new(), ledger.seats > 0)

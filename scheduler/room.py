@@ -8,7 +8,7 @@ import numpy as np
 from scheduler.ledger import Backlog, Line, Rates
 from scheduler.pace import Load
 from scheduler.pins import Pins
-from scheduler.state import Bools, Floats
+from scheduler.state import Bools, Floats, Ticket
 
 WHOLE = np.array(1.0)
 "As an array: numpy takes as long again to make one of a number."
@@ -90,10 +90,12 @@ class Room:
         decodes: Decodes,
         length_max: Floats,
         wanted_s: Floats,
+        answer_part: float = 1.0,
     ) -> None:
         """Start from the ledger; `seats` and `kv` are what is free, `inf` where unknown.
 
-        `wanted_s` is 0 for endpoints that may take something of what waits, and `inf` for the others.
+        `wanted_s` is 0 for endpoints that may take something of what waits, and `inf` for the others. `answer_part`
+        is of `PlanSettings`.
         """
         self.rates = rates
         self.backlog_s = backlog.seconds(rates)
@@ -121,6 +123,7 @@ class Room:
         "Slots that somebody more urgent waits for."
         self.only_prefills: Bools | None = None
         "Slots that hold the KV of prompts alone; None: nobody does."
+        self._answer_part = answer_part
         self.probed: Bools | None = None
         "Slots that were never measured and on which somebody is; None: nobody asks."
         self.version = 0
@@ -168,6 +171,12 @@ class Room:
     def can_start(self, within_s: float) -> bool:
         """Whether any endpoint with a seat could begin something new so soon."""
         return _least(self.open_s) <= within_s
+
+    def asked_kv(self, ticket: Ticket) -> float:
+        """KV tokens that a request asks for: its prompt and a part of its expected answer, in whole tokens."""
+        return float(
+            max(1, ticket.prompt_tokens) + math.ceil(self._answer_part * ticket.output_tokens)
+        )
 
     def is_tight(self, kv: float) -> bool:
         """Whether so many KV tokens may be too many for somebody."""

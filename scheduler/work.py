@@ -37,7 +37,7 @@ class Offer(msgspec.Struct, frozen=True):
     prompt: float
     "Its prompt's tokens, at least one."
     kv: float
-    "The KV tokens that it wants to hold: prompt and expected answer."
+    "The KV tokens that it wants to hold: its prompt and a part of its expected answer."
     cached: Floats | None
     "Of its prompt, what each has; None: nobody has any of it."
     work_s: Floats

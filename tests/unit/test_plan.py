@@ -54,6 +54,7 @@ def planner(
     cached: list[float] | None = None,
     asked: list[str] | None = None,
     settings: PlanSettings = SETTINGS,
+    answer_part: float = 1.0,
     **terms: float,
 ) -> Planner:
     """Endpoints of these speeds, at time 0, with nothing but tokens to cost anything."""
@@ -75,6 +76,7 @@ def planner(
         ),
         length_max=np.full(n, np.inf),
         wanted_s=np.zeros(n),
+        answer_part=answer_part,
     )
     held = np.array(cached or [0.0] * n)
     for slot in range(n):
@@ -101,6 +103,27 @@ def planner(
 
 def served(made: Planner) -> list[tuple[str, int]]:
     return [(choice.ticket.id, choice.slot) for choice in made.choices]
+
+
+@pytest.mark.parametrize(
+    ("answer_part", "fitting"),
+    [
+        pytest.param(1.0, 1, id="room for the ends of all answers"),
+        pytest.param(0.5, 2, id="room for what is said on average"),
+    ],
+)
+def test_an_answer_counts_in_part(answer_part, fitting):
+    """Where KV is given away a request counts with its prompt and a part of its expected answer."""
+    asking = [ticket("a", 100), ticket("b", 100)]
+    for one in asking:
+        one.output_tokens = 199
+    made = planner([0.001], kv=[400.0], answer_part=answer_part)
+
+    made.serve(asking)
+
+    assert [choice.line.kv for choice in made.choices] == fitting * [
+        100 + math.ceil(199 * answer_part)
+    ]
 
 
 def test_the_first_token_comes_earliest():
