@@ -126,7 +126,7 @@ class Demo:
 
     1. Prompts are built; nothing is measured yet.
     2. Each request is sent at its moment, and its record taken when it comes.
-    3. After the last, who still runs has `PATIENCE_S`; then it is cancelled.
+    3. After the last, who still runs has its patience; then it is cancelled.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class Demo:
         time_scale: float,
         stretches: int = 12,
         vocabulary: int = 0,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """Build every request.
 
@@ -149,7 +150,9 @@ class Demo:
             stretches: into how many the prediction error is cut.
             vocabulary: of the engines' tokenizer, and prompts are token ids: the only ones whose length a real
                 engine sees as it was meant. 0: prompts are text.
+            patience_s: wall seconds that the last may take after the last arrival.
         """
+        self._patience_s = patience_s
         self._client, self._scale, self._vocabulary = client, time_scale, vocabulary
         self._rows = [
             Played(arrival, self._request(arrival, model, row))
@@ -169,7 +172,7 @@ class Demo:
         learning = asyncio.create_task(self._listen())
         try:
             await self._send()
-            if not await self._all_ended(PATIENCE_S):
+            if not await self._all_ended(self._patience_s):
                 await self._cancel_rest()
                 await self._all_ended(CANCEL_S)
             self._is_over = True

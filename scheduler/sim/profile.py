@@ -113,6 +113,21 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         milliseconds = c.t0 + self.extra_ms_per_step + c.r * n_seqs + products + attention + reading
         return milliseconds / 1e3
 
+    def slowed(self, factor: float) -> "Profile":
+        """The same hardware in slow motion: every step takes `factor` times as long, whatever is in it.
+
+        >>> fast = load("a30")
+        >>> round(fast.slowed(5.0).step_s(9, 700, 90_000, 8000) / fast.step_s(9, 700, 90_000, 8000), 9)
+        5.0
+        """
+        times = ("t0", "r", "w", "g", "ap", "ad")
+        changed = {name: factor * getattr(self.coef, name) for name in times}
+        return msgspec.structs.replace(
+            self,
+            coef=msgspec.structs.replace(self.coef, **changed),
+            extra_ms_per_step=factor * self.extra_ms_per_step,
+        )
+
     def jittered(self, rng: np.random.Generator, spread: float) -> "Profile":
         """The same hardware as another specimen: each coefficient times 1 - spread ... 1 + spread.
 

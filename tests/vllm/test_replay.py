@@ -4,17 +4,10 @@ Seen with `pytest -s tests/vllm/test_replay.py`: the table goes to stdout.
 """
 
 import asyncio
-import contextlib
-import json
-import statistics
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from face import USAGE
-from face import Client as Engine
-from fleets import HEADGATE, ended, started
+from fleets import emulators, first_token_s, servers
 
 from dispatcher.client import Client
 from dispatcher.demo import Demo
@@ -29,7 +22,7 @@ pytestmark = pytest.mark.timeout(600)
 TRACE = Path(__file__).with_name("azure23_conv_minute.jsonl")
 "Conversations, 300 requests; Azure Public Dataset, CC-BY-4.0."
 
-PROFILES = ("a30", "v100")
+PROFILES = "a30,v100"
 COUNT = 4
 "Together they carry about 7 requests a second of this trace, which brings 5."
 
@@ -40,67 +33,8 @@ VOCABULARY = 8000
 PROMISES = {"loose": (1.0, 0.100), "middle": (0.5, 0.070), "tight": (0.25, 0.055)}
 "Seconds to the first token, and a token."
 
-PROBES = 21
-"Requests from which a server's front-end time is taken."
-
 AGREED = 0.05
 "Difference of attainment that counts as none."
-
-
-async def frontend_s(url):
-    """What a request of one server spends outside its engine, seconds, when nothing else is there: the median.
-
-    The profile has it from its GPU's own server, and here it is this machine's: the client's time to the first token,
-    less what the engine says of itself.
-    """
-    found = []
-    async with Engine(url) as server:
-        for number in range(PROBES):
-            asked_at = time.perf_counter()
-            times = []
-            reply = await server.stream(
-                prompt=[number, *range(16)],
-                max_tokens=2,
-                ignore_eos=True,
-                stream_options=USAGE,
-                on_chunk=lambda reply, at=times: at.append(time.perf_counter()),
-            )
-            said = reply.chunks[-1]["metrics"]
-            inside_ms = said["queue_time_ms"] + said["time_to_first_token_ms"]
-            found.append(times[0] - asked_at - inside_ms / 1e3)
-    return statistics.median(found)
-
-
-@contextlib.contextmanager
-def emulators(frontend_ms):
-    """As the fleet's servers are told, in the emulator's words."""
-    with contextlib.ExitStack() as stack:
-        found = []
-        for number in range(COUNT):
-            hardware = PROFILES[number % len(PROFILES)]
-            words = ["emulate", "--profile", hardware, "--block-size", "32"]
-            words += ["--max-num-seqs", str(SEATS), "--max-model-len", "32768"]
-            words += ["--scheduling-policy", "priority", "--enable-per-request-metrics"]
-            words += ["--frontend-ms", f"{frontend_ms:.1f}"]
-            process = stack.enter_context(
-                subprocess.Popen([HEADGATE, *words], stdout=subprocess.PIPE, text=True)
-            )
-            stack.callback(process.terminate)
-            url = json.loads(process.stdout.readline())["url"]
-            found.append({"name": f"{hardware}-{number}", "url": url, "hardware": hardware})
-        yield found
-
-
-@contextlib.contextmanager
-def servers(home):
-    """Real ones."""
-    process, found = started(
-        home, *(str(COUNT), "--profiles", ",".join(PROFILES), "--max-num-seqs", str(SEATS))
-    )
-    try:
-        yield found
-    finally:
-        ended(process)
 
 
 async def played(endpoints, arrivals, directory):
@@ -145,13 +79,17 @@ def test_real_servers_and_the_emulator_keep_the_same_promises(fleet_home, tmp_pa
     ttft_s, tpot_s = PROMISES["middle"]
     arrivals = promised(rows, Promise(ttft_s=ttft_s, tpot_s=tpot_s))
 
-    with servers(fleet_home) as endpoints:
-        own_s = asyncio.run(frontend_s(endpoints[0]["url"]))
+    seats = ("--max-num-seqs", str(SEATS))
+    with servers(fleet_home, COUNT, PROFILES, *seats) as endpoints:
+        own_s = asyncio.run(first_token_s(endpoints[0]["url"]))
         real, real_records = asyncio.run(played(endpoints, arrivals, tmp_path / "real"))
-    with emulators(0.0) as endpoints:
-        ours_s = asyncio.run(frontend_s(endpoints[0]["url"]))
+    # Both are asked alike, so what differs is what a real server's front end takes on this machine; the profile has
+    # the figure of its GPU's own server.
+    with emulators(1, PROFILES, "--frontend-ms", "0") as endpoints:
+        ours_s = asyncio.run(first_token_s(endpoints[0]["url"]))
     frontend_ms = max(0.0, 1e3 * (own_s - ours_s))
-    with emulators(frontend_ms) as endpoints:
+    front = ("--frontend-ms", f"{frontend_ms:.1f}")
+    with emulators(COUNT, PROFILES, *seats, *front) as endpoints:
         emulated, emulated_records = asyncio.run(played(endpoints, arrivals, tmp_path / "emulated"))
 
     differences = {}
