@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from engines import engine_core
 from face import Client as Engine
-from fleets import HEADGATE, ended, started
+from fleets import HEADGATE
 from hand import until
 
 from dispatcher.client import Client
@@ -28,43 +28,15 @@ from scheduler.wire.worker import Beat, Result, Reward
 pytestmark = pytest.mark.timeout(300)
 
 SEATS = 8
+FLEET = (
+    *("4", "--profiles", "h100,l40s", "--compute", "1", "--max-num-seqs", str(SEATS)),
+    "--kv-events",
+)
+"Two H100, two L40S, and a CPU."
 
 FLOOD = 24
 TOKENS = 300
 "Of each answer of a flood: two to ten seconds on these clocks."
-
-
-@pytest.fixture(scope="module")
-def endpoints(fleet_home):
-    """Two H100, two L40S, and a CPU."""
-    process, found = started(
-        fleet_home,
-        *("4", "--profiles", "h100,l40s", "--compute", "1", "--max-num-seqs", str(SEATS)),
-        "--kv-events",
-    )
-    yield {one["name"]: one for one in found}
-    ended(process)
-
-
-@pytest.fixture(scope="module")
-def system(endpoints, tmp_path_factory):
-    """Private Redis, dispatcher and worker before them."""
-    engines = [
-        f"--engine={one['name']}={one['url']},max_num_seqs={SEATS},by_priority=true"
-        + (f",hardware={one['hardware']}" if one["hardware"] else "")
-        for one in endpoints.values()
-    ]
-    process = subprocess.Popen(
-        [HEADGATE, "up", *engines, "--json", "--directory", tmp_path_factory.mktemp("up")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    line = process.stdout.readline()
-    assert line, "the system did not start"
-    yield json.loads(line)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
 
 
 @pytest.fixture

@@ -2,45 +2,17 @@
 
 import json
 import os
-import signal
 import subprocess
 
 import pytest
-from fleets import HEADGATE, ROOT, ended, started
+from fleets import ROOT
 from outside import MODEL, Facts
 
 pytestmark = pytest.mark.timeout(300)
 
 SEATS = 8
+FLEET = ("2", "--profiles", "h100", "--max-num-seqs", str(SEATS))
 PROMPTS = 40
-
-
-@pytest.fixture(scope="module")
-def endpoints(fleet_home):
-    """Two servers on the clock of an H100."""
-    process, found = started(fleet_home, "2", "--profiles", "h100", "--max-num-seqs", str(SEATS))
-    yield found
-    ended(process)
-
-
-@pytest.fixture(scope="module")
-def system(endpoints, tmp_path_factory):
-    """Private Redis, dispatchers, worker and door before them."""
-    engines = [
-        f"--engine={one['name']}={one['url']},max_num_seqs={SEATS},hardware=h100"
-        for one in endpoints
-    ]
-    process = subprocess.Popen(
-        [HEADGATE, "up", *engines, "--json", "--directory", tmp_path_factory.mktemp("up")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    line = process.stdout.readline()
-    assert line, "the system did not start"
-    yield json.loads(line)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
 
 
 class TestOpenAI(Facts):
