@@ -13,8 +13,8 @@ from dispatcher.cli import contender
 from dispatcher.cli.crew import Crew
 from dispatcher.cli.download import FileError
 from scheduler.errors import SettingsError
+from scheduler.sim import catalogue, foresight, policy, promise, report, shape, trace, workload
 from scheduler.sim import fleet as fleets
-from scheduler.sim import foresight, policy, promise, report, shape, trace, workload
 from scheduler.sim.fleet import CERTAIN, NO_DELAYS, Fleet
 from scheduler.sim.foresight import Lengths
 from scheduler.sim.lab import Bounds, Lab
@@ -30,7 +30,7 @@ TraceOption = Annotated[
 FleetOption = Annotated[
     str,
     typer.Option(
-        "--fleet", metavar="NAME|FILE", help="A TOML file or: " + ", ".join(fleets.BUILT_IN)
+        "--fleet", metavar="NAME|FILE", help="A TOML file or: " + ", ".join(catalogue.FLEETS)
     ),
 ]
 PolicyOption = Annotated[
@@ -141,7 +141,7 @@ def load_fleet(name: str) -> Fleet:
     path = Path(name)
     if name.endswith(".toml") or path.is_file():
         return fleets.parse(text(path), name)
-    return fleets.built_in(name)
+    return catalogue.named(name)
 
 
 def numbers(text: str, what: str) -> list[float]:

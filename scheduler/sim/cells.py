@@ -26,8 +26,8 @@ import msgspec
 from msgspec import structs
 
 from scheduler.errors import SettingsError
+from scheduler.sim import catalogue, foresight, promise, shape
 from scheduler.sim import fleet as fleets
-from scheduler.sim import foresight, promise, shape
 from scheduler.sim.fleet import NO_DELAYS, EndpointSpec, Fault, Fleet
 from scheduler.sim.foresight import Lengths
 from scheduler.sim.lab import Lab
@@ -223,7 +223,7 @@ def _shaped(arrivals: Workload, part: Part, at: int) -> Workload:
 
 def _fleet(name: str, cell: Cell) -> Fleet:
     found = (
-        fleets.built_in(cell.fleet)
+        catalogue.named(cell.fleet)
         if cell.fleet
         else fleets.checked(Fleet(name=name, endpoints=cell.endpoints))
     )

@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
+from scheduler.sim import truth
 from scheduler.sim.admission import Admission
 from scheduler.sim.attempt import Attempt
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays, Machine
 from scheduler.sim.handover import Handover, Party
 from scheduler.sim.leases import Leases
+from scheduler.sim.news import News
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.step import Step
 from scheduler.sim.tempo import Tempo
@@ -96,9 +98,7 @@ class Endpoint(Party):
         "Up to here the engine has been run."
         self._quiet_until: float | None = None
         self._prefill_tokens = 0
-        self._started: list[str] = []
-        self._first_tokens: list[str] = []
-        self._news_at = math.inf
+        self._news = News(self._delays.news_s)
         self._tend_at = math.inf
         self._leases.clear()
         self._admission.restart()
@@ -174,7 +174,7 @@ class Endpoint(Party):
         """When `turn` would do something; `inf`: not before it is told something."""
         if self.is_dead or self.is_frozen:
             return math.inf
-        at = min(self._news_at, self._tend_at, self._leases.next_at())
+        at = min(self._news.at, self._tend_at, self._leases.next_at())
         if self._step is not None:
             at = min(at, self._step.ended_at)
         elif self._quiet_until is not None:
@@ -200,7 +200,7 @@ class Endpoint(Party):
             self._enter(self._entering.popleft()[1], now)
         if self._step is None and self._quiet_until is None:
             self._begin(now)
-        if self._news_at <= now:
+        if self._news.at <= now:
             self._report(now, self.beat(now))
 
     def _catch_up(self, now: float) -> None:
@@ -251,8 +251,7 @@ class Endpoint(Party):
         attempt.admitted_at = now
         self._prefill_tokens += attempt.uncached_tokens
         self._entering.append((now + self._frontend_s, attempt))
-        self._started.append(attempt.name)
-        self._hurry(now)
+        self._news.start(attempt, now)
 
     def _enter(self, attempt: Attempt, now: float) -> None:
         if self._running.get(attempt.job.id) is not attempt:
@@ -298,27 +297,16 @@ class Endpoint(Party):
     def first_token_s(self, prompt_tokens: int, keys: list[int], now: float) -> float:
         """The truth, for the oracle: seconds to a prompt's first token were it admitted now."""
         self.turn(now)
-        engine, settings = self.engine, self.machine.settings
-        tokens, pairs = engine.prefill_left()
-        limit = (prompt_tokens - 1) // settings.block_size if settings.prefix_caching else 0
-        cached = engine.kv.match(keys, limit) * settings.block_size
-        for _, attempt in self._entering:
-            tokens += attempt.sequence.total_tokens
-            pairs += attempt.sequence.total_tokens**2 // 2
-        own = prompt_tokens - cached
-        tokens += own
-        pairs += own * cached + own * own // 2
-        n_decodes = len(self._running)
-        n_steps = -(-tokens // settings.max_num_batched_tokens)
-        a_step_s = self.machine.actual.step_s(
-            n_decodes + 1, tokens // n_steps + n_decodes, pairs // n_steps, engine.decode_context
-        )
         under_way_s = 0.0 if self._step is None else self._step.ended_at - now
-        return (
-            self._frontend_s
-            + max(under_way_s, 0.0)
-            + n_steps * a_step_s * engine.durations.slowdown
+        steps_s = truth.prefill_s(
+            self.engine,
+            self.machine,
+            prompt_tokens=prompt_tokens,
+            keys=keys,
+            entering=[attempt.sequence for _, attempt in self._entering],
+            n_decodes=len(self._running),
         )
+        return self._frontend_s + max(under_way_s, 0.0) + steps_s
 
     # What steps bring.
 
@@ -349,9 +337,7 @@ class Endpoint(Party):
             return  # its token is for nobody
         if attempt.fate.first_token_at is None:
             attempt.fate.first_token_at = now
-        assert attempt.admitted_at is not None
-        self._first_tokens.append(f"{attempt.name}:{(now - attempt.admitted_at) * 1e3:.0f}")
-        self._hurry(now)
+        self._news.first_token(attempt, now)
 
     def _finish(self, attempt: Attempt, now: float) -> None:
         del self._running[attempt.job.id]
@@ -415,9 +401,7 @@ class Endpoint(Party):
 
     def beat(self, now: float) -> Beat:
         """A heartbeat, with the news so far."""
-        self._news_at = math.inf
-        started, self._started = tuple(self._started), []
-        first_tokens, self._first_tokens = tuple(self._first_tokens), []
+        started, first_tokens = self._news.take()
         settings, engine = self.machine.settings, self.engine
         return Beat(
             endpoint=self.name,
@@ -439,9 +423,6 @@ class Endpoint(Party):
             started=started,
             first_tokens=first_tokens,
         )
-
-    def _hurry(self, now: float) -> None:
-        self._news_at = min(self._news_at, now + self._delays.news_s)
 
     def _reward(self, attempt: Attempt, outcome: str, now: float) -> Reward:
         return attempt.reward(self.machine, self.epoch, outcome, now)

@@ -94,7 +94,7 @@ def stage(found: Story, objectives: dict[str, Objective], *, name: str, lease_s:
     """The recording as a lab.
 
     Raises:
-        SettingsError: nobody asked, nobody served, or several models were asked for.
+        SettingsError: nobody asked, nobody served, several models were asked for, or prefill was parted from decode.
     """
     if not found.requests:
         raise SettingsError(f"{name}: holds no request, wanted at least one")
@@ -106,6 +106,12 @@ def stage(found: Story, objectives: dict[str, Objective], *, name: str, lease_s:
         )
     if not found.beats:
         raise SettingsError(f"{name}: holds no beat of any endpoint, wanted at least one")
+    prefilling = [who for who, beats in found.beats.items() if "prefill" in beats[-1][1].roles]
+    if prefilling:
+        raise SettingsError(
+            f"{name}: {', '.join(sorted(prefilling))} only prefill, wanted endpoints that serve whole requests: "
+            "what a prompt and its answer took on two endpoints fits no single one"
+        )
     start_at = min(at for _, at in found.requests.values())
     promised = work(found, objectives, start_at)
     if not promised.arrivals:

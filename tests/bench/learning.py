@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import structs
 
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.sim import cells, fleet, policy, trace, workload, world
+from scheduler.sim import catalogue, cells, fleet, policy, trace, workload, world
 from scheduler.sim.baselines.lodestar import Lodestar
 from scheduler.sim.cells import Cell
 from scheduler.sim.fleet import EndpointSpec, Fault, Fleet
@@ -134,7 +134,7 @@ CASES = {
 
 CELLS = {
     "A1-conv": (EndpointSpec(profile="a30", count=4), EndpointSpec(profile="a30", count=4)),
-    "A2-mixed": fleet.built_in("mixed-h100-a100-l40s").endpoints,
+    "A2-mixed": catalogue.named("mixed-h100-a100-l40s").endpoints,
 }
 "Their fleets; the last kind is the one that may declare what it is not, and that joins and dies."
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dispatcher.cli import capacity, compare, simulate
 from scheduler.errors import HeadgateError
 from scheduler.sim import policy
-from scheduler.sim.fleet import BUILT_IN
+from scheduler.sim.catalogue import FLEETS
 from scheduler.sim.report import Report
 
 KEYS = """policy load rate_rps seed n n_completed n_expired n_rejected on_time on_time_weighted ttft_attainment
@@ -166,7 +166,7 @@ class TestSimulate:
 def test_the_page_knows_every_name():
     """docs/EVALUATION.md names each policy, fleet and key of the JSON."""
     page = (Path(__file__).parents[2] / "docs" / "EVALUATION.md").read_text()
-    names = [*policy.BY_NAME, *BUILT_IN, *Report.__struct_fields__]
+    names = [*policy.BY_NAME, *FLEETS, *Report.__struct_fields__]
     assert [name for name in names if f"`{name}`" not in page] == []
 
 

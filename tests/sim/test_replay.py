@@ -269,6 +269,24 @@ class TestFormat:
 
 
 class TestRecorded:
+    @pytest.mark.parametrize(
+        ("models", "roles", "message"),
+        [
+            (("a", "b"), ("both",), r"holds requests for 2 models \(a, b\), wanted one"),
+            (("a", "a"), ("prefill",), "e0 only prefill, wanted endpoints that serve whole"),
+        ],
+        ids=["two models", "two legs"],
+    )
+    def test_what_the_lab_cannot_play_again_is_refused(self, models, roles, message):
+        """It fits one profile to each endpoint, and all of them serve one model, whole."""
+        told = recorded.Story(
+            requests={f"r{at}": (Request(model=m), float(at)) for at, m in enumerate(models)},
+            beats={"e0": [(0.0, Beat(endpoint="e0", epoch=1, roles=roles))]},
+        )
+
+        with pytest.raises(SettingsError, match=message):
+            recorded.stage(told, {}, name="log", lease_s=3.0)
+
     def test_the_arrivals_are_those_of_the_run(self):
         """Moments, lengths and promises come back; who never finished has the usual length."""
         run, data = recorded_run(rate_rps=4.0)

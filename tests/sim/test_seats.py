@@ -4,13 +4,13 @@ import pytest
 from msgspec import structs
 
 from scheduler.errors import SettingsError
-from scheduler.sim import fleet, policy
+from scheduler.sim import catalogue, policy
 from scheduler.sim.fleet import EndpointSpec, Fleet
 from scheduler.sim.lab import Lab
 from scheduler.sim.promise import Promised
 from scheduler.sim.workload import Arrival
 
-PARTED = fleet.built_in("pd-a100x4-a100x4")
+PARTED = catalogue.named("pd-a100x4-a100x4")
 WHOLE = Fleet(name="one", endpoints=(EndpointSpec(profile="a100"),))
 
 
@@ -56,7 +56,8 @@ def test_seats_that_cannot_be_say_what_can():
     with pytest.raises(SettingsError, match=r"seats=0.*>= 1"):
         policy.named("fcfs:seats=0")
     few = structs.replace(
-        WHOLE, endpoints=(*WHOLE.endpoints, EndpointSpec(profile="h100", engine=fleet.H100_ENGINE))
+        WHOLE,
+        endpoints=(*WHOLE.endpoints, EndpointSpec(profile="h100", engine=catalogue.H100_ENGINE)),
     )
     with pytest.raises(SettingsError, match=r"'plan' has seats 257, wanted at most 256, .* one"):
         lab(few).admit(policy.named("plan:seats=257"))
