@@ -15,7 +15,7 @@ def command(
     now: float,
     policy: str,
     waiting: int,
-    by_slot: Sequence[Endpoint | None],
+    names: Sequence[str],
     features: tuple[str, ...],
     kept: Kept | None = None,
 ) -> Assign:
@@ -27,7 +27,7 @@ def command(
         now: unix seconds.
         policy: the policy's name.
         waiting: how many waited at that moment.
-        by_slot: the endpoints.
+        names: the endpoints', by slot.
         features: what the predictor saw.
         kept: for a decode leg, the KV of its prompt.
     """
@@ -48,10 +48,12 @@ def command(
         best_cached_tokens=choice.best_cached_tokens,
         waiting=waiting,
         propensity=choice.propensity,
-        candidates=tuple([f"{_name(by_slot[slot])}={s:.4g}" for slot, s in choice.candidates]),
+        candidates=tuple([f"{names[slot]}={seconds:.4g}" for slot, seconds in choice.candidates]),
         weighed=tuple(
-            f"{_name(by_slot[slot])}={chance:.4g},{start_s:.4g},{cached},{used:.3g}"
-            for slot, chance, start_s, cached, used in choice.weighed
+            [
+                f"{names[slot]}={chance:.4g},{start_s:.4g},{cached},{used:.3g}"
+                for slot, chance, start_s, cached, used in choice.weighed
+            ]
         ),
         features=features,
         reason=_reason(choice, endpoint, slack_s),
@@ -95,10 +97,6 @@ def _job(
         kv_params=b"" if kept is None else kept.params,
         kv_until_at=None if kept is None else kept.until_at,
     )
-
-
-def _name(endpoint: Endpoint | None) -> str:
-    return "" if endpoint is None else endpoint.name
 
 
 def _reason(choice: Choice, endpoint: Endpoint, slack_s: float | None) -> str:

@@ -63,7 +63,8 @@ class Scheduler:
         """What to do now, in this order. Bounded work however many wait (I8)."""
         self._pass_time(now)
         self._endpoints.take_back_the_lost()
-        self._requests.abort_the_cancelled()
+        if self._requests.has_news:
+            self._requests.abort_the_cancelled()
         self._requests.end_the_late()
         self._requests.refuse_strange_models()
         self._requests.refuse_the_too_long()

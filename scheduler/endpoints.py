@@ -258,6 +258,15 @@ class Endpoints:
 
     def take_back_the_lost(self) -> None:
         """Give back what nobody works on: new lives, ended leases, strays of a recovery, what its worker never got."""
+        if self.has_news:
+            self._take_back_the_named()
+        if self._lease_at <= self._memory.now:
+            self._lose_the_silent()
+        legs = self._memory.book.legs
+        for ticket in legs.lost(self._memory.now) if legs.kept else ():
+            self._lose_kv(ticket, "nobody could decode it before its KV was forgotten")
+
+    def _take_back_the_named(self) -> None:
         for ticket, endpoint in self._astray:
             if ticket.is_held and ticket.endpoint == endpoint.name:
                 self._take_back(ticket, endpoint, f"{endpoint.name} began a new life")
@@ -272,10 +281,6 @@ class Endpoints:
             self._lose(endpoint, f"{name} began a new life")
             self._join(beat, is_drained=endpoint.is_drained)
         self._reborn.clear()
-        if self._lease_at <= self._memory.now:
-            self._lose_the_silent()
-        for ticket in self._memory.book.legs.lost(self._memory.now):
-            self._lose_kv(ticket, "nobody could decode it before its KV was forgotten")
 
     def _lose_the_silent(self) -> None:
         lease_s, now = self._memory.settings.lease_s, self._memory.now

@@ -11,8 +11,6 @@ import numpy as np
 from scheduler.state import Bools, Endpoint, Floats
 from scheduler.wire.worker import Beat
 
-SEATS, KV, LENGTH, READY = range(4)
-
 EPOCHS_MAX = 10_000
 "Names of endpoints whose last epoch is remembered after they left."
 
@@ -23,7 +21,10 @@ class Fleet:
     def __init__(self) -> None:
         self.endpoints: dict[str, Endpoint] = {}
         self.by_slot: list[Endpoint | None] = []
+        self.names: list[str] = []
+        "The same by name; empty where nobody is."
         self._limits: Floats = np.zeros((4, 0))
+        self._name_rows()
         self._barriers: dict[str, Floats] = {}
         self._longest: dict[str, float | None] = {}
         self.epochs: dict[str, int] = {}
@@ -37,30 +38,6 @@ class Fleet:
         "Every model that was ever served: a restart of its only endpoint makes it no stranger."
 
     @property
-    def seats_max(self) -> Floats:
-        """Each engine's seats."""
-        row: Floats = self._limits[SEATS]
-        return row
-
-    @property
-    def kv_max(self) -> Floats:
-        """Each engine's KV tokens; `inf` where unknown."""
-        row: Floats = self._limits[KV]
-        return row
-
-    @property
-    def length_max(self) -> Floats:
-        """The longest context each serves; `inf` where unknown."""
-        row: Floats = self._limits[LENGTH]
-        return row
-
-    @property
-    def ready_s(self) -> Floats:
-        """0 for each endpoint that takes work, `inf` for the others."""
-        row: Floats = self._limits[READY]
-        return row
-
-    @property
     def is_prefill(self) -> Bools:
         """Which slots compute prompts for others and do nothing else."""
         return self._by_role()[0]
@@ -70,21 +47,18 @@ class Fleet:
         """Which slots take prompts over that others have computed."""
         return self._by_role()[1]
 
-    @property
-    def names(self) -> list[str]:
-        """By slot; empty where nobody is."""
-        return ["" if e is None else e.name for e in self.by_slot]
-
     def join(self, beat: Beat, now: float) -> Endpoint:
         """A new endpoint, on the first free slot."""
         assert beat.endpoint not in self.endpoints, f"endpoint {beat.endpoint!r} is here already"
         slot = self.by_slot.index(None) if None in self.by_slot else len(self.by_slot)
         if slot == len(self.by_slot):
             self.by_slot.append(None)
+            self.names.append("")
             self._limits = np.column_stack([self._limits, np.zeros(4)])
+            self._name_rows()
         endpoint = Endpoint(name=beat.endpoint, slot=slot, beat=beat, seen_at=now, held={})
         self.endpoints[endpoint.name] = endpoint
-        self.by_slot[slot] = endpoint
+        self.by_slot[slot], self.names[slot] = endpoint, endpoint.name
         self.hear(endpoint, beat, now)
         return endpoint
 
@@ -95,11 +69,9 @@ class Fleet:
         endpoint.away_at = None if beat.state != "away" else endpoint.away_at or now
         if before is not beat and _terms(before) == _terms(beat):
             return  # most beats say nothing that eligibility follows from
-        self._limits[SEATS, endpoint.slot] = max(0, beat.max_num_seqs)
-        self._limits[KV, endpoint.slot] = beat.kv_tokens if beat.kv_tokens > 0 else np.inf
-        self._limits[LENGTH, endpoint.slot] = (
-            beat.max_model_len if beat.max_model_len > 0 else np.inf
-        )
+        self.seats_max[endpoint.slot] = max(0, beat.max_num_seqs)
+        self.kv_max[endpoint.slot] = beat.kv_tokens if beat.kv_tokens > 0 else np.inf
+        self.length_max[endpoint.slot] = beat.max_model_len if beat.max_model_len > 0 else np.inf
         self.known_models.update(dict.fromkeys(beat.models))
         if _only_prefills(beat):
             self.prefilling[endpoint.name] = None
@@ -121,7 +93,7 @@ class Fleet:
             f"endpoint {endpoint.name!r} leaves with {len(endpoint.held)} held"
         )
         del self.endpoints[endpoint.name]
-        self.by_slot[endpoint.slot] = None
+        self.by_slot[endpoint.slot], self.names[endpoint.slot] = None, ""
         self._limits[:, endpoint.slot] = 0.0, 0.0, 0.0, np.inf
         self.prefilling.pop(endpoint.name, None)
         self._forget()
@@ -155,6 +127,13 @@ class Fleet:
         least: Floats = np.minimum.reduce(barriers)
         return least
 
+    def _name_rows(self) -> None:
+        self.seats_max, self.kv_max, self.length_max, self.ready_s = self._limits
+        """
+        Of each slot: its engine's seats and KV tokens, the longest context it serves (both `inf` where unknown), and
+        0 where it takes work, `inf` where not.
+        """
+
     def _all(self) -> Iterable[Endpoint]:
         return self.endpoints.values()
 
@@ -167,7 +146,7 @@ class Fleet:
         return self._roles
 
     def _reopen(self, endpoint: Endpoint) -> None:
-        self._limits[READY, endpoint.slot] = 0.0 if endpoint.takes_work else np.inf
+        self.ready_s[endpoint.slot] = 0.0 if endpoint.takes_work else np.inf
         self._forget()
 
     def _forget(self) -> None:

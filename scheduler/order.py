@@ -204,9 +204,10 @@ class Lines:
         "Those of a priority below 0, in the order in which they began to wait."
         self.tokens = 0
         "Prompt tokens of all of them: the backlog, before any endpoint is chosen."
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.aside)
+        return self._count
 
     def since(self) -> list[float]:
         """When the longest waiting came, of those near the front of each line; empty: nobody waits."""
@@ -222,6 +223,7 @@ class Lines:
         if self.longest is not None:
             self.longest.add(ticket)
         self.tokens += ticket.prompt_tokens
+        self._count += 1
 
     def remove(self, ticket: Ticket) -> None:
         """It waits no longer, wherever it stood."""
@@ -238,6 +240,7 @@ class Lines:
         if self.longest is not None:
             self.longest.remove(ticket)
         self.tokens -= ticket.prompt_tokens
+        self._count -= 1
 
     def charge(self, ticket: Ticket, prompt_tokens: float, output_tokens: float) -> None:
         """Its tenant is given this much, in place of what was charged for the same request before."""

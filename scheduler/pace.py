@@ -153,7 +153,7 @@ class Pace:
         """The terms of one endpoint at this moment."""
         step_s, sequence_s, kv_s = self._rated[:, slot].tolist()
         parts = step_s, sequence_s * batch, kv_s * read
-        prefill_s = float(self._prefill_s[slot]) * self._faded(now)
+        prefill_s = self._prefill_s.item(slot) * self._faded(now)
         share = min(SHARE_MAX, prefill_s / PREFILL_S)
         return (*parts, sum(parts) * share / (1.0 - share))
 

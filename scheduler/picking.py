@@ -39,6 +39,7 @@ class Picker:
         self._settings = settings
         self._fill = np.array(settings.fill)
         "As an array: numpy takes as long again to make one of a number."
+        self._near = 1.0 + settings.tie
         self._rng = rng
         self._onward = onward
         self._casting = casting
@@ -63,7 +64,7 @@ class Picker:
         if self._settings.explore > 0:
             slot, propensity = self._explored(total_s, score_s, cheapest, left_s)
             return slot, propensity, f"{why}, drawn" if propensity < 1 else why
-        near = (score_s <= score_s[cheapest] * (1.0 + self._settings.tie)).nonzero()[0]
+        near = (score_s <= score_s[cheapest] * self._near).nonzero()[0]
         if len(near) == 1:
             return cheapest, 1.0, why
         drawn = int(self._rng.random() * len(near))

@@ -49,11 +49,12 @@ class Planning:
         self._fleet = memory.book.fleet
         self._settings = memory.settings.plan
         self._terms = memory.settings.policy.terms
+        self._label = memory.settings.policy.label
         self._rng = rng
         profile = memory.settings.profile
         self._assembly = None if profile is None else Assembly(profile)
         self._usual = Usual()
-        self._works = Works(memory.prefixes, memory.sessions)
+        self._works = Works(memory.prefixes, memory.sessions, self._fleet.by_slot)
         self._aside_credit_s = 0.0
         self._room_at: float | None = None
         self._rested_at: float | None = None
@@ -77,9 +78,11 @@ class Planning:
         planner = self._planner(wanted_s)
         if planner.onward is not None:
             self._serve_prefilled(planner, planner.onward, prefilled)
-        self._serve_aged(planner)
+        if lines.aside:
+            self._serve_aged(planner)
         line = self._serve_line(planner)
-        self._turn(planner)
+        if planner.turns:
+            self._turn(planner)
         if lines.aside and not planner.is_cut and planner.has_idle():
             self._fill(planner)
         for choice in planner.choices:
@@ -169,7 +172,7 @@ class Planning:
             terms=self._terms,
             odds=self._memory.predictor.odds,
             usual=self._usual,
-            work=lambda ticket: self._works.of(ticket, len(fleet.by_slot)),
+            work=self._works.of,
             barrier=fleet.barrier,
             noise=self._memory.predictor.pace.noise,
             rng=self._rng,
@@ -246,7 +249,7 @@ class Planning:
             choice.slot,
             tokens=choice.line.tokens + choice.ahead_tokens,
             pairs=choice.line.pairs + choice.ahead_pairs,
-            decode_kv=float(self._book.ledger.decode_kv[choice.slot]),
+            decode_kv=self._book.ledger.decode_kv.item(choice.slot),
             start_s=choice.start_s,
         )
         memory.outbox.assign(
@@ -254,9 +257,9 @@ class Planning:
                 choice,
                 endpoint,
                 now=memory.now,
-                policy=memory.settings.policy.label,
+                policy=self._label,
                 waiting=waiting,
-                by_slot=self._fleet.by_slot,
+                names=self._fleet.names,
                 features=features,
                 kept=kept,
             )

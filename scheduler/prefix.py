@@ -137,33 +137,31 @@ class Index:
 
     def held(self, chain: Sequence[str]) -> tuple[tuple[int, int], ...]:
         """The same as bits: slots that hold as much as one another, and how many blocks, the least first."""
+        holders = self._holders.get(chain[0], 0) if chain else 0
+        if not holders:
+            return ()
         found: list[tuple[int, int]] = []
-        by_block = self._holders
-        holders = by_block.get(chain[0], 0) if chain else 0
-        depth = 0
-        for block in chain:
-            if not holders:
-                return tuple(found)
-            still = holders & by_block.get(block, 0)
-            if still != holders:
-                found.append((holders & ~still, depth))
-                holders = still
-            depth += 1
-        if holders:
-            found.append((holders, depth))
+        for depth, by_block in enumerate(map(self._holders.get, chain)):
+            if by_block != holders:  # else as those before it: most blocks of a chain are
+                still = holders & (by_block or 0)
+                if still != holders:
+                    found.append((holders & ~still, depth))
+                    holders = still
+                    if not holders:
+                        return tuple(found)
+        found.append((holders, len(chain)))
         return tuple(found)
 
     def insert(self, slot: int, chain: Sequence[str]) -> None:
         """This prompt goes there: its blocks are the most recent, the first of them most of all."""
         cache = self._caches[slot]
+        believed, told = cache.believed, cache.told
         for block in reversed(chain):
-            if block in cache.told:
-                continue
-            if block in cache.believed:
-                del cache.believed[block]
-            else:
+            if block in believed:
+                believed[block] = believed.pop(block)
+            elif block not in told:
                 self._remember(slot, block)
-            cache.believed[block] = None
+                believed[block] = None
         self._evict(slot)
 
     def correct(self, slot: int, *, believed_tokens: int, cached_tokens: int) -> None:

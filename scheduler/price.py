@@ -39,7 +39,7 @@ class Usual:
             return 0.0
         ahead_s = room.mean(room.backlog_s)
         # Those set aside who are tried again do not count: they compete only if they are taken up.
-        tokens = sum(ticket.prompt_tokens for ticket in line if ticket.state != "set_aside")
+        tokens = sum([ticket.prompt_tokens for ticket in line if ticket.state != "set_aside"])
         return ahead_s / max(self.work_s, 1e-6) + tokens / self.tokens / room.count
 
     def share(self, ticket: Ticket, room: Room) -> float:

@@ -178,6 +178,8 @@ class Requests:
             self._strange.clear()
             return
         models = [model for model in lines.by_model if model not in fleet.known_models]
+        if not models and not self._strange:
+            return
         self._strange = {model: self._strange.get(model, now) for model in models}
         for model, since in list(self._strange.items()):
             if since + self._memory.settings.unknown_model_grace_s <= now:
@@ -185,6 +187,8 @@ class Requests:
 
     def refuse_the_too_long(self) -> None:
         """End what came before its model's endpoints and is longer than any of them serves."""
+        if not self._unmeasured:
+            return
         book, now = self._memory.book, self._memory.now
         served = [model for model in self._unmeasured if book.fleet.longest(model) is not None]
         self._served_since = {model: self._served_since.get(model, now) for model in served}

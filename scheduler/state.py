@@ -114,15 +114,15 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     is_cancelled: bool = False
     "Somebody cancelled it while a worker held it: it must not be tried again."
 
-    @property
-    def id(self) -> str:
-        """The request's id."""
-        return self.request.id
+    id: str = ""
+    "The request's; kept here, as it is asked for a dozen times a step."
 
-    @property
-    def order(self) -> tuple[float, float, str]:
-        """Its place in line: the policy's rank, ties to the older, then by id."""
-        return self.rank, self.enqueued_at, self.request.id
+    order: tuple[float, float, str] = (0.0, 0.0, "")
+    "Its place in line: the policy's rank, ties to the older, then by id."
+
+    def __post_init__(self) -> None:
+        self.id = self.request.id
+        self.order = self.rank, self.enqueued_at, self.id
 
     @property
     def is_held(self) -> bool:

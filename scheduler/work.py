@@ -2,13 +2,14 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
 from scheduler.prefix import BLOCK_TOKENS, Index, slots
 from scheduler.sessions import Sessions
-from scheduler.state import Floats, Ticket
+from scheduler.state import Endpoint, Floats, Ticket
 
 KNOWN_MAX = 4096
 "Of so many who wait it is remembered; then all are looked up anew."
@@ -71,20 +72,23 @@ class _Known(msgspec.Struct):
 class Works:
     """Of everybody who waits."""
 
-    def __init__(self, prefixes: Index, sessions: Sessions) -> None:
-        """Look prompts up here."""
+    def __init__(
+        self, prefixes: Index, sessions: Sessions, by_slot: Sequence[Endpoint | None]
+    ) -> None:
+        """Look prompts up here, for the endpoints of the moment."""
         self._prefixes = prefixes
         self._sessions = sessions
+        self._by_slot = by_slot
         self._known: dict[str, _Known] = {}
 
-    def of(self, ticket: Ticket, n_slots: int) -> Work:
+    def of(self, ticket: Ticket) -> Work:
         """What is left of this one."""
         request = ticket.request
         if request.blocks:
-            return self._by_blocks(ticket, n_slots)
+            return self._by_blocks(ticket)
         cached = None
         if request.session:
-            cached = np.zeros(n_slots)
+            cached = np.zeros(len(self._by_slot))
             found = self._sessions.match(request.session, ticket.prompt_tokens)
             for slot, tokens in found.items():
                 cached[slot] = tokens
@@ -94,8 +98,9 @@ class Works:
         """It waits no longer."""
         self._known.pop(request_id, None)
 
-    def _by_blocks(self, ticket: Ticket, n_slots: int) -> Work:
-        known, version = self._known.get(ticket.id), self._prefixes.version
+    def _by_blocks(self, ticket: Ticket) -> Work:
+        n_slots, version = len(self._by_slot), self._prefixes.version
+        known = self._known.get(ticket.id)
         if known is not None and known.version == version:
             return known.work
         held = self._prefixes.held(ticket.request.blocks)
