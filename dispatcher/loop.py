@@ -9,9 +9,9 @@ leader.
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
+from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
 import structlog
 
 from dispatcher.delivery import Delivery, wait_out
@@ -20,7 +20,7 @@ from dispatcher.journal import Core
 from dispatcher.metrics import Meter
 from dispatcher.moves import Move, Moves
 from dispatcher.recovery import FORMAT, Recovery, Saved
-from dispatcher.streams.connection import Begun, Connection, Entry, Read
+from dispatcher.streams.connection import Begun, Connection, Read
 from scheduler.errors import FencedError, StreamError
 from scheduler.events import (
     Arrived,
@@ -36,6 +36,9 @@ from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.settings import LoopSettings
 from scheduler.wire.client import Control
 
+if TYPE_CHECKING:
+    from scheduler.wire.dispatcher import Decision
+
 BLOCK_S = 1.0
 "How long one read waits on the server; a stop or a changed cursor waits for it at most."
 
@@ -45,6 +48,12 @@ INBOX_MAX = 8
 TURN_MIN_S = 0.001
 "Between two turns that news does not call for."
 
+REASONS_S = 0.02
+"How long the log of decisions may lack why a job was handed over, where nothing else happens; a crash takes that along."
+
+REASONS_MAX = 64
+"So many are logged whoever arrives."
+
 TROUBLE_S = 0.1
 "Before a turn that follows a call the server would not do, so that a lasting complaint is not a hot loop."
 
@@ -52,13 +61,6 @@ STRAYS_EVERY_S = 1.0
 "Between two looks at what other consumers hold."
 
 log = structlog.get_logger()
-
-
-class Batch(msgspec.Struct, frozen=True):
-    """What one read brought."""
-
-    stream: str
-    entries: Sequence[Entry]
 
 
 class _Turn(NamedTuple):
@@ -98,7 +100,7 @@ class Loop:
         self._recovery = recovery
         self._delivery = delivery
         self._meter = meter
-        self._inbox: asyncio.Queue[Batch] = asyncio.Queue(INBOX_MAX)
+        self._inbox: asyncio.Queue[Read] = asyncio.Queue(INBOX_MAX)
         self._is_idle = False
         "Nothing is under way and nothing waits: news may begin a turn."
         self._begun: _Turn | None = None
@@ -106,6 +108,8 @@ class Loop:
         self._taken: Read | None = None
         "Those news."
         self._woken = asyncio.Event()
+        self._reasons: list[Decision] = []
+        "Why jobs were handed over: logged with a step in which nobody arrives, since no worker waits for it."
         self._cursors: dict[str, str] = {}
         "The last entry of each log that the core has received."
         self._trouble = False
@@ -163,17 +167,18 @@ class Loop:
             turn, self._begun = self._begun, None
             if turn is not None:
                 return turn
-        batches: list[Batch] = []
+        read: Read = {}
         while not self._inbox.empty():
-            batches.append(self._inbox.get_nowait())
-        return self._turn(batches)
+            for stream, entries in self._inbox.get_nowait().items():
+                read.setdefault(stream, []).extend(entries)
+        return self._turn(read)
 
     def _came(self, read: Read) -> None:
         """News, the moment they are here: they begin a turn, unless something is under way."""
         if read and self._is_idle and self._taken is None:
             self._is_idle = False
             self._taken = read
-            self._begun = self._turn([Batch(*row) for row in read.items()])
+            self._begun = self._turn(read)
             self._woken.set()
 
     async def _queue(self, read: Read) -> None:
@@ -181,40 +186,38 @@ class Loop:
         if read is self._taken:
             self._taken = None
             return
-        for row in read.items():
-            await self._inbox.put(Batch(*row))
+        if read:
+            await self._inbox.put(read)
         await asyncio.sleep(0)  # what came is planned before more is asked for
 
     def _pause_s(self) -> float:
         wakeup_at = self._core.wakeup_at()
-        longest_s = self._settings.step_s
+        longest_s = REASONS_S if self._reasons else self._settings.step_s
         if wakeup_at is None:
             return longest_s
         shortest_s = TROUBLE_S if self._trouble else TURN_MIN_S
         return min(longest_s, max(shortest_s, wakeup_at - self._connection.now()))
 
-    def _turn(self, batches: Sequence[Batch]) -> _Turn:
+    def _turn(self, read: Read) -> _Turn:
         """Begin a turn: no other task has its own between the news and what follows from them."""
         self._trouble = False
-        events, arrived, unreadable = self._decoded(batches)
+        events, arrived, unreadable = self._decoded(read)
         self._receive(events)
-        with self._meter.deciding():
-            commands = self._core.decide(self._connection.now())
-        return self._carry(arrived, unreadable, commands)
+        began_at = perf_counter()
+        commands = self._core.decide(self._connection.now())
+        took_s = perf_counter() - began_at
+        turn = self._carry(arrived, unreadable, commands)
+        self._meter.turned(took_s)
+        return turn
 
-    def _decoded(
-        self, batches: Sequence[Batch]
-    ) -> tuple[list[Event], list[Arrived], list[Unreadable]]:
+    def _decoded(self, read: Read) -> tuple[list[Event], list[Arrived], list[Unreadable]]:
         """Events in the order requests, rewards, beats, controls: causes before what they cause."""
-        by_stream: dict[str, list[Entry]] = {}
-        for batch in batches:
-            by_stream.setdefault(batch.stream, []).extend(batch.entries)
-        read = [self._reader.request(entry) for entry in by_stream.pop(self._keys.requests, [])]
-        arrived = [event for event in read if isinstance(event, Arrived)]
-        unreadable = [event for event in read if isinstance(event, Unreadable)]
+        requests = [self._reader.request(entry) for entry in read.get(self._keys.requests, ())]
+        arrived = [event for event in requests if isinstance(event, Arrived)]
+        unreadable = [event for event in requests if isinstance(event, Unreadable)]
         events: list[Event] = list(arrived)
         for stream in (self._keys.rewards, self._keys.beats, self._keys.controls):
-            entries = by_stream.get(stream)
+            entries = read.get(stream)
             if not entries:
                 continue
             for entry in entries:
@@ -256,7 +259,12 @@ class Loop:
         commands: Sequence[Command],
     ) -> _Turn:
         """Send off what a turn comes to."""
-        moves = self._moves.of(arrived, unreadable, commands, self._connection.now())
+        reasons: list[Decision] = []
+        if not arrived or len(self._reasons) >= REASONS_MAX:
+            reasons, self._reasons = self._reasons, []
+        moves = self._moves.of(
+            arrived, unreadable, commands, self._connection.now(), reasons=reasons
+        )
         begun = self._delivery.begin([move.call for move in moves])
         return _Turn(moves, unreadable, commands, begun)
 
@@ -266,11 +274,12 @@ class Loop:
         self._meter.unreadable += len(unreadable)
         replies = await self._delivery.send([move.call for move in moves], begun)
         self._meter.commands(commands)
-        refused = [
-            move
-            for move, reply in zip(moves, replies, strict=True)
-            if not self._is_done(move, reply)
-        ]
+        refused: list[Move] = []
+        for move, reply in zip(moves, replies, strict=True):
+            if not self._is_done(move, reply):
+                refused.append(move)
+            elif isinstance(move.subject, Assign):
+                self._reasons.append(move.subject.decision)
         for command in commands:
             _say(command)
         for entry in unreadable:

@@ -3,7 +3,6 @@
 The loop counts in plain numbers; nothing is formatted before somebody asks. Names are fixed for good.
 """
 
-import contextlib
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -166,12 +165,9 @@ class Meter:
         """The loop lives."""
         self.turned_at = time.monotonic()
 
-    @contextlib.contextmanager
-    def deciding(self) -> Iterator[None]:
-        """Time the core's thinking."""
-        before = time.perf_counter()
-        yield
-        self.decide.add(time.perf_counter() - before)
+    def turned(self, took_s: float) -> None:
+        """The loop has turned, and the core thought for so long."""
+        self.decide.add(took_s)
         self.turns += 1
         self.beat()
 

@@ -57,13 +57,16 @@ class Moves:
         unreadable: Sequence[Unreadable],
         commands: Sequence[Command],
         now: float,
+        *,
+        reasons: Sequence[Decision] = (),
     ) -> list[Move]:
         """Everything of one step: first what was read is written down, then why, then what follows from it.
 
-        Of a request that is handed over in the step that reads it, the handing over says all.
+        Of a request that is handed over in the step that reads it, the handing over says all. Why it was is not said
+        with it, for its worker waits: `reasons` are those of earlier steps.
         """
         unsaid = {event.entry: event for event in arrived}
-        decisions: list[Decision] = []
+        decisions = list(reasons)
         deadlines: dict[str, float | None] = {}
         "As the core made them out, of those who wait now."
         carried: list[Move] = []

@@ -27,7 +27,7 @@ from scheduler.errors import StreamError
 
 __all__ = ("Begun", "Call", "Connection", "Entry", "Read", "Value", "Where")
 
-PREFIX = "hg2_"
+PREFIX = "hg3_"
 "What our functions' names begin with: the number is the calling convention of functions.lua."
 
 FLOOR = (7, 0)

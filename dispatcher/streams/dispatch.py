@@ -51,7 +51,7 @@ def accept(keys: Keys, epoch: int, arrived: Arrived | Recovered, deadline_at: fl
 def assign(keys: Keys, epoch: int, command: Assign, *, is_new: bool = False) -> Call:
     """Hand a job over. The reply is its entry in the endpoint's stream; 0: refused.
 
-    `is_new`: it was read in this very step, and nobody has said `accept` of it.
+    `is_new`: it was read in this very step, and nobody has said `accept` of it. Why is logged by `notes`.
     """
     job = command.job
     names = (
@@ -59,7 +59,6 @@ def assign(keys: Keys, epoch: int, command: Assign, *, is_new: bool = False) -> 
         keys.request(job.id),
         keys.jobs(command.endpoint),
         keys.waiting,
-        keys.decisions,
     )
     return Call(
         "assign",
@@ -72,10 +71,8 @@ def assign(keys: Keys, epoch: int, command: Assign, *, is_new: bool = False) -> 
             job.attempt,
             job.epoch,
             int(is_new),
-            DECISIONS_KEPT,
-            packed(job),
-            packed(command.decision),
             job.leg,
+            packed(job),
         ),
     )
 

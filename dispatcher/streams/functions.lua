@@ -1,4 +1,4 @@
-#!lua name=headgate_2
+#!lua name=headgate_3
 
 -- The 1 in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when the
 -- keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
@@ -129,8 +129,8 @@ end
 
 -- One that was read in this very step needs no `accept` before: its being assigned says that it was read. If it is
 -- refused, an `accept` follows, which says why.
--- KEYS leader request jobs waiting decisions
--- ARGV epoch id entry endpoint attempt endpoint_epoch is_new keep job decision leg
+-- KEYS leader request jobs waiting
+-- ARGV epoch id entry endpoint attempt endpoint_epoch is_new leg job
 -- -> the job's entry; 0 refused; -1 fenced
 local function assign(keys, args)
   if not is_leader(keys[1], args[1]) then return -1 end
@@ -141,14 +141,11 @@ local function assign(keys, args)
   if not is_new and (held[1] ~= 'waiting' or not is_ours) or held[6] then return 0 end
   -- An attempt is handed over once: a repetition that comes after its return must not start it again.
   if tonumber(held[4] or 0) >= tonumber(args[5]) then return 0 end
-  local job, next = take(args, 9)
-  local entry = add(keys[3], job)
+  local entry = add(keys[3], (take(args, 9)))
   redis.call('HSET', keys[2], 'state', 'assigned', 'entry', args[3], 'endpoint', args[4], 'attempt', args[5],
     'epoch', args[6], 'job', entry)
   redis.call('ZREM', keys[4], args[2])
-  local decision, leg = take(args, next)
-  add(keys[5], decision, tonumber(args[8]))
-  if args[leg] ~= (held[7] or 'whole') then redis.call('HSET', keys[2], 'leg', args[leg]) end
+  if args[8] ~= (held[7] or 'whole') then redis.call('HSET', keys[2], 'leg', args[8]) end
   return entry
 end
 
@@ -324,21 +321,21 @@ local function hand_back(keys, args)
   return 1
 end
 
-redis.register_function('hg2_lead', lead)
-redis.register_function('hg2_resign', resign)
-redis.register_function('hg2_save', save)
-redis.register_function('hg2_submit', submit)
-redis.register_function('hg2_cancel', cancel)
-redis.register_function('hg2_requeue', requeue)
-redis.register_function('hg2_accept', accept)
-redis.register_function('hg2_assign', assign)
-redis.register_function('hg2_reclaim', reclaim)
-redis.register_function('hg2_conclude', conclude)
-redis.register_function('hg2_log', log)
-redis.register_function('hg2_retire', retire)
-redis.register_function('hg2_join', join)
-redis.register_function('hg2_beat', beat)
-redis.register_function('hg2_start', start)
-redis.register_function('hg2_tokens', tokens)
-redis.register_function('hg2_finish', finish)
-redis.register_function('hg2_hand_back', hand_back)
+redis.register_function('hg3_lead', lead)
+redis.register_function('hg3_resign', resign)
+redis.register_function('hg3_save', save)
+redis.register_function('hg3_submit', submit)
+redis.register_function('hg3_cancel', cancel)
+redis.register_function('hg3_requeue', requeue)
+redis.register_function('hg3_accept', accept)
+redis.register_function('hg3_assign', assign)
+redis.register_function('hg3_reclaim', reclaim)
+redis.register_function('hg3_conclude', conclude)
+redis.register_function('hg3_log', log)
+redis.register_function('hg3_retire', retire)
+redis.register_function('hg3_join', join)
+redis.register_function('hg3_beat', beat)
+redis.register_function('hg3_start', start)
+redis.register_function('hg3_tokens', tokens)
+redis.register_function('hg3_finish', finish)
+redis.register_function('hg3_hand_back', hand_back)

@@ -129,6 +129,7 @@ class TestDispatch:
                 await worker.jobs()
                 await enqueue(redis, keys, "late")
                 await worker.jobs()
+                await decided(redis, keys, 3)
 
                 told = [(f[b"id"], f[b"kind"]) for _, f in await redis.entries(keys.decisions)]
                 assert told == [
@@ -230,13 +231,19 @@ class TestWishes:
             assert await pending(redis, keys) == 0
 
     async def test_a_request_cancelled_before_it_is_read(self, redis_url, settings, redis, keys):
-        """The tombstone is found at the reading, even when its control entry was not."""
+        """The tombstone is found at the reading, even when its control entry was not; nobody is said to have it."""
         worker = PlayedWorker(redis, keys)
         await enqueue(redis, keys, "r1")
         await cancel(redis, keys, "r1")
         await redis.command("DEL", keys.controls)
         async with worker.beating(), dispatching(redis_url, settings):
             assert await results(redis, keys, 1) == {"r1": "cancelled"}
+            await enqueue(redis, keys, "r2")
+            await worker.jobs()
+            await decided(redis, keys, 2)
+
+            told = [(f[b"id"], f[b"kind"]) for _, f in await redis.entries(keys.decisions)]
+            assert told == [(b"r1", b"finished"), (b"r2", b"assigned")]
 
     async def test_a_held_request_is_cancelled_by_its_worker(
         self, redis_url, settings, redis, keys
