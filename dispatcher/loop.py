@@ -202,12 +202,17 @@ class Loop:
         """Begin a turn: no other task has its own between the news and what follows from them."""
         self._trouble = False
         events, arrived, unreadable = self._decoded(read)
-        self._receive(events)
+        now = self._connection.now()
+        for event in events:
+            self._core.receive(event, now)
         began_at = perf_counter()
         commands = self._core.decide(self._connection.now())
         took_s = perf_counter() - began_at
         turn = self._carry(arrived, unreadable, commands)
+        # What is counted can wait until what was decided is on its way.
         self._meter.turned(took_s)
+        for event in events:
+            self._meter.event(event, now)
         return turn
 
     def _decoded(self, read: Read) -> tuple[list[Event], list[Arrived], list[Unreadable]]:

@@ -255,21 +255,22 @@ class Client:
         raise UnknownRequestError(f"request {request_id!r} is not known in {self.keys.root}")
 
     async def _send(self, requests: Sequence[Request]) -> list[Handle | RequestRejected]:
-        fresh = [r.id for r in requests if not self.records.is_expected(r.id)]
-        handles = [Handle(self, r.id, self.records.expect(r.id)) for r in requests]
         now = self.connection.now()
         calls = [
             producer.submit(
                 self.keys,
                 request,
                 now=now,
-                waiting_max=self._limits.queued_max,
+                waiting_max=self._limits.waiting_max,
                 body_ttl_s=self._limits.body_ttl_s,
             )
             for request in requests
         ]
+        begun = self.connection.begin(calls)  # before all else: the promise's clock starts there
+        fresh = [r.id for r in requests if not self.records.is_expected(r.id)]
+        handles = [Handle(self, r.id, self.records.expect(r.id)) for r in requests]
         try:
-            replies = await self.connection.batch(calls)
+            replies = await self.connection.batch(calls, begun)
         except BaseException:
             for request_id in fresh:
                 self.records.forget(request_id)

@@ -30,9 +30,6 @@ def submit(
     `waiting_max` (0: no limit) already wait.
     """
     claim = request.body if len(request.body) > INLINE_BYTES else b""
-    fields = codec.encode(request)
-    if claim:
-        fields["body"] = b""
     names = (keys.request(request.id), keys.requests, keys.body(request.id), keys.waiting)
     deadline_at = request.deadline_at
     if request.deadline_s is not None:
@@ -46,7 +43,7 @@ def submit(
             milliseconds(body_ttl_s),
             claim,
             score(deadline_at),
-            packed_fields(fields),
+            packed(msgspec.structs.replace(request, body=b"") if claim else request),
         ),
     )
 
