@@ -99,6 +99,10 @@ class Keys(msgspec.Struct, frozen=True, dict=True):
         """Claim check of a body too long for its entry."""
         return f"{self.root}body:{request_id}"
 
+    def kv(self, request_id: str) -> str:
+        """Claim check of a prefill leg's word on where its KV is; gone soon after the KV is."""
+        return f"{self.root}kv:{request_id}"
+
     def tokens(self, request_id: str) -> str:
         """A request's token log."""
         return f"{self.root}tokens:{request_id}"

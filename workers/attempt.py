@@ -17,6 +17,7 @@ from scheduler.wire.words import Outcome
 from scheduler.wire.worker import Result, Reward, Tokens
 from workers.answer import Answer
 from workers.body import NOTHING, Body, Written, max_tokens
+from workers.halves import CLAIM
 
 if TYPE_CHECKING:
     import asyncio
@@ -280,7 +281,7 @@ class Attempt:
             else self._is_on_time(finished_at, is_completed=outcome == "completed"),
             tenant=job.tenant,
             features=job.features,
-            kv_params=self.kv_params if is_half else b"",
+            kv_params=CLAIM if is_half else b"",
         )
 
     @property

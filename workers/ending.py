@@ -30,9 +30,12 @@ class Ending:
         meter: Meter,
         clock: Callable[[], float],
         gone: Callable[[Attempt], None],
+        kv_s: float,
     ) -> None:
+        """`kv_s`: how long KV is relied on; where it is must be known for longer, whatever the clocks say."""
         self._address, self._writer, self._keys = address, writer, keys
         self._settings, self._meter, self._clock, self._gone = settings, meter, clock, gone
+        self._kv_ttl_s = 2 * kv_s
 
     def failed(self, attempt: Attempt, error: EngineError) -> None:
         """The engine did not answer as it should: to be tried elsewhere, unless that is of no use."""
@@ -137,5 +140,13 @@ class Ending:
             )
 
         self._writer.end(
-            attempt, lambda _: sidecar.hand_back(self._keys, attempt.held, reward), replied
+            attempt,
+            lambda _: sidecar.hand_back(
+                self._keys,
+                attempt.held,
+                reward,
+                kv_params=attempt.kv_params if outcome == "prefilled" else b"",
+                kv_ttl_s=self._kv_ttl_s,
+            ),
+            replied,
         )

@@ -91,6 +91,7 @@ class Endpoint:
             meter=meter,
             clock=connection.now,
             gone=self._forget,
+            kv_s=lease.kv_s,
         )
         self._epoch = 0
         self._admission = Admission(

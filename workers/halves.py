@@ -25,6 +25,9 @@ PARK = {
 NO_KV = b"{}"
 "Of a prompt that cannot be computed apart: whoever decodes computes it."
 
+CLAIM = b'{"claim":"kv"}'
+"What a reward, and then a job, brings in their place: they lie in a key of their own."
+
 
 def obstacle(body: dict[str, object]) -> str:
     """Why a prompt cannot be computed apart from its answer; empty where it can."""

@@ -16,6 +16,7 @@ from scheduler.wire.client import Control
 from scheduler.wire.dispatcher import Job
 from scheduler.wire.worker import Tokens
 from workers.body import NOTHING, Written
+from workers.halves import CLAIM
 
 READ_MAX = 64
 "Entries in one read."
@@ -171,7 +172,8 @@ class Inbox:
         except WireError:
             return None
         is_resumed = job.stream and job.attempt > 1
-        if job.epoch != epoch or is_resumed or not job.body or is_known(job.id, job.attempt):
+        is_checked = not job.body or job.kv_params == CLAIM
+        if job.epoch != epoch or is_resumed or is_checked or is_known(job.id, job.attempt):
             return None
         self._entries.clear()
         self.read_at = self._seen_at
@@ -229,17 +231,20 @@ class Inbox:
 
     async def _fetched(self, held: Iterable[Held]) -> list[Arrival]:
         jobs = list(held)
-        claims = [one for one in jobs if not one.job.body]
-        bodies = await self._connection.commands(
-            [("GET", self._keys.body(one.job.id)) for one in claims]
-        )
-        found = dict(zip((one.job.id for one in claims), bodies, strict=True))
+        claims = [self._keys.body(one.job.id) for one in jobs if not one.job.body]
+        claims += [self._keys.kv(one.job.id) for one in jobs if one.job.kv_params == CLAIM]
+        checked = await self._connection.commands([("GET", key) for key in claims])
+        found = dict(zip(claims, checked, strict=True))
         arrivals = []
         for one in jobs:
             job = one.job
             is_resumed = job.stream and job.attempt > 1
             written = await self._written(job) if is_resumed else NOTHING
-            arrivals.append(Arrival(one, job.body or found[job.id] or b"", written))
+            raw = job.body or found[self._keys.body(job.id)] or b""
+            if job.kv_params == CLAIM:
+                kv_params = found[self._keys.kv(job.id)] or b""
+                job = msgspec.structs.replace(job, kv_params=kv_params)
+            arrivals.append(Arrival(Held(one.endpoint, job, one.job_entry), raw, written))
         return arrivals
 
     async def _written(self, job: Job) -> Written:

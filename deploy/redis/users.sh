@@ -32,7 +32,7 @@ work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@block
   echo 'user default off nopass resetchannels -@all'
   # The only one that may load functions: they run with their caller's rights, so who loads them is trusted.
   user dispatcher "~hg:{*}:* $work $speak +xread +xreadgroup +function|load"
-  user worker "$(keys 'jobs:*' 'request:*' 'endpoint:*' 'body:*' 'tokens:*' requests waiting results 'results:*' dead rewards beats) $work $speak +xread +xreadgroup"
+  user worker "$(keys 'jobs:*' 'request:*' 'endpoint:*' 'body:*' 'kv:*' 'tokens:*' requests waiting results 'results:*' dead rewards beats) $work $speak +xread +xreadgroup"
   asks=$(keys requests 'request:*' 'body:*' 'tokens:*' waiting controls results 'results:*')
   user client "$asks $work $speak +xread"
   # A client for others, that also hears from the endpoints which models are served.

@@ -27,7 +27,7 @@ from scheduler.errors import StreamError
 
 __all__ = ("Begun", "Call", "Connection", "Entry", "Read", "Value", "Where")
 
-PREFIX = "hg3_"
+PREFIX = "hg4_"
 "What our functions' names begin with: the number is the calling convention of functions.lua."
 
 FLOOR = (7, 0)

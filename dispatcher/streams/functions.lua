@@ -1,4 +1,4 @@
-#!lua name=headgate_3
+#!lua name=headgate_4
 
 -- The 1 in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when the
 -- keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
@@ -11,7 +11,7 @@
 --   state    queued | waiting | assigned | running | terminal
 --   attempt  the fence: a worker's late write carries an older one, or finds another state
 --   leg      whole | prefill | decode: of the last attempt; without it, whole
---   handovers  how many prefill legs have done their part; kept: the last one's entry in `rewards`, which says where its KV is
+--   handovers  how many prefill legs have done their part; kept: the last one's entry in `rewards`, which says who has its KV
 -- All keys arrive in KEYS and share one hash tag. A list of fields travels as one argument: a MessagePack array of field, value, ...
 
 local function now_ms()
@@ -303,8 +303,8 @@ local function finish(keys, args)
   return 1
 end
 
--- KEYS request jobs waiting rewards / ARGV endpoint attempt job group id score keep reward is_prefilled
--- -> 1; 0 no longer yours
+-- KEYS request jobs waiting rewards kv / ARGV endpoint attempt job group id score keep reward kv_params kv_ttl_ms
+-- -> 1; 0 no longer yours. Of a prefill leg that has done its part, kv_params say where its KV is; of others they are empty.
 local function hand_back(keys, args)
   local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt')
   redis.call('XACK', keys[2], args[4], args[3])
@@ -312,30 +312,31 @@ local function hand_back(keys, args)
   if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
   redis.call('HSET', keys[1], 'state', 'waiting', 'endpoint', '', 'job', '')
   redis.call('ZADD', keys[3], args[6], args[5])
-  local reward, is_prefilled = take(args, 8)
+  local reward, kv_params = take(args, 8)
   local entry = add(keys[4], reward, tonumber(args[7]))
-  if args[is_prefilled] == '1' then
+  if args[kv_params] ~= '' then
+    redis.call('SET', keys[5], args[kv_params], 'PX', args[kv_params + 1])
     redis.call('HINCRBY', keys[1], 'handovers', 1)
     redis.call('HSET', keys[1], 'kept', entry)
   end
   return 1
 end
 
-redis.register_function('hg3_lead', lead)
-redis.register_function('hg3_resign', resign)
-redis.register_function('hg3_save', save)
-redis.register_function('hg3_submit', submit)
-redis.register_function('hg3_cancel', cancel)
-redis.register_function('hg3_requeue', requeue)
-redis.register_function('hg3_accept', accept)
-redis.register_function('hg3_assign', assign)
-redis.register_function('hg3_reclaim', reclaim)
-redis.register_function('hg3_conclude', conclude)
-redis.register_function('hg3_log', log)
-redis.register_function('hg3_retire', retire)
-redis.register_function('hg3_join', join)
-redis.register_function('hg3_beat', beat)
-redis.register_function('hg3_start', start)
-redis.register_function('hg3_tokens', tokens)
-redis.register_function('hg3_finish', finish)
-redis.register_function('hg3_hand_back', hand_back)
+redis.register_function('hg4_lead', lead)
+redis.register_function('hg4_resign', resign)
+redis.register_function('hg4_save', save)
+redis.register_function('hg4_submit', submit)
+redis.register_function('hg4_cancel', cancel)
+redis.register_function('hg4_requeue', requeue)
+redis.register_function('hg4_accept', accept)
+redis.register_function('hg4_assign', assign)
+redis.register_function('hg4_reclaim', reclaim)
+redis.register_function('hg4_conclude', conclude)
+redis.register_function('hg4_log', log)
+redis.register_function('hg4_retire', retire)
+redis.register_function('hg4_join', join)
+redis.register_function('hg4_beat', beat)
+redis.register_function('hg4_start', start)
+redis.register_function('hg4_tokens', tokens)
+redis.register_function('hg4_finish', finish)
+redis.register_function('hg4_hand_back', hand_back)

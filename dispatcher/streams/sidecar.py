@@ -134,10 +134,22 @@ def finish(
     )
 
 
-def hand_back(keys: Keys, held: Held, reward: Reward) -> Call:
-    """Give the job back to be tried elsewhere, and say what it cost. The reply is 1; 0: not ours."""
+def hand_back(
+    keys: Keys, held: Held, reward: Reward, *, kv_params: bytes = b"", kv_ttl_s: float = 0.0
+) -> Call:
+    """Give the job back to be tried elsewhere, and say what it cost. The reply is 1; 0: not ours.
+
+    Of a prefill leg that has done its part, `kv_params` are the engine's word on where its KV is, kept for so long: a
+    claim check, as of a long body. They name every block, and the log of rewards is long.
+    """
     job = held.job
-    names = (keys.request(job.id), keys.jobs(held.endpoint), keys.waiting, keys.rewards)
+    names = (
+        keys.request(job.id),
+        keys.jobs(held.endpoint),
+        keys.waiting,
+        keys.rewards,
+        keys.kv(job.id),
+    )
     return Call(
         "hand_back",
         names,
@@ -150,7 +162,8 @@ def hand_back(keys: Keys, held: Held, reward: Reward) -> Call:
             score(job.deadline_at),
             REWARDS_KEPT,
             packed(reward),
-            int(reward.outcome == "prefilled"),
+            kv_params,
+            milliseconds(kv_ttl_s),
         ),
     )
 

@@ -92,7 +92,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     "W3C trace context."
 
     kv_params: bytes = b""
-    "For `decode`: the prefill engine's `kv_transfer_params`, JSON, as its reward brought them; opaque."
+    "For `decode`: where its KV is, as the prefill leg's reward said it; opaque."
 
     kv_until_at: float | None = None
     "For `decode`: from then on the prefill engine may have forgotten the KV; a later job is handed back."

@@ -285,4 +285,7 @@ class Reward(msgspec.Struct, frozen=True, kw_only=True):
     "The job's features, verbatim."
 
     kv_params: bytes = b""
-    "For `prefilled`: the engine's `kv_transfer_params`, JSON, opaque, at most 128 KiB."
+    """
+    For `prefilled`: where its KV is, a JSON object, opaque, at most 128 KiB. Workers put a claim here: the engine's
+    `kv_transfer_params` name every block, and lie at `kv:<id>` for as long as they are of use.
+    """

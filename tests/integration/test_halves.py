@@ -217,7 +217,8 @@ class TestFirstLeg:
     async def test_what_cannot_be_parted_is_left_to_who_decodes(self, hand, worker, engines, more):
         """No engine is asked: the second leg brings no KV, and is the whole request."""
         reward = await prefilled(hand, body=asked(**more))
-        assert (reward.outcome, reward.kv_params) == ("prefilled", b"{}")
+        assert reward.outcome == "prefilled"
+        assert await hand.redis.command("GET", hand.keys.kv("r1")) == b"{}"
         assert engines[0].service.engine.counters.steps <= 1  # the worker's own look at the engine
 
     async def test_a_cancelled_one_leaves_nothing_with_its_engine(self, redis_url, pool, hand):
@@ -235,8 +236,24 @@ class TestFirstLeg:
             assert (await hand.result("r1")).outcome == "expired"
             await freed(p)
 
+    async def test_where_the_kv_is_stays_out_of_the_log(self, hand, worker):
+        """A long prompt has many blocks, and rewards are kept by the hundred thousand."""
+        reward = await prefilled(hand)
+        said = await hand.redis.command("GET", hand.keys.kv("r1"))
+        assert msgspec.json.decode(said)["do_remote_prefill"] is True
+        assert len(reward.kv_params) < 32
+        assert (
+            0 < await hand.redis.command("PTTL", hand.keys.kv("r1")) <= 2e3 * LeaseSettings().kv_s
+        )
+
 
 class TestSecondLeg:
+    async def test_whose_claim_has_run_out_goes_back(self, hand, worker):
+        reward = await prefilled(hand)
+        await hand.redis.command("DEL", hand.keys.kv("r1"))
+        await decode(hand, reward)
+        assert (await hand.reward("r1", 2)).outcome == "returned"
+
     async def test_without_kv_it_computes_the_prompt_itself(self, hand, worker):
         reward = await prefilled(hand)
         await decode(hand, reward, kv_params=b"{}")
