@@ -207,6 +207,7 @@ class _Reader:
             block_s=WAIT_S,
             came=came,
         )
+        await asyncio.sleep(0)  # who waited for it has his turn before more is asked for
 
 
 async def _any_room(share: list[Following]) -> None:

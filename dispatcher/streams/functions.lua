@@ -298,8 +298,8 @@ local function finish(keys, args)
   how.last, next = take(args, next)
   how.dead, next = take(args, next)
   how.dead = buried(keys[3], how.entry, how.dead)
+  add(keys[9], (take(args, next)), tonumber(args[11])) -- first: Redis wakes the reader of the last stream first
   terminal(keys[1], keys[3], keys[4], keys[5], keys[6], keys[7], keys[8], how)
-  add(keys[9], (take(args, next)), tonumber(args[11]))
   return 1
 end
 
