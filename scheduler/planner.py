@@ -240,7 +240,7 @@ class Planner:
             return
         can_make_it = self._can_make_it(offer, total_s, best)
         worthy = self.worth.allows(offer)
-        if worthy is not None and not worthy.all():
+        if worthy is not None and not worthy[worthy.argmin()]:
             worthy_s = np.where(worthy, total_s, np.inf)
             kept = int(worthy_s.argmin())
             if worthy_s[kept] < math.inf:

@@ -39,6 +39,9 @@ class Decodes:
         self._make_load = make_load
         self._load: Load | None = None
         self._taken: list[tuple[int, float]] = []
+        "Slot and KV tokens of each one more that will decode there,"
+        self._added: list[tuple[int, float]] = []
+        "and by how many seconds per token it slows all; of the last ones not reckoned yet."
         self.tightest_s = tightest_s
         self.promised = promised
         self.is_bound = is_bound
@@ -53,10 +56,17 @@ class Decodes:
 
     def pace_s(self, kv: Floats) -> Floats:
         """Seconds per token with one sequence more that reads so many KV tokens; float64[n_slots] both."""
+        return self.joined_s(self.load.token_s * kv)
+
+    def joined_s(self, read_s: Floats) -> Floats:
+        """The same, where reading them takes so long; float64[n_slots] both."""
         load = self.load
-        pace_s: Floats = load.joined_s + load.token_s * kv
-        for slot, taken_kv in self._taken:
-            pace_s[slot] += load.sequence_s[slot] + load.token_s[slot] * taken_kv
+        pace_s: Floats = load.joined_s + read_s
+        for slot, taken_kv in self._taken[len(self._added) :]:
+            token_s = load.token_s.item(slot)
+            self._added.append((slot, load.sequence_s.item(slot) + token_s * taken_kv))
+        for slot, added_s in self._added:
+            pace_s[slot] += added_s
         return pace_s
 
     def expect(self, slot: int, kv: float) -> None:

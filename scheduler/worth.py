@@ -20,6 +20,9 @@ PACE_ODDS_MIN = 0.1
 PACE_TIE = 0.1
 "Places that gain so nearly as much as the best are left to the earliest first token."
 
+PROMISE_MAX_S = 1e3
+"No promise per token is thought to be longer: where nobody was made any, the odds are still numbers."
+
 SHORT_ANSWER = 16
 "The fewest tokens over which a stall for prefill is thought to be spread."
 
@@ -53,6 +56,10 @@ class Worth:
         self._ask_noise = noise
         self._onward = onward
         self._casting = casting
+        self._seen = -1
+        "At which version of the room the next two were made."
+        self._tightest_s = np.empty((2, len(room.seats)))
+        self._promised = room.decodes.promised
         if casting is not None:
             casting.worth = self.of
 
@@ -61,8 +68,13 @@ class Worth:
         """How far off the predicted pace may be."""
         return self._ask_noise()
 
+    @functools.cached_property
+    def _alone_s(self) -> float:
+        """Seconds per token that nobody falls below, even alone on the quickest."""
+        return float(self._room.decodes.load.alone_s.min())
+
     def allows(self, offer: Offer, candidates: Bools | None = None) -> Bools | None:
-        """Where it gains more than it breaks, and nearly as much as anywhere; None: nobody asks.
+        """Where it gains more than it breaks, and nearly as much as anywhere; None: nobody asks, or everywhere.
 
         The earliest first token decides among them. A profile says so itself of these candidates, or of all.
         """
@@ -72,36 +84,69 @@ class Worth:
         value = self.of(offer)
         if value is None:
             return None
-        best = np.maximum.reduce(value, where=offer.service_s < math.inf, initial=0.0)
-        worthy: Bools = (value > 0) & (value >= best - PACE_TIE)
+        at = value.argmax()
+        best = value.item(at)
+        if offer.service_s[at] == math.inf:
+            may_go = offer.service_s < math.inf
+            best = float(np.maximum.reduce(value, where=may_go, initial=0.0))
+        least = max(best, 0.0) - PACE_TIE
+        if value[value.argmin()] > max(least, 0.0):
+            return None
+        worthy: Bools = (value > 0) & (value >= least)
         return worthy
 
     def of(self, offer: Offer) -> Floats | None:
         """What it gains less what it breaks: the odds of its own pace against what it takes from the others'."""
         room, promise = self._room, offer.ticket.promise
-        if self._pace_worth <= 0 or (promise.tpot_s is None and not room.decodes.is_bound):
+        decodes, own_s = room.decodes, promise.tpot_s
+        if self._pace_worth <= 0 or (own_s is None and not decodes.is_bound):
             return None
-        kv = self._room.held_kv(offer.prompt, offer.kv)
-        pace_s = room.decodes.pace_s(kv)
-        gain = np.ones(len(pace_s))
-        if promise.tpot_s is not None and promise.tpot_s >= room.decodes.load.alone_s.min():
-            gain = self.noise.odds(promise.tpot_s, pace_s)
+        read_s = decodes.load.token_s * room.held_kv(offer.prompt, offer.kv)
+        pace_s = decodes.joined_s(read_s)
+        # What nobody keeps, not even alone, is no reason to be in one place rather than another.
+        gain, others = self._odds(None if own_s is None or own_s < self._alone_s else own_s, pace_s)
+        if gain[gain.argmin()] < PACE_ODDS_MIN:
             gain[gain < PACE_ODDS_MIN] = 0.0
-        gain = promise.weight * gain
-        value = gain - self._harm(offer.work_s, offer, kv, pace_s)
+        if promise.weight != 1.0:
+            gain *= promise.weight
+        if others is None:
+            return gain
+        added_s = decodes.load.sequence_s + read_s
+        work_s = offer.work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
+        value: Floats = gain - self._harm(others, (added_s + work_s) / pace_s)
         if self._onward is not None and not offer.is_second:
             # A prefill leg is worth what its answer is where that would be decoded, beside which nobody prefills.
             target, _ = self._onward.target(offer.ticket)
-            apart = gain - self._harm(0.0, offer, kv, pace_s)
+            apart = gain - self._harm(others, added_s / pace_s)
             value[self._onward.is_prefill] = apart[target]
-        worth: Floats = value
-        return worth
+        return value
 
-    def _harm(self, work_s: Floats | float, offer: Offer, kv: Floats, pace_s: Floats) -> Floats:
-        """What the promises per token of those who are there are worth that it would break, with so many seconds of prefill."""
-        decodes = self._room.decodes
-        added_s = decodes.load.sequence_s + decodes.load.token_s * kv
-        added_s = added_s + work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
-        broken = self.noise.harm(np.minimum(decodes.tightest_s, 1e3), pace_s, added_s / pace_s)
-        harm: Floats = self._pace_worth * decodes.promised * broken
+    def _odds(self, own_s: float | None, pace_s: Floats) -> tuple[Floats, Floats | None]:
+        """At this pace, the odds of its own promise and of the tightest there; None: nobody there was promised any.
+
+        Together, where both are asked for: numpy takes hardly longer for two rows than for one.
+        """
+        tightest_s, _ = self._bound()
+        if not self._room.decodes.is_bound:
+            # Whoever asks was promised a pace himself; a second leg comes to where nobody else was.
+            gain = np.ones(len(pace_s)) if own_s is None else self.noise.odds(own_s, pace_s)
+            return gain, None
+        if own_s is None:
+            return np.ones(len(pace_s)), self.noise.odds(tightest_s[1], pace_s)
+        tightest_s[0] = own_s
+        gain, others = self.noise.odds(tightest_s, pace_s)
+        return gain, others
+
+    def _harm(self, odds: Floats, slower: Floats) -> Floats:
+        """What the promises per token of those who are there are worth that it would break, making all slower by so much."""
+        _, promised = self._bound()
+        harm: Floats = promised * self.noise.fall(odds, slower)
         return harm
+
+    def _bound(self) -> tuple[Floats, Floats]:
+        """A row for its own promise and one with the tightest there, and what those there are worth; by slot."""
+        if self._seen != self._room.version:
+            self._seen, decodes = self._room.version, self._room.decodes
+            self._tightest_s[1] = np.minimum(decodes.tightest_s, PROMISE_MAX_S)
+            self._promised = self._pace_worth * decodes.promised
+        return self._tightest_s, self._promised

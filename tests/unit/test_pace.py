@@ -63,7 +63,8 @@ class TestPace:
 class TestNoise:
     def test_harm_is_greatest_where_it_is_doubtful(self):
         """Far below or far above the promise one more changes nothing; near it, a little changes much."""
-        harm = Noise().harm(np.full(3, 0.05), np.array([0.02, 0.05, 0.2]), np.full(3, 0.01))
+        odds = Noise().odds(np.full(3, 0.05), np.array([0.02, 0.05, 0.2]))
+        harm = Noise().fall(odds, np.full(3, 0.01))
 
         assert harm[1] > 10 * harm[0]
         assert harm[1] > 10 * harm[2]
