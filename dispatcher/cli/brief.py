@@ -131,7 +131,7 @@ def _family(one: Family, at: At) -> str:
         said(one.over_baseline, metric, signed=not one.is_ratio),
         "" if one.over_peer is None else said(one.over_peer, metric, signed=not one.is_ratio),
         " / ".join(str(n) for n in one.marks.values()),
-        f"{one.n_ahead / sum(one.marks.values()):.0%}" if sum(one.marks.values()) else "",
+        f"{one.n_ahead / one.n_beside_peer:.0%}" if one.n_beside_peer else "",
         ""
         if worst is None
         else f"{worst.cell.name} {at(worst.cell.name, worst.place)}: `{worst.peer}` "

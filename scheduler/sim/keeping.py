@@ -6,10 +6,10 @@ from math import sqrt
 LOAD_LEAST, LOAD_MOST = 0.02, 2.0
 "Between these is sought, as multiples of the capacity."
 
-NEAR = 0.005
+NEAR = 0.01
 "So close to the share wanted is close enough."
 
-APART = 1.002
+APART = 1.005
 "Loads are not told apart more finely than this."
 
 

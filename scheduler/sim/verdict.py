@@ -93,8 +93,9 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     over_peer: Estimate | None
     marks: Mapping[Mark, int]
     "Places of each, where there were enough runs."
+    n_beside_peer: int
     n_ahead: int
-    "Places where ours is at least `AHEAD_RATIO` times as good as the best peer, or `AHEAD_POINTS` better."
+    "Of those that have a best peer, places where ours is at least `AHEAD_RATIO` times as good as the best peer, or `AHEAD_POINTS` better."
     worst: Verdict | None
     "Where ours stands least well beside the best peer."
 
@@ -206,6 +207,7 @@ def _family(name: str, metric: str, baseline: str, found: Sequence[Verdict]) -> 
         over_baseline=overall([one.over_baseline for one in found], is_ratio=is_ratio),
         over_peer=overall([one.over_peer for one in judged], is_ratio=is_ratio) if judged else None,
         marks={mark: marks.count(mark) for mark in ("won", "level", "lost")},
+        n_beside_peer=len(judged),
         n_ahead=sum(median >= ahead for median in medians),
         worst=judged[int(np.argmin(medians))] if judged else None,
     )

@@ -17,14 +17,14 @@ class Kept:
         return min(1.0, max(0.0, left))
 
 
-def test_as_near_as_half_a_point():
+def test_as_near_as_a_point():
     """Whatever the order in which shares are asked for, and never the same load twice."""
     kept = Kept()
 
     found = keeping.loads(kept, [0.3, 0.95, 0.6])
 
-    assert found == pytest.approx([0.96, 0.44, 0.72], rel=0.01)
-    assert len(kept.asked) == len(set(kept.asked)) < 40
+    assert found == pytest.approx([0.96, 0.44, 0.72], abs=0.01)
+    assert len(kept.asked) == len(set(kept.asked)) < 30
 
 
 @pytest.mark.parametrize(

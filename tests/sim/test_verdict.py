@@ -129,7 +129,8 @@ class TestFamilies:
 
         assert seconds.over_baseline.median == pytest.approx(2.0)
         assert seconds.over_peer.median == pytest.approx(1.1**0.5)
-        assert (seconds.name, seconds.n_places, seconds.n_ahead) == ("A1", 2, 1)
+        assert (seconds.name, seconds.n_places) == ("A1", 2)
+        assert (seconds.n_beside_peer, seconds.n_ahead) == (2, 1)
         assert (seconds.worst.place, seconds.worst.peer) == (0.9, "base")
         assert seconds.marks == {"won": 1, "level": 1, "lost": 0}
         assert points.over_baseline.median == pytest.approx(0.25)
