@@ -96,7 +96,7 @@ CELLS = {
         policies=("plan", "core-edf", "core-fcfs"),
     ),
     "pace": Cell(
-        mix=(_chat(rate_rps=69.0, ttft_s=1.0, tpot_s=0.05),),
+        mix=(_chat(rate_rps=52.0, ttft_s=1.0, tpot_s=0.04),),
         policies=("plan", "core-fcfs", "least-request"),
     ),
 }
