@@ -20,11 +20,12 @@ import structlog
 
 from dispatcher import journal, plugins
 from dispatcher.delivery import Delivery
+from dispatcher.exposition import Exposition
 from dispatcher.intake import Intake
 from dispatcher.journal import Core, Journal, Recorder
 from dispatcher.leader import Lease
 from dispatcher.loop import Loop
-from dispatcher.metrics import Exposition, Meter
+from dispatcher.metrics import Meter
 from dispatcher.moves import Moves
 from dispatcher.recovery import Recovery
 from dispatcher.streams.connection import Connection

@@ -11,17 +11,19 @@ the 101st call at once is an error (so calls wait for one of few connections).
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import msgspec
-import redis.exceptions as weather
+import redis.exceptions
 
+from dispatcher.streams import replies
 from dispatcher.streams.clock import READINGS, Clock, Reading
 from dispatcher.streams.pipe import Address, Begun, Pipe, Words
+from dispatcher.streams.replies import Entry, Read
+from dispatcher.streams.weather import Weather, as_stream_error, is_unknown_function, trouble
 from dispatcher.streams.where import REPLY_TIMEOUT_S, Where, client, without_password
 from scheduler.errors import StreamError
 
@@ -37,11 +39,6 @@ AGAIN_S = (0.0, 0.02, 0.1)
 "Before a batch is said again over a new connection; who must wait longer does so by himself."
 
 Value = str | bytes | int | float
-Entry = tuple[str, dict[bytes, bytes]]
-"An entry's id and fields."
-
-Read = dict[str, list[Entry]]
-"What a read brought, by stream."
 
 Came = Callable[[Read], None]
 "Told of what a read brought."
@@ -80,7 +77,7 @@ class Connection:
         shown = without_password(where.url)
         try:
             self = cls(client(where), client(where, is_reader=True), shown, Address.of(where))
-        except (ValueError, weather.RedisError) as error:
+        except (ValueError, redis.exceptions.RedisError) as error:
             raise StreamError(f"redis url {shown!r} is not usable: {error}") from None
         try:  # one door: whatever fails here, nothing stays open
             await self._check_version()
@@ -139,21 +136,21 @@ class Connection:
         """
         if not calls:
             return []
-        replies = await self._batch(calls, begun)
-        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        found = await self._batch(calls, begun)
+        errors = [reply for reply in found if isinstance(reply, Exception)]
         if not errors:
-            return replies
-        if any(_is_unknown_function(error) for error in errors):
+            return found
+        if any(is_unknown_function(error) for error in errors):
             # The server was restarted empty; every call may be said again.
             await self._load_functions()
-            replies = await self._batch(calls)
-        return [_as_stream_error(reply, self.shown) for reply in replies]
+            found = await self._batch(calls)
+        return [as_stream_error(reply, self.shown) for reply in found]
 
     async def _batch(self, calls: Sequence[Call], begun: Begun | None = None) -> list[Any]:
         if self._calls is not None:
-            with _trouble(self.shown):
+            with trouble(self.shown):
                 return await _insisted(self._calls, [_words(call) for call in calls], begun)
-        with _Weather(self.shown):
+        with Weather(self.shown):
             async with self._client.pipeline(transaction=False) as pipe:
                 for call in calls:
                     pipe.execute_command(*_words(call))
@@ -161,14 +158,14 @@ class Connection:
 
     async def command(self, *words: Value) -> Any:
         """Any command's reply, as redis-py shapes it."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             return await self._client.execute_command(*words)
 
     async def commands(self, many: Sequence[Sequence[Value]]) -> list[Any]:
         """The replies of many commands in one round trip, in order."""
         if not many:
             return []
-        with _Weather(self.shown):
+        with Weather(self.shown):
             async with self._client.pipeline(transaction=False) as pipe:
                 for words in many:
                     pipe.execute_command(*words)
@@ -178,16 +175,16 @@ class Connection:
         self, stream: str, fields: Mapping[str, Value], *, keep: int | None = None
     ) -> str:
         """Append one entry to a log (never to a work stream: a lost reply may repeat it). Returns its id."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             entry = await self._client.xadd(stream, dict(fields), maxlen=keep, approximate=True)
         return str(entry, "ascii")
 
     async def ensure_group(self, stream: str, group: str) -> None:
         """Make the stream and its group, from the stream's beginning, unless they exist."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             try:
                 await self._client.xgroup_create(stream, group, id="0", mkstream=True)
-            except weather.ResponseError as error:
+            except redis.exceptions.ResponseError as error:
                 if not str(error).startswith("BUSYGROUP"):
                     raise
 
@@ -204,8 +201,8 @@ class Connection:
         Where that waits, `came` gets what is returned first: before any task has its turn, over a pipe.
         """
         if block_s is None:
-            with _Weather(self.shown):
-                return _streams(await self._client.xread(dict(after), count=count))
+            with Weather(self.shown):
+                return replies.streams(await self._client.xread(dict(after), count=count))
         words: Words = (
             "XREAD",
             "COUNT",
@@ -230,9 +227,11 @@ class Connection:
     ) -> Read:
         """Entries that no consumer of the group has seen; they stay pending until acknowledged. `came`: as `read`."""
         if block_s is None:
-            with _Weather(self.shown):
+            with Weather(self.shown):
                 news = dict.fromkeys(streams, ">")
-                return _streams(await self._client.xreadgroup(group, consumer, news, count=count))
+                return replies.streams(
+                    await self._client.xreadgroup(group, consumer, news, count=count)
+                )
         head = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", _block_ms(block_s))
         return await self._waited(
             (*head, "STREAMS", *streams, *(">" for _ in streams)), block_s, came
@@ -242,31 +241,31 @@ class Connection:
         self, group: str, consumer: str, stream: str, *, after: str, count: int
     ) -> list[Entry]:
         """The consumer's own pending entries after an id: what it was given, also in a reply that was lost."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             reply = await self._client.xreadgroup(group, consumer, {stream: after}, count=count)
-        return _streams(reply).get(stream, [])
+        return replies.streams(reply).get(stream, [])
 
     async def newest(self, stream: str, *, after: str, count: int) -> list[Entry]:
         """The newest entries after an id, at most `count`, oldest first."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             found = await self._client.xrevrange(stream, "+", f"({after}", count=count)
-        return _entries(found)[::-1]
+        return replies.entries(found)[::-1]
 
     async def hashes(self, keys: Sequence[str], fields: Sequence[str]) -> list[list[bytes | None]]:
         """These fields of each hash, in one round trip."""
         many: list[Words] = [("HMGET", key, *fields) for key in keys]
         if self._calls is None:
             return await self.commands(many)
-        with _trouble(self.shown):
+        with trouble(self.shown):
             found = await _insisted(self._calls, many)
         for reply in found:
             if isinstance(reply, Exception):
-                raise _as_stream_error(reply, self.shown)
+                raise as_stream_error(reply, self.shown)
         return found
 
     async def consumers(self, stream: str, group: str) -> dict[str, tuple[int, float]]:
         """Every consumer of the group: how many entries it holds, and for how many seconds it was silent."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             rows = await self._client.xinfo_consumers(stream, group)
         return {
             str(row["name"], "utf-8"): (int(row["pending"]), int(row["idle"]) / 1e3) for row in rows
@@ -274,14 +273,14 @@ class Connection:
 
     async def delivered(self, stream: str, group: str) -> str:
         """The last entry that was given to any consumer of the group."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             groups = await self._client.xinfo_groups(stream)
         found = next(row for row in groups if row["name"] == group.encode())
         return str(found["last-delivered-id"], "ascii")
 
     async def oldest_pending(self, stream: str, group: str) -> str:
         """The oldest entry that some consumer holds; empty: none."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             summary = await self._client.xpending(stream, group)
         return str(summary["min"] or b"", "ascii")
 
@@ -289,35 +288,35 @@ class Connection:
         self, stream: str, group: str, consumer: str, *, other: str, count: int
     ) -> list[Entry]:
         """Take over another consumer's pending entries, the oldest `count`."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             rows = await self._client.xpending_range(
                 stream, group, "-", "+", count, consumername=other
             )
             ids = [row["message_id"] for row in rows]
             if not ids:
                 return []
-            return _entries(await self._client.xclaim(stream, group, consumer, 0, ids))
+            return replies.entries(await self._client.xclaim(stream, group, consumer, 0, ids))
 
     async def entries(
         self, stream: str, first: str = "-", last: str = "+", *, count: int | None = None
     ) -> list[Entry]:
         """Entries from `first` to `last`, both included, oldest first."""
-        with _Weather(self.shown):
-            return _entries(await self._client.xrange(stream, first, last, count=count))
+        with Weather(self.shown):
+            return replies.entries(await self._client.xrange(stream, first, last, count=count))
 
     async def claim(
         self, stream: str, group: str, consumer: str, *, start: str, count: int
     ) -> tuple[str, list[Entry]]:
         """Take over pending entries of every consumer, from `start`; the cursor to go on from (`0-0`: all done)."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             reply = await self._client.xautoclaim(
                 stream, group, consumer, min_idle_time=0, start_id=start, count=count
             )
-        return str(reply[0], "ascii"), _entries(reply[1])
+        return str(reply[0], "ascii"), replies.entries(reply[1])
 
     async def memory(self) -> dict[str, Any]:
         """What the server says of its memory; of one node, where there are several."""
-        with _Weather(self.shown):
+        with Weather(self.shown):
             info = await self._client.info("memory")
         return dict(info if "used_memory" in info else next(iter(info.values())))
 
@@ -326,24 +325,24 @@ class Connection:
         limit_s = block_s + REPLY_TIMEOUT_S  # a frozen server must not hold us for ever
         read: Read = {}
         if self._address is None:
-            with _Weather(self.shown):
+            with Weather(self.shown):
                 async with asyncio.timeout(limit_s):
-                    read = _streams(await self._reader.execute_command(*words))
+                    read = replies.streams(await self._reader.execute_command(*words))
             if came is not None:
                 came(read)
             return read
 
-        def told(replies: list[Any]) -> None:
+        def told(said: list[Any]) -> None:
             nonlocal read
-            if not isinstance(replies[0], Exception):
-                read = _plain_streams(replies[0])
+            if not isinstance(said[0], Exception):
+                read = replies.plain(said[0])
                 if came is not None:
                     came(read)
 
         pipe = self._idle.pop() if self._idle else Pipe(self._address)
         self._reading.add(pipe)
         try:
-            with _trouble(self.shown):
+            with trouble(self.shown):
                 [reply] = await pipe.ask([words], limit_s=limit_s, came=told)
         except BaseException:
             pipe.close()  # what it still brings is nobody's
@@ -352,12 +351,12 @@ class Connection:
             self._reading.discard(pipe)
         self._idle.append(pipe)
         if isinstance(reply, Exception):
-            raise _as_stream_error(reply, self.shown)
+            raise as_stream_error(reply, self.shown)
         return read
 
     async def _check_version(self) -> None:
         try:
-            with _Weather(self.shown):
+            with Weather(self.shown):
                 info = await self._client.info("server")
         except StreamError as error:
             if _is_without_hello(str(error)):
@@ -373,66 +372,13 @@ class Connection:
 
     async def _load_functions(self) -> None:
         code = resources.files("dispatcher.streams").joinpath("functions.lua").read_text()
-        with _Weather(self.shown):
+        with Weather(self.shown):
             try:
                 await self._client.function_load(code, replace=True)
-            except weather.NoPermissionError:
+            except redis.exceptions.NoPermissionError:
                 # Where ACL users are told apart only a dispatcher may load, since functions run with their
                 # caller's rights. Until one has, every call says "Function not found".
                 return
-
-
-class _Weather:
-    """Turns what redis-py raises into `StreamError`, and keeps a cancellation that it swallows.
-
-    redis-py sends under `asyncio.wait_for`, which before Python 3.12 loses a cancellation that comes in the same
-    turn of the loop as the end of the send: the task would then go on as if nobody had asked it to end.
-    """
-
-    def __init__(self, shown: str) -> None:
-        self._shown = shown
-        self._asked = 0
-
-    def __enter__(self) -> None:
-        self._asked = _times_cancelled()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if _times_cancelled() > self._asked and not isinstance(error, asyncio.CancelledError):
-            raise asyncio.CancelledError from error
-        # redis-py's errors of a Cluster are a family of their own.
-        if isinstance(
-            error, weather.RedisError | weather.RedisClusterException | TimeoutError | OSError
-        ):
-            raise StreamError(
-                f"redis at {self._shown}: {str(error) or type(error).__name__}"
-            ) from error
-
-
-@contextlib.contextmanager
-def _trouble(shown: str) -> Iterator[None]:
-    """Turns what a pipe raises into `StreamError`."""
-    try:
-        yield
-    except (weather.RedisError, OSError) as error:
-        raise StreamError(f"redis at {shown}: {error or type(error)}") from error
-
-
-def _times_cancelled() -> int:
-    task = asyncio.current_task()
-    return task.cancelling() if task is not None else 0
-
-
-def _is_without_hello(complaint: str) -> bool:
-    lowered = complaint.lower()
-    return "unknown command" in lowered and "hello" in lowered
-
-
-def _is_unknown_function(reply: Any) -> bool:
-    return isinstance(reply, weather.ResponseError) and "Function not found" in str(reply)
-
-
-def _as_stream_error(reply: Any, shown: str) -> Any:
-    return StreamError(f"redis at {shown}: {reply}") if isinstance(reply, Exception) else reply
 
 
 async def _insisted(pipe: Pipe, many: Sequence[Words], begun: Begun | None = None) -> list[Any]:
@@ -458,31 +404,6 @@ def _block_ms(block_s: float) -> int:
     return max(1, round(block_s * 1000))  # 0 would wait for ever
 
 
-def _plain_streams(reply: Any) -> dict[str, list[Entry]]:
-    """A read's reply as the server says it: pairs, and each entry's fields in one list."""
-    return {
-        str(name, "utf-8"): [
-            (str(entry, "ascii"), dict(zip(parts[::2], parts[1::2], strict=True)))
-            for entry, parts in entries
-            if parts is not None
-        ]
-        for name, entries in reply or ()
-    }
-
-
-def _streams(reply: Any) -> dict[str, list[Entry]]:
-    """Both shapes of a read's reply: pairs (RESP2) and a map (RESP3)."""
-    if not reply:
-        return {}
-    named = reply.items() if isinstance(reply, dict) else reply
-    return {str(name, "utf-8"): _entries(entries) for name, entries in named}
-
-
-def _entries(reply: Any) -> list[Entry]:
-    if (
-        reply
-        and isinstance(reply[0], list)
-        and (not reply[0] or isinstance(reply[0][0], list | tuple))
-    ):
-        reply = reply[0]  # RESP3 nests a stream's entries once more
-    return [(str(entry, "ascii"), fields) for entry, fields in reply if fields is not None]
+def _is_without_hello(complaint: str) -> bool:
+    lowered = complaint.lower()
+    return "unknown command" in lowered and "hello" in lowered

@@ -27,7 +27,7 @@ from dispatcher.cli.root import COLLECT_EVERY
 from dispatcher.intake import Intake
 from dispatcher.metrics import Meter
 from dispatcher.moves import Moves
-from dispatcher.streams import connection
+from dispatcher.streams import connection, replies
 from scheduler import codec
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Assign
@@ -106,7 +106,7 @@ class Dispatcher:
 
     def read(self, reply: bytes) -> dict[str, list[connection.Entry]]:
         self.redis.feed(reply)
-        return connection._plain_streams(self.redis.gets())
+        return replies.plain(self.redis.gets())
 
 
 def request(number: int) -> dict[str, str | bytes]:

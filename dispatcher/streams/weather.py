@@ -1,0 +1,64 @@
+"""What can go wrong with a server, as the one `StreamError` that everybody else knows."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import redis.exceptions
+
+from scheduler.errors import StreamError
+
+
+class Weather:
+    """Turns what redis-py raises into `StreamError`, and keeps a cancellation that it swallows.
+
+    redis-py sends under `asyncio.wait_for`, which before Python 3.12 loses a cancellation that comes in the same
+    turn of the loop as the end of the send: the task would then go on as if nobody had asked it to end.
+    """
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+        self._asked = 0
+
+    def __enter__(self) -> None:
+        self._asked = _times_cancelled()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if _times_cancelled() > self._asked and not isinstance(error, asyncio.CancelledError):
+            raise asyncio.CancelledError from error
+        # redis-py's errors of a Cluster are a family of their own.
+        if isinstance(
+            error,
+            redis.exceptions.RedisError
+            | redis.exceptions.RedisClusterException
+            | TimeoutError
+            | OSError,
+        ):
+            raise StreamError(
+                f"redis at {self._shown}: {str(error) or type(error).__name__}"
+            ) from error
+
+
+@contextlib.contextmanager
+def trouble(shown: str) -> Iterator[None]:
+    """Turns what a pipe raises into `StreamError`."""
+    try:
+        yield
+    except (redis.exceptions.RedisError, OSError) as error:
+        raise StreamError(f"redis at {shown}: {error or type(error)}") from error
+
+
+def is_unknown_function(reply: Any) -> bool:
+    """Whether the server was restarted without our functions."""
+    return isinstance(reply, redis.exceptions.ResponseError) and "Function not found" in str(reply)
+
+
+def as_stream_error(reply: Any, shown: str) -> Any:
+    """A complaint as our own error; any other reply as it is."""
+    return StreamError(f"redis at {shown}: {reply}") if isinstance(reply, Exception) else reply
+
+
+def _times_cancelled() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
