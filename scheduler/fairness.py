@@ -8,6 +8,10 @@ have had about the same, and none can buy a place with promises or priorities on
 leaves unused the others get, and it is no debt of theirs later: a tenant that comes back starts one quantum below the
 lowest who waited, no lower. So who asks for less than its share goes before all who ask for more.
 
+That orders who waits, and keeps nothing free for who has not come yet: seats are not taken back, and where pace is short
+whoever waits takes the last one. So the promises of a tenant count the less the further its recent use is beyond its share
+(`standing`), and a place is only taken, or somebody's pace broken, by those whose promises count enough.
+
 After the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). We differ in
 four things: accounts are compared in bands, as wide as a quantum of deficit round robin (Shreedhar and Varghese,
 1995), so that deadlines have a say; the whole answer is charged when a request is handed over, by prediction, and
@@ -25,6 +29,18 @@ from scheduler.settings import FairnessSettings
 
 LEAD_MAX = 100
 "Bands that a tenant can be ahead of the lowest who waits: what it took beyond is forgiven."
+
+RECENT = 100
+"Quanta of service over which a tenant's use is compared with its share."
+
+STEEP = 3
+"Twice its share, and a promise counts an eighth: a little beyond it hardly less."
+
+FADED_MAX = 10.0
+"Of one request, however large: what it makes the rest fade, in logs."
+
+FADED = 1e6
+"What counts so much less than the latest is forgotten."
 
 IDLE_MAX = 10_000
 "Accounts kept, with those of tenants who have nothing here; a forgotten one begins as a newcomer's."
@@ -62,6 +78,12 @@ class Accounts:
         self._had: dict[str, float] = {}
         self._floor = 0.0
         "The lower edge of the lowest band in which anybody waited; never falls."
+        self._recent: dict[str, float] = {}
+        "By tenant, tokens of recent service, in units that grow in place of all that is old fading."
+        self._recent_sum = self._recent_weight = 0.0
+        "Of all of those: their service, and their shares."
+        self._fresh = 1.0
+        "What a token of service counts now in those units."
 
     def __len__(self) -> int:
         return len(self._had)
@@ -78,6 +100,15 @@ class Accounts:
         """The band of an account; lower goes first."""
         return int(had // self.settings.quantum_tokens)
 
+    def standing(self, tenant: str) -> float:
+        """What its promises count: the less the further it is beyond its share of all recent service."""
+        used = self._recent.get(tenant, 0.0)
+        if used <= 0.0 or self.settings.over_worth == 1.0:
+            return 1.0
+        own = used / self._weight(tenant)
+        level = self._recent_sum / self._recent_weight
+        return max(self.settings.over_worth, min(1.0, level / own) ** STEEP)
+
     def join(self, tenant: str) -> None:
         """It begins to wait: what it did not use while it had nothing here is gone, but for a quantum."""
         self._had[tenant] = max(self.had(tenant), self._start)
@@ -93,6 +124,7 @@ class Accounts:
         highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
         had = self.had(tenant) + service / self.settings.weights.get(tenant, 1.0)
         self._had[tenant] = max(0.0, min(had, highest))
+        self._use(tenant, service)
 
     def export(self, charged: Iterable[tuple[str, float]]) -> Given:
         """What a new leader needs to know.
@@ -117,6 +149,31 @@ class Accounts:
         self._floor = given.floor
         highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
         self._had = {tenant: min(had, highest) for tenant, had in given.had.items()}
+
+    def _use(self, tenant: str, service: float) -> None:
+        """Count it among the recent. What went before fades as service is given, not with time."""
+        faded = max(0.0, service) / (RECENT * self.settings.quantum_tokens)
+        self._fresh *= math.exp(min(faded, FADED_MAX))
+        before = self._recent.get(tenant, 0.0)
+        after = max(0.0, before + service * self._fresh)
+        if tenant not in self._recent:
+            self._recent_weight += self._weight(tenant)
+        self._recent[tenant] = after
+        self._recent_sum += after - before
+        if self._fresh > FADED or len(self._recent) > IDLE_MAX:
+            self._fade()
+
+    def _fade(self) -> None:
+        """Count in today's units again, without those whose use has faded; of too many, without the least."""
+        latest = sorted(self._recent.items(), key=lambda one: one[1])[-(IDLE_MAX // 2) :]
+        least = latest[-1][1] / FADED
+        self._recent = {one: used / self._fresh for one, used in latest if used > least}
+        self._recent_sum = sum(self._recent.values())
+        self._recent_weight = sum(map(self._weight, self._recent))
+        self._fresh = 1.0
+
+    def _weight(self, tenant: str) -> float:
+        return self.settings.weights.get(tenant, 1.0)
 
     @property
     def _start(self) -> float:

@@ -31,6 +31,20 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Where a newcomer would break more than it gains it is not put; where that is everywhere, it waits.
     """
 
+    late_worth: float = 0.3
+    """
+    What serving one whose first token is late already counts beside a promise that can still be kept.
+
+    It goes where it breaks less than that: 1 serves the late at once and makes others late, 0 waits for the unpromised.
+    """
+
+    patience: float = 1.0
+    """
+    A request with more time than so many of its own stays goes only where it breaks less; 0: wherever it may now.
+
+    Who has a minute then leaves the moments of many arrivals to those who have a second.
+    """
+
     fill: float = 0.4
     """
     What an endpoint's full KV is worth beside an empty one, in predicted seconds to the first token; 0: nothing.

@@ -27,7 +27,7 @@ from scheduler.pace import Noise
 from scheduler.picking import Picker
 from scheduler.plan import Choice, PlanSettings, Turn
 from scheduler.policies import Terms
-from scheduler.price import Usual
+from scheduler.price import Usual, competes
 from scheduler.profile.casting import Casting
 from scheduler.room import Room
 from scheduler.state import Floats, Kept, Ticket
@@ -45,7 +45,7 @@ KEPT_MAX = 16
 "Of those who wait for room, how many keep the endpoint that suits them from those set aside."
 
 BLOCKED_MAX = 16
-"After so many who wait for a better pace, others who were promised one are not tried in this step (I8)."
+"After so many of a kind who wait for a better pace, others are not tried in this step (I8): those promised one, or none."
 
 Odds = Callable[[float, float], float]
 "The chance that log(actual / predicted) is no more than the second, for one that stands behind the first in seconds."
@@ -67,6 +67,7 @@ class Planner:
         barrier: Callable[[str], Floats],
         noise: Callable[[], Noise],
         rng: np.random.Generator,
+        standing: Callable[[str], float] | None = None,
         onward: Onward | None = None,
         casting: Casting | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Planner:
             barrier: by model, 0 for each slot where a request may go, `inf` where not.
             noise: how far off the predicted pace may be; asked once, if ever.
             rng: decides between equals.
+            standing: by tenant, what its promises count; None: all alike.
             casting: a profile that says where and which; None: the plan's own choice.
             onward: what follows a prefill leg; None where nobody only prefills.
         """
@@ -90,6 +92,7 @@ class Planner:
         self.now = now
         self.settings = settings
         self.terms = terms
+        self._standing = standing
         self.barrier = barrier
         self.casting = casting
         self.onward = onward
@@ -103,6 +106,9 @@ class Planner:
             self.offers,
             pace_worth=settings.pace_worth,
             noise=noise,
+            weigh=self._weigh,
+            patience=settings.patience,
+            now=now,
             onward=onward,
             casting=casting,
         )
@@ -112,6 +118,10 @@ class Planner:
         self.choices: list[Choice] = []
         self.turns: list[Turn] = []
         "Who is to be set aside, and who after all is not."
+        self.for_pace: list[Ticket] = []
+        "Who was found no place in which they gain more than they break, and who behind them was not tried."
+        self.has_tried = False
+        "Whether anybody of the line was considered."
         self.is_cut = False
         "Whether it stopped only because it had set enough aside for one step."
         self.is_exhausted = False
@@ -122,8 +132,8 @@ class Planner:
         "The most urgent who have no room anywhere."
         self._known: dict[str, Offer] = {}
         "Of those who are tried again: they were priced a moment ago."
-        self._blocked = 0
-        "How many were found no place in which they gain more than they break."
+        self._blocked = [0, 0]
+        "How many were found no place in which they gain more than they break: without a promise per token, and with one."
 
     @property
     def waits(self) -> float:
@@ -142,11 +152,13 @@ class Planner:
             if at > openings.last():
                 self._passed_over = line[at : at + KEPT_MAX]
                 return
-            if self._blocked >= BLOCKED_MAX and ticket.promise.tpot_s is not None:
+            if self._blocked[ticket.promise.tpot_s is not None] >= BLOCKED_MAX:
+                self.for_pace.append(ticket)
                 continue
             if len(self.turns) >= ASIDE_MAX:
                 self.is_cut = True
                 return
+            self.has_tried = True
             self._place(self._known.get(ticket.id) or self.offers.of(ticket))
         self.is_exhausted = True
 
@@ -187,7 +199,7 @@ class Planner:
             if not idle.any():
                 return
             offer = self.offers.of(ticket)
-            worthy = self.worth.allows(offer, idle)
+            worthy = self.worth.allows(offer, idle, part=self.settings.late_worth)
             if worthy is not None:
                 idle &= worthy
             total_s = np.where(idle, self.offers.total_s(offer), np.inf)
@@ -246,7 +258,8 @@ class Planner:
             if worthy_s[kept] < math.inf:
                 total_s, best = worthy_s, kept
             elif can_make_it:
-                self._blocked += offer.ticket.promise.tpot_s is not None
+                self._blocked[offer.ticket.promise.tpot_s is not None] += 1
+                self.for_pace.append(offer.ticket)
                 return
         if can_make_it == (
             offer.ticket.state == "set_aside"
@@ -344,7 +357,7 @@ class Planner:
             return True
         promised_s = ticket.due_at - ticket.enqueued_at
         others = self.waits
-        if ticket.state != "set_aside":
+        if competes(ticket):
             others -= self.usual.share(ticket, self.room)
         asked = terms.price * others * offer.work_s.item(best) / promised_s
         return odds * ticket.promise.weight >= asked
@@ -370,9 +383,14 @@ class Planner:
             pairs=tokens * (prompt - 0.5 * tokens),
             kv=kv,
             tpot_s=own_s if own_s is not None and keeps else math.inf,
-            weight=offer.ticket.promise.weight,
+            weight=self._weigh(offer.ticket),
             blocks=chain(offer.ticket.request.blocks, kv),
         )
+
+    def _weigh(self, ticket: Ticket) -> float:
+        """What keeping its promises counts, its tenant's standing included."""
+        weight = ticket.promise.weight
+        return weight if self._standing is None else weight * self._standing(ticket.request.tenant)
 
     def _starts_now(self, slot: int) -> bool:
         return bool(self.room.start_s[slot] <= self.settings.commit_window_s)

@@ -56,6 +56,7 @@ class Planning:
         self._usual = Usual()
         self._works = Works(memory.prefixes, memory.sessions, self._fleet.by_slot)
         self._aside_credit_s = 0.0
+        self._for_pace: list[Ticket] = []
         self._room_at: float | None = None
         self._rested_at: float | None = None
 
@@ -81,8 +82,7 @@ class Planning:
         if lines.aside:
             self._serve_aged(planner)
         line = self._serve_line(planner)
-        if planner.turns:
-            self._turn(planner)
+        self._note(planner)
         if lines.aside and not planner.is_cut and planner.has_idle():
             self._fill(planner)
         for choice in planner.choices:
@@ -155,6 +155,7 @@ class Planning:
                 step_s=room.decodes.load.joined_s,
                 batch=ledger.seats,
             )
+        turns = self._book.lines.turns
         casting = None
         if self._assembly is not None:
             casting = Casting(
@@ -176,6 +177,7 @@ class Planning:
             barrier=fleet.barrier,
             noise=self._memory.predictor.pace.noise,
             rng=self._rng,
+            standing=None if turns is None else turns.accounts.standing,
             casting=casting,
             onward=onward,
         )
@@ -203,6 +205,17 @@ class Planning:
         hopeful = planner.hopeful(self._book.lines.aside.tail(RETEST_MAX))
         again = [ticket for ticket in hopeful if ticket.id not in chosen]
         return self._book.lines.waiting.joined(line, again) if again else line
+
+    def _note(self, planner: Planner) -> None:
+        """Set aside and take up, and remember who waits for a better pace: for them no endpoint's time is short."""
+        if not planner.has_tried:
+            return
+        self._turn(planner)
+        for ticket in self._for_pace:
+            ticket.waits_for_pace = False
+        self._for_pace = planner.for_pace
+        for ticket in self._for_pace:
+            ticket.waits_for_pace = True
 
     def _turn(self, planner: Planner) -> None:
         """Set aside and take up as planned; each change is noted once."""

@@ -17,6 +17,15 @@ GAIN = 0.01
 "How much of one more request's size the usual size takes over, once it is no longer young."
 
 
+def competes(ticket: Ticket) -> bool:
+    """Whether it waits for an endpoint's time.
+
+    Not those set aside who are tried again: they compete only if they are taken up. Nor those who wait for a better
+    pace, for whom there is time enough.
+    """
+    return ticket.state != "set_aside" and not ticket.waits_for_pace
+
+
 class Usual:
     """Running means over what was handed over: seconds of work, and tokens of prompt."""
 
@@ -38,8 +47,7 @@ class Usual:
         if not self.tokens:
             return 0.0
         ahead_s = room.mean(room.backlog_s)
-        # Those set aside who are tried again do not count: they compete only if they are taken up.
-        tokens = sum([ticket.prompt_tokens for ticket in line if ticket.state != "set_aside"])
+        tokens = sum([ticket.prompt_tokens for ticket in line if competes(ticket)])
         return ahead_s / max(self.work_s, 1e-6) + tokens / self.tokens / room.count
 
     def share(self, ticket: Ticket, room: Room) -> float:

@@ -191,6 +191,14 @@ class FairnessSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     output_weight: Annotated[float, Meta(ge=0)] = 2.0
     "What an output token counts beside a prompt token that had to be computed; prices are commonly 2 to 5 times."
 
+    over_worth: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    """
+    What a promise of a tenant beyond its share counts beside one of a tenant within it; 1: the same.
+
+    Seats cannot be taken back, so who goes first is not enough: below 1 those beyond their share also leave the
+    headroom in which the others, who come later, keep their pace.
+    """
+
     weights: dict[str, Annotated[float, Meta(gt=0)]] = {}
     "Shares by tenant, as [fairness.weights]; who is not named has 1."
 

@@ -102,6 +102,9 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     pace: tuple[float, ...] = ()
     "What decoding cost where it went, in the terms of `pace`, when it was assigned."
 
+    waits_for_pace: bool = False
+    "While it waits: there would be time for it, but nowhere a pace that it does not break."
+
     handed_at: float = 0.0
     "When it was last handed over."
 

@@ -11,7 +11,7 @@ from scheduler.onward import Onward
 from scheduler.pace import Noise
 from scheduler.profile.casting import Casting
 from scheduler.room import Room
-from scheduler.state import Bools, Floats
+from scheduler.state import Bools, Floats, Ticket
 from scheduler.work import Offer
 
 PACE_ODDS_MIN = 0.1
@@ -37,6 +37,9 @@ class Worth:
         *,
         pace_worth: float,
         noise: Callable[[], Noise],
+        weigh: Callable[[Ticket], float],
+        patience: float,
+        now: float,
         onward: Onward | None,
         casting: Casting | None,
     ) -> None:
@@ -47,6 +50,9 @@ class Worth:
             offers: what fits where.
             pace_worth: of `PlanSettings`.
             noise: how far off the predicted pace may be; asked once, if ever.
+            weigh: what keeping a request's promises counts.
+            patience: of `PlanSettings`.
+            now: unix seconds.
             onward: what follows a prefill leg; None where nobody only prefills.
             casting: a profile, which says itself where it is better put.
         """
@@ -54,6 +60,9 @@ class Worth:
         self._offers = offers
         self._pace_worth = pace_worth
         self._ask_noise = noise
+        self._weigh = weigh
+        self._patience = patience
+        self._now = now
         self._onward = onward
         self._casting = casting
         self._seen = -1
@@ -73,15 +82,18 @@ class Worth:
         """Seconds per token that nobody falls below, even alone on the quickest."""
         return float(self._room.decodes.load.alone_s.min())
 
-    def allows(self, offer: Offer, candidates: Bools | None = None) -> Bools | None:
+    def allows(
+        self, offer: Offer, candidates: Bools | None = None, *, part: float = 1.0
+    ) -> Bools | None:
         """Where it gains more than it breaks, and nearly as much as anywhere; None: nobody asks, or everywhere.
 
         The earliest first token decides among them. A profile says so itself of these candidates, or of all.
+        `part` is what is left of its own gain.
         """
         if self._casting is not None:
             open_ = self._offers.total_s(offer) < math.inf
             return self._casting.wishes(offer, open_ if candidates is None else open_ & candidates)
-        value = self.of(offer)
+        value = self.of(offer, part)
         if value is None:
             return None
         at = value.argmax()
@@ -95,7 +107,7 @@ class Worth:
         worthy: Bools = (value > 0) & (value >= least)
         return worthy
 
-    def of(self, offer: Offer) -> Floats | None:
+    def of(self, offer: Offer, part: float = 1.0) -> Floats | None:
         """What it gains less what it breaks: the odds of its own pace against what it takes from the others'."""
         room, promise = self._room, offer.ticket.promise
         decodes, own_s = room.decodes, promise.tpot_s
@@ -107,10 +119,16 @@ class Worth:
         gain, others = self._odds(None if own_s is None or own_s < self._alone_s else own_s, pace_s)
         if gain[gain.argmin()] < PACE_ODDS_MIN:
             gain[gain < PACE_ODDS_MIN] = 0.0
-        if promise.weight != 1.0:
-            gain *= promise.weight
         if others is None:
             return gain
+        left_s, weight = offer.ticket.due_at - self._now, part * self._weigh(offer.ticket)
+        if weight != 1.0:
+            gain *= weight
+        if left_s < math.inf and self._patience > 0 and not offer.is_second:
+            # Waiting costs it nothing but time, as long as it has more than its stay is long. Load comes and goes
+            # within a few stays, so who may wait for several finds a place that costs others less.
+            stay_s = pace_s * max(1, offer.ticket.output_tokens)
+            gain *= np.minimum(1.0, self._patience * stay_s / max(left_s, 1e-6))
         added_s = decodes.load.sequence_s + read_s
         work_s = offer.work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
         value: Floats = gain - self._harm(others, (added_s + work_s) / pace_s)

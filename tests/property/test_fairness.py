@@ -197,6 +197,46 @@ def test_accounts_are_bounded():
     assert accounts.had("t0") == 1000.0, "who has had most is not forgotten for made-up names"
 
 
+@given(
+    weights=weights,
+    charges=st.lists(st.tuples(names, st.floats(-500, 5e4)), max_size=60),
+    over_worth=st.sampled_from([0.1, 0.5]),
+)
+def test_a_standing_is_lost_by_use_beyond_the_share_alone(weights, charges, over_worth):
+    """Whatever was charged: somebody has a full standing, no one less than `over_worth`, and more use is no more standing."""
+    settings = FairnessSettings(quantum_tokens=QUANTUM, weights=weights, over_worth=over_worth)
+    accounts = Accounts(settings)
+    for tenant, service in charges:
+        accounts.charge(tenant, service)
+
+    standings = {tenant: accounts.standing(tenant) for tenant in "abc"}
+    assert all(over_worth <= one <= 1.0 for one in standings.values())
+    assert max(standings.values()) > 1 - 1e-6
+    for tenant in "abc":
+        accounts.charge(tenant, 3 * QUANTUM)
+        assert accounts.standing(tenant) <= standings[tenant] + 1e-9
+        accounts.charge(tenant, -3 * QUANTUM)
+
+
+def test_a_standing_recovers_and_can_be_switched_off():
+    """Twice the share is seen, and forgotten once others had their turn; 1 counts all alike (I10)."""
+    strict, off = (
+        Accounts(FairnessSettings(quantum_tokens=QUANTUM, over_worth=over_worth))
+        for over_worth in (0.1, 1.0)
+    )
+    for accounts in (strict, off):
+        for tenant in "aaab":
+            accounts.charge(tenant, 10 * QUANTUM)
+    assert strict.standing("a") < 0.5 < 1.0 == strict.standing("b")
+    assert off.standing("a") == 1.0
+
+    for _ in range(100):
+        for tenant in "aab":
+            strict.charge(tenant, QUANTUM * (1 + (tenant == "b")))
+
+    assert strict.standing("a") > 0.9
+
+
 def test_the_answer_that_was_not_given_is_not_charged():
     """What the engine reports replaces what was predicted."""
     lines = lines_of({})

@@ -390,6 +390,46 @@ class TestPace:
 
         assert len(served(made)) == 1
 
+    def test_who_has_time_leaves_the_place_to_others(self):
+        """Where one more does a little harm a minute's promise waits and a second's does not; off, neither (I10)."""
+        for patience, starting in ((1.0, ["soon"]), (0.0, ["soon", "minute"])):
+            settings = msgspec.structs.replace(SETTINGS, patience=patience)
+            for name, due_at in (("soon", 1.0), ("minute", 60.0)):
+                made = decoding([40.0, 40.0], [0.035, 0.035], settings=settings)
+                one = ticket(name, 100, due_at=due_at)
+                one.output_tokens = 100
+
+                made.serve([one])
+
+                assert ([name] if served(made) else []) == [name] * (name in starting)
+                assert made.turns == []
+
+    def test_who_is_late_already_breaks_less_for_a_place(self):
+        """The same place is worth breaking something for one in time; worth nothing late, it is left empty (I10)."""
+        for late_worth, n_served in ((1.0, 1), (0.0, 0)):
+            settings = msgspec.structs.replace(SETTINGS, late_worth=late_worth)
+            made = decoding([40.0, 40.0], [0.035, 0.035], settings=settings)
+            late = ticket("late", 100, due_at=-1.0)
+            late.output_tokens = 100
+            late.turn("set_aside")
+
+            made.fill([late], is_calm=True)
+
+            assert len(served(made)) == n_served
+
+    def test_who_waits_for_a_pace_does_not_wait_for_time(self):
+        """Two who find no pace are told apart from those who wait for an endpoint, and ask no price of its time."""
+        made = decoding([40.0, 40.0], [0.05, 0.05])
+        blocked = [paced("a", tokens=500), paced("b", tokens=500)]
+
+        made.serve(blocked)
+
+        assert made.for_pace == blocked
+        before = usual().waits(blocked, made.room)
+        for one in blocked:
+            one.waits_for_pace = True
+        assert usual().waits(blocked, made.room) < before == 5.0
+
     def test_a_promise_that_nobody_could_keep_binds_nobody(self):
         """It is served, and whoever comes later need not mind it."""
         made = decoding([0.0, 0.0], [0.2, 0.2], alone_s=0.1)

@@ -19,9 +19,12 @@ class _Core(LabPolicy, frozen=True):
     fill: float = PlanSettings().fill
     answer_part: float = PlanSettings().answer_part
     pace_worth: float = PlanSettings().pace_worth
+    late_worth: float = PlanSettings().late_worth
+    patience: float = PlanSettings().patience
     explore: float = PlanSettings().explore
     explore_paid: float = PlanSettings().explore_paid
     quantum_tokens: int = 0
+    over_worth: float = FairnessSettings().over_worth
     profile: Profile | None = None
     "How it chooses an endpoint; None: by seconds."
 
@@ -44,7 +47,11 @@ class _Core(LabPolicy, frozen=True):
         settings = CoreSettings(
             policy=self.order(),
             objectives=stage.objectives,
-            fairness=FairnessSettings(quantum_tokens=self.quantum_tokens, weights=stage.tenants),
+            fairness=FairnessSettings(
+                quantum_tokens=self.quantum_tokens,
+                over_worth=self.over_worth,
+                weights=stage.tenants,
+            ),
             plan=PlanSettings(
                 commit_window_s=self.commit_window_s,
                 horizon=self.horizon,
@@ -52,6 +59,8 @@ class _Core(LabPolicy, frozen=True):
                 fill=self.fill,
                 answer_part=self.answer_part,
                 pace_worth=self.pace_worth,
+                late_worth=self.late_worth,
+                patience=self.patience,
                 explore=self.explore,
                 explore_paid=self.explore_paid,
             ),
