@@ -1,7 +1,6 @@
 """The commands of who hands in requests and who watches them, as a person runs them."""
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -9,24 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from played import ENDPOINT, Played
+from played import ENDPOINT
 
 from dispatcher.streams import sidecar
 from scheduler.wire.worker import Beat
 
 HEADGATE = Path(sys.executable).with_name("headgate")
-
-
-@pytest.fixture
-async def played(redis_url, pool):
-    """The servers' parts, running."""
-    parts = await Played.start(redis_url, pool)
-    running = asyncio.create_task(parts.run())
-    yield parts
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
-    await parts.close()
 
 
 @pytest.fixture

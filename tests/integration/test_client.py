@@ -26,18 +26,6 @@ from scheduler.wire.worker import Result
 
 
 @pytest.fixture
-async def played(redis_url, pool):
-    """The servers' parts, running."""
-    parts = await Played.start(redis_url, pool)
-    running = asyncio.create_task(parts.run())
-    yield parts
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
-    await parts.close()
-
-
-@pytest.fixture
 async def client(redis_url, pool):
     """A client nobody else is."""
     async with Client(redis=redis_url, pool=pool, name="tester") as one:

@@ -1,18 +1,12 @@
 """A profile and shares of tenants, live: `[profile]` and `[fairness]` in the settings, through Redis to emulated engines."""
 
 import asyncio
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import aiohttp
 import msgspec
 import pytest
-from tied import tied
+from stacks import up
 
 from dispatcher import glance
 from dispatcher.cli import explain
@@ -20,8 +14,6 @@ from dispatcher.client import Client
 from dispatcher.recovery import Saved
 from scheduler import codec
 from scheduler.wire.dispatcher import Decision
-
-HEADGATE = Path(sys.executable).with_name("headgate")
 
 N, PROMPT_TOKENS, ANSWER_TOKENS = 24, 3000, 2
 QUANTUM = 2 * PROMPT_TOKENS
@@ -55,22 +47,9 @@ def system(tmp_path_factory):
     directory = tmp_path_factory.mktemp("choice")
     config = directory / "settings.toml"
     config.write_text(SETTINGS)
-    process = subprocess.Popen(
-        tied(
-            *(HEADGATE, "up", "--emulate", "2", "--profiles", "a100,l40s", "--json"),
-            *("--directory", directory, "--config", config),
-        ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={"PATH": os.environ["PATH"], "HOME": "/dev/null"},
-    )
-    try:
-        line = process.stdout.readline()
-        yield json.loads(line) if line else pytest.fail(process.communicate()[1])
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+    words = ("--emulate", "2", "--profiles", "a100,l40s", "--config", config)
+    with up(directory, *words) as ready:
+        yield ready
 
 
 @pytest.fixture

@@ -4,39 +4,21 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import aiohttp
 import openai
 import pytest
+from stacks import up
 
 from dispatcher.client import Client
-
-HEADGATE = Path(sys.executable).with_name("headgate")
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory):
     """`headgate up` with two emulated engines, for all tests of this file."""
-    process = subprocess.Popen(
-        [
-            *(HEADGATE, "up", "--emulate", "2", "--profiles", "h100", "--model", "llama"),
-            *("--json", "--directory", tmp_path_factory.mktemp("up")),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
-    )
-    line = process.stdout.readline()
-    if not line:
-        pytest.fail(process.communicate()[1])
-    yield json.loads(line)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 0, err
+    words = ("--emulate", "2", "--profiles", "h100", "--model", "llama")
+    with up(tmp_path_factory.mktemp("up"), *words) as ready:
+        yield ready
 
 
 @pytest.fixture

@@ -7,16 +7,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from stacks import HEADGATE, up
 
 from dispatcher.cli import recordings
 from dispatcher.client import Client
 from scheduler.errors import RequestCancelled
 
-HEADGATE = Path(sys.executable).with_name("headgate")
 SETTINGS = """
 [objectives.chat]
 ttft_ms = 3000
@@ -45,21 +44,9 @@ def running(directory):
     """Two GPUs under two workers with two dispatchers that keep a journal."""
     config = directory / "settings.toml"
     config.write_text(SETTINGS.format(journal=directory / "journal"))
-    words = ("up", "--emulate", "2", "--workers", "2", "--json", "--directory", directory)
-    process = subprocess.Popen(
-        [HEADGATE, *map(str, words), "--config", config],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={"PATH": os.environ["PATH"], "HOME": "/dev/null"},
-    )
-    try:
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        yield json.loads(line)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+    words = ("--emulate", "2", "--workers", "2", "--config", config)
+    with up(directory, *words) as ready:
+        yield ready
 
 
 async def lived(ready, config):

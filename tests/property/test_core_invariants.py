@@ -7,10 +7,10 @@ import sys
 
 import msgspec
 import numpy as np
+from driving import Driven
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     invariant,
     precondition,
@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Forget, Reclaim
+from scheduler.events import Abort, Arrived, Assign, Command, Finish, Forget, Reclaim
 from scheduler.plan import PlanSettings
 from scheduler.policies import BUILT_IN
 from scheduler.profile.filters import Pace, Saturation
@@ -57,24 +57,17 @@ def beat_of(name: str, epoch: int, **fields: object) -> Beat:
     return Beat(endpoint=name, epoch=epoch, **{**defaults, **fields})  # type: ignore[arg-type]
 
 
-class World(RuleBasedStateMachine):
-    """Clients, workers and time, in any order; the driver's side of the core kept by hand."""
+class World(Driven):
+    """Clients, workers and time, in any order."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.core = Scheduler(SETTINGS, np.random.default_rng(0))
-        self.log: list[tuple[float, Event | None]] = []
-        self.sent: list[list[Command]] = []
-        self.now = 1000.0
-        self.count = 0
+        super().__init__(SETTINGS)
         self.entries: dict[str, str] = {}
         self.epochs: dict[str, int] = {}
-        self.held: dict[str, Assign] = {}
         self.lost: set[str] = set()
         "Handed over, and never come to their workers."
         self.started: set[str] = set()
         self.prompted: set[str] = set()
-        self.terminal: dict[str, str] = {}
         self.forgotten: set[str] = set()
 
     @initialize(
@@ -85,18 +78,9 @@ class World(RuleBasedStateMachine):
     def choose(self, policy, profile, quantum_tokens):
         """Whatever the policy, the profile and the shares, the invariants are the same."""
         fairness = FairnessSettings(quantum_tokens=quantum_tokens, weights={"gold": 3.0})
-        chosen = msgspec.structs.replace(
-            SETTINGS, policy=policy(), profile=profile, fairness=fairness
+        self.begin(
+            msgspec.structs.replace(SETTINGS, policy=policy(), profile=profile, fairness=fairness)
         )
-        self.core = Scheduler(chosen, np.random.default_rng(0))
-
-    def tell(self, event: Event) -> None:
-        self.log.append((self.now, event))
-        self.core.receive(event, self.now)
-
-    def end(self, request_id: str, outcome: str) -> None:
-        assert request_id not in self.terminal, f"I2: {request_id} ended twice"
-        self.terminal[request_id] = outcome
 
     @rule(
         prompt=st.sampled_from([1, 50, 2_000, 9_000, 15_000, 17_000]),
@@ -221,20 +205,6 @@ class World(RuleBasedStateMachine):
     def drain(self, name, action):
         self.tell(Control(action=action, endpoint=name))
 
-    @rule(seconds=st.sampled_from([0.0, 0.01, 0.3, 1.0, 4.0]))
-    def pass_time(self, seconds):
-        self.now += seconds
-
-    @rule()
-    def decide(self):
-        self.log.append((self.now, None))
-        commands = self.core.decide(self.now)
-        self.sent.append(commands)
-        for command in commands:
-            self.carry_out(command)
-        wakeup_at = self.core.wakeup_at()
-        assert wakeup_at is None or wakeup_at >= self.now
-
     def carry_out(self, command: Command) -> None:
         match command:
             case Assign():
@@ -276,17 +246,6 @@ class World(RuleBasedStateMachine):
             t.prompt_tokens for t in [*book.lines.waiting, *book.lines.aside]
         )
 
-    @invariant()
-    def keeps_capacity(self):
-        """I3: no endpoint over its seats or its KV, and no account below zero."""
-        ledger, fleet = self.core._memory.book.ledger, self.core._memory.book.fleet
-        for endpoint in fleet.endpoints.values():
-            slot = endpoint.slot
-            assert ledger.seats[slot] == len(endpoint.held) <= fleet.seats_max[slot]
-            assert 0 <= ledger.kv[slot] <= fleet.kv_max[slot]
-            assert ledger.decode_kv[slot] >= 0
-            assert ledger.tokens[slot] == sum(x.tokens for x in ledger.prefilling[slot].values())
-
     def teardown(self):
         """Nobody is stranded: given healthy endpoints and time, everything ends; and the log replays (I5)."""
         for name in ENDPOINTS:
@@ -315,19 +274,7 @@ class World(RuleBasedStateMachine):
             self.now += 0.5
         assert set(self.entries) - set(self.terminal) == set(), "somebody is stranded"
         assert not self.forgotten, "a duplicate was never acknowledged"
-        again = Scheduler(self.core.settings, np.random.default_rng(0))
-        assert replay(again, self.log) == self.sent, "I5: the log's replay says something else"
-
-
-def replay(core: Scheduler, log: list[tuple[float, Event | None]]) -> list[list[Command]]:
-    """What the core says to this log; None stands for a decision."""
-    sent = []
-    for now, event in log:
-        if event is None:
-            sent.append(core.decide(now))
-        else:
-            core.receive(event, now)
-    return sent
+        self.replays()
 
 
 def test_any_order_of_facts_keeps_the_invariants():
@@ -379,7 +326,7 @@ def fixed_story() -> bytes:
 def test_i6_same_seed_same_bytes_under_any_hash_seed():
     """I6: a process with another hash seed writes the same bytes: nothing iterates a set."""
     script = "import hashlib, test_core_invariants as t; print(hashlib.sha256(t.fixed_story()).hexdigest())"
-    env = {**os.environ, "PYTHONHASHSEED": "4242", "PYTHONPATH": os.path.dirname(__file__)}  # noqa: PTH120
+    env = {**os.environ, "PYTHONHASHSEED": "4242", "PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
     )

@@ -1,18 +1,17 @@
 """Requests in two legs, whatever fails at either: the core's accounts under any order of facts."""
 
-import numpy as np
+from driving import Driven
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     invariant,
     precondition,
     rule,
     run_state_machine_as_test,
 )
 
-from scheduler.core import CoreSettings, Scheduler
-from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Reclaim, Recovered
+from scheduler.core import CoreSettings
+from scheduler.events import Abort, Arrived, Assign, Command, Finish, Reclaim, Recovered
 from scheduler.wire.client import Control, Request
 from scheduler.wire.words import KV_PARAMS_BYTES
 from scheduler.wire.worker import Beat, Reward
@@ -40,23 +39,16 @@ def beat_of(name: str, epoch: int, **fields: object) -> Beat:
     return Beat(endpoint=name, epoch=epoch, **{**defaults, **fields})  # type: ignore[arg-type]
 
 
-class Pool(RuleBasedStateMachine):
-    """Clients, workers and time, in any order; the driver's side of the core kept by hand."""
+class Pool(Driven):
+    """Clients, workers and time, in any order."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.core = Scheduler(SETTINGS, np.random.default_rng(0))
-        self.log: list[tuple[float, Event | None]] = []
-        self.sent: list[list[Command]] = []
-        self.now = 1000.0
-        self.count = 0
+        super().__init__(SETTINGS)
         self.epochs = dict.fromkeys(ROLES, 1)
-        self.held: dict[str, Assign] = {}
         self.spoken: set[str] = set()
         self.params: dict[str, bytes] = {}
         "By request: what its last prefill leg handed over, and nobody has used."
         self.arrived: set[str] = set()
-        self.terminal: dict[str, str] = {}
         self.requests: dict[str, Arrived] = {}
         self.attempts: dict[str, int] = {}
         self.legs: dict[str, str] = {}
@@ -66,13 +58,8 @@ class Pool(RuleBasedStateMachine):
         "By request: what its last prefill leg said when it had done its part."
         self.cancelled: set[str] = set()
 
-    def tell(self, event: Event) -> None:
-        self.log.append((self.now, event))
-        self.core.receive(event, self.now)
-
     def end(self, request_id: str, outcome: str) -> None:
-        assert request_id not in self.terminal, f"I2: {request_id} ended twice"
-        self.terminal[request_id] = outcome
+        super().end(request_id, outcome)
         self.params.pop(request_id, None)
 
     @rule(
@@ -183,7 +170,7 @@ class Pool(RuleBasedStateMachine):
     def fail_over(self, silent):
         """A new leader knows what Redis holds, and of the endpoints those that have beaten."""
         self.decide()
-        self.core, self.log, self.sent = Scheduler(SETTINGS, np.random.default_rng(0)), [], []
+        self.begin(SETTINGS)
         for name in ROLES:
             if name != silent:
                 self.tell(beat_of(name, self.epochs[name]))
@@ -208,20 +195,6 @@ class Pool(RuleBasedStateMachine):
             prefilled=said if is_between else None,
             cancelled=request_id in self.cancelled,
         )
-
-    @rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 4.0]))
-    def pass_time(self, seconds):
-        self.now += seconds
-
-    @rule()
-    def decide(self):
-        self.log.append((self.now, None))
-        commands = self.core.decide(self.now)
-        self.sent.append(commands)
-        for command in commands:
-            self.carry_out(command)
-        wakeup_at = self.core.wakeup_at()
-        assert wakeup_at is None or wakeup_at >= self.now
 
     def carry_out(self, command: Command) -> None:
         match command:
@@ -270,15 +243,10 @@ class Pool(RuleBasedStateMachine):
         assert set(book.tickets) == self.arrived - set(self.terminal) - unsent
 
     @invariant()
-    def keeps_capacity(self):
-        """I3: nobody over its seats or KV; what is kept or pledged belongs to somebody who lives."""
+    def keeps_places(self):
+        """What is kept or pledged belongs to somebody who lives."""
         book = self.core._memory.book
-        ledger, fleet, legs = book.ledger, book.fleet, book.legs
-        for endpoint in fleet.endpoints.values():
-            slot = endpoint.slot
-            assert ledger.seats[slot] == len(endpoint.held) <= fleet.seats_max[slot]
-            assert 0 <= ledger.kv[slot] <= fleet.kv_max[slot]
-            assert ledger.tokens[slot] == sum(x.tokens for x in ledger.prefilling[slot].values())
+        fleet, legs = book.fleet, book.legs
         for request_id in legs.pledges:
             ticket = book.tickets[request_id]
             assert (ticket.leg, ticket.is_held) == ("prefill", True)
@@ -303,12 +271,7 @@ class Pool(RuleBasedStateMachine):
                 self.answer(request_id, "done")
             self.now += 0.3
         assert self.arrived == set(self.terminal), "somebody is stranded"
-        again = Scheduler(SETTINGS, np.random.default_rng(0))
-        for now, event in self.log:
-            if event is None:
-                assert again.decide(now) == self.sent.pop(0), "I5: the log's replay says otherwise"
-            else:
-                again.receive(event, now)
+        self.replays()
 
 
 def test_any_failure_at_either_leg_keeps_the_invariants():
