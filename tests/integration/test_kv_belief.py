@@ -3,32 +3,19 @@
 The engine is also asked behind the dispatcher's back, so that beliefs alone must be wrong.
 """
 
-import asyncio
-import contextlib
-
 import aiohttp
+import inside
 import pytest
 from hand import until
 
-from dispatcher.client import Client
-from dispatcher.node import Node
-from dispatcher.streams.connection import Connection, Where
 from scheduler import codec
 from scheduler.prefix import BLOCK_TOKENS
-from scheduler.settings import (
-    EngineAddress,
-    LeaseSettings,
-    RedisSettings,
-    Settings,
-    WorkerSettings,
-)
 from scheduler.sim.arguments import EngineSettings
 from scheduler.wire.dispatcher import Decision
 from scheduler.wire.worker import Beat
 from workers import kv_feed
 from workers.emulator.server import Emulator
 from workers.emulator.settings import EmulatorSettings
-from workers.worker import Worker
 
 MODEL = "emulated"
 ROOM = 4096
@@ -68,28 +55,8 @@ async def engine():
 @pytest.fixture
 async def client(engine, redis_url, pool):
     """A client of the whole, which runs while the test does."""
-    settings = Settings(
-        pool=pool,
-        redis=RedisSettings(url=redis_url),
-        lease=LeaseSettings(leader_s=3.0, worker_s=2.0, beat_s=0.1),
-        worker=WorkerSettings(
-            engines=(EngineAddress(name="e0", url=engine.url),), probe_s=0.1, drain_s=1.0
-        ),
-    )
-    connection = await Connection.connect(Where(url=redis_url))
-    worker = Worker(settings)
-    tasks = [
-        asyncio.create_task(Node(connection, settings, name="d").run()),
-        asyncio.create_task(worker.run(lambda: None)),
-    ]
-    async with Client(redis=redis_url, pool=pool) as one:
+    async with inside.served(engine.url, redis_url=redis_url, pool=pool) as one:
         yield one
-    worker.stop()
-    await tasks[1]
-    tasks[0].cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await tasks[0]
-    await connection.close()
 
 
 async def behind(engine, body):
