@@ -2,18 +2,14 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hand import until
 from servers import BINARIES, ask, serving
-from tied import tied
+from stacks import up
 
 from dispatcher.client import Client
 from scheduler import codec
@@ -22,7 +18,6 @@ from scheduler.wire.worker import Result
 
 pytestmark = pytest.mark.chaos
 
-HEADGATE = Path(sys.executable).with_name("headgate")
 REQUESTS = 30
 PATIENCE_S = 60
 
@@ -50,19 +45,8 @@ async def redis(tmp_path):
 @pytest.fixture
 def system(redis, tmp_path, pool):
     """Two emulated engines, their workers and two dispatchers, over the Sentinel."""
-    words = ("up", "--emulate", "2", "--json", "--redis", redis[2], "--pool", pool)
-    process = subprocess.Popen(
-        tied(HEADGATE, *words, "--directory", tmp_path / "up"),
-        stdout=subprocess.PIPE,
-        text=True,
-        env={"PATH": os.environ["PATH"], "HOME": "/dev/null"},
-    )
-    try:
-        assert json.loads(process.stdout.readline())["pool"] == pool
+    with up(tmp_path / "up", "--emulate", "2", "--redis", redis[2], "--pool", pool):
         yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
 
 
 def kill(port):
