@@ -121,8 +121,12 @@ async def answers(one: Pod) -> None:
     began = time.monotonic()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http:
         while not await is_healthy(http, one):
-            if not one.is_running or time.monotonic() - began > READY_S:
+            if not one.is_running:
                 raise EngineError(f"{one.name} did not start: {one.last_words}")
+            if time.monotonic() - began > READY_S:
+                raise EngineError(
+                    f"{one.name} did not start in {READY_S:g} s, is the machine busy? {one.last_words}"
+                )
             await asyncio.sleep(KNOCK_S)
 
 
