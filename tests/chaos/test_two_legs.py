@@ -1,6 +1,7 @@
 """Requests in two legs as a user runs them, `headgate up --roles`, and whatever is killed between the legs or within one."""
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -134,7 +135,20 @@ async def streamed(handle, pieces):
 
 
 def killed(ready, name):
-    os.kill(ready["pids"][name], signal.SIGKILL)
+    """SIGKILL; an engine in whichever life of it, known by the port that it keeps."""
+    pid = ready["pids"][name]
+    if not Path(f"/proc/{pid}").exists():
+        [url] = [one["url"] for one in ready["endpoints"] if one["name"] == name]
+        wanted = {b"emulate", url.rpartition(":")[2].encode()}
+        pid = next(pid for pid, words in running() if wanted <= words)
+    os.kill(pid, signal.SIGKILL)
+
+
+def running():
+    """Everybody's number and words."""
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            yield int(line.parent.name), {*line.read_bytes().split(b"\0")}
 
 
 async def reborn(ready, client, name):
