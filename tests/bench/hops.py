@@ -65,7 +65,8 @@ def main() -> None:
         stamps = Path(directory, "stamps")
         stamps.mkdir()
         more = {"HOME": directory, "XDG_STATE_HOME": directory}
-        more |= {"HEADGATE_STAMPS": str(stamps), "PYTHONPATH": str(STAMPS)}
+        paths = [str(STAMPS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        more |= {"HEADGATE_STAMPS": str(stamps), "PYTHONPATH": os.pathsep.join(paths)}
         process = subprocess.Popen(
             [
                 *(HEADGATE, "up", "--emulate", "1", "--model", "m", "--json"),

@@ -43,13 +43,13 @@ def install():
     from workers.emulator.answer import Answer  # noqa: PLC0415
     from workers.emulator.server import Emulator  # noqa: PLC0415
     from workers.endpoint import Endpoint  # noqa: PLC0415
-    from workers.posts import Posts  # noqa: PLC0415
+    from workers.posts import _Connection  # noqa: PLC0415
 
     noting(Door, "_generate", lambda _: "door: request")
     noting(Pipe, "begin", function)
-    noting(Loop, "_turn", lambda batches: "dispatcher: turn" if batches else "")
+    noting(Loop, "_turn", lambda read: "dispatcher: turn" if read else "")
     noting(Endpoint, "_came", lambda: "worker: job")
-    noting(Posts, "send", lambda *_: "worker: posts")
+    noting(_Connection, "post", lambda *_: "worker: posts")
     noting(Emulator, "_generate", lambda *_: "engine: request")
     noting(Answer, "_write", lambda _: "engine: writes")
     noting(Endpoint, "_heard", lambda _: "worker: token")
