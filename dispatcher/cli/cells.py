@@ -9,6 +9,7 @@ from msgspec import structs
 
 from dispatcher.cli import brief as brief_of
 from dispatcher.cli import lab, runs, tables
+from dispatcher.cli.download import FileError
 from scheduler.errors import SettingsError
 from scheduler.sim import cells, contrast, policy, verdict
 from scheduler.sim.cells import Cell
@@ -94,6 +95,8 @@ def table(
     ] = False,
 ) -> None:
     """Every cell's tables as Markdown: medians, intervals, differences to the baseline, bounds."""
+    if not directory.is_dir():
+        raise FileError(f"{str(directory)!r} is no directory, wanted one that `cells run` wrote")
     ran: dict[str, tuple[Cell, list[Report]]] = {}
     for name, cell in _chosen(names, file).items():
         reports = runs.read(directory / f"{name}.jsonl")

@@ -74,6 +74,13 @@ class TestShipped:
             assert cell.closed or min(cell.windows) >= 740
             assert cell.closed or max(cell.windows) + cell.window_s <= 1200
 
+    def test_tables_of_nothing_are_refused(self, files):
+        """A folder that is not there is named; no empty table is shown for it."""
+        with pytest.raises(
+            HeadgateError, match="'/nowhere' is no directory, wanted one that `cells run` wrote"
+        ):
+            run("cells", "table", "/nowhere", "--list", files / "list.toml")
+
     def test_an_unknown_cell_or_key_says_what_exists(self, files):
         with pytest.raises(HeadgateError, match="cell is 'A9', wanted one of: A1-conv"):
             run("cells", "list", "A9")
@@ -208,6 +215,7 @@ class TestRun:
 
 CREW = """
 import time
+from dispatcher.cli.download import FileError
 from dispatcher.cli.crew import Crew
 def begin():
     print("begun", flush=True)
