@@ -91,10 +91,6 @@ class Openings:
     def _sizes(self) -> tuple[Floats, Floats]:
         """The KV tokens that each of the line wants, and its prefix blocks; float64[n_line] both."""
         if self._known is None:
-            if self._room.only_prefills is None:
-                kv = [self._room.asked_kv(ticket) for ticket in self._line]
-            else:
-                kv = [float(max(1, ticket.prompt_tokens)) for ticket in self._line]
-            blocks = [float(len(t.request.blocks)) for t in self._line]
-            self._known = np.array(kv), np.array(blocks)
+            blocks = np.array([len(ticket.request.blocks) for ticket in self._line], dtype=float)
+            self._known = self._room.asked_by(self._line), blocks
         return self._known

@@ -41,26 +41,30 @@ class Queue:
     def __init__(self, place: Callable[[Ticket], Place]) -> None:
         self._place = place
         self._places: list[Place] = []
-        self._tickets: dict[str, Ticket] = {}
+        self._tickets: list[Ticket] = []
+        "In the same order."
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __iter__(self) -> Iterator[Ticket]:
-        return (self._tickets[place[2]] for place in self._places)
+        return iter(self._tickets)
 
     def add(self, ticket: Ticket) -> None:
         """Put it in its place."""
-        assert ticket.id not in self._tickets, f"request {ticket.id!r} already stands in this line"
-        self._tickets[ticket.id] = ticket
-        bisect.insort(self._places, self._place(ticket))
+        place = self._place(ticket)
+        at = bisect.bisect_left(self._places, place)
+        assert self._places[at : at + 1] != [place], (
+            f"request {ticket.id!r} already stands in this line"
+        )
+        self._places.insert(at, place)
+        self._tickets.insert(at, ticket)
 
     def remove(self, ticket: Ticket) -> None:
         """Take it out."""
-        del self._tickets[ticket.id]
         at = bisect.bisect_left(self._places, self._place(ticket))
         assert self._places[at][2] == ticket.id, f"request {ticket.id!r} has moved while it waited"
-        del self._places[at]
+        del self._places[at], self._tickets[at]
 
     @property
     def first(self) -> Place:
@@ -69,15 +73,15 @@ class Queue:
 
     def items(self) -> Iterator[tuple[Place, Ticket]]:
         """Everybody with his place."""
-        return ((place, self._tickets[place[2]]) for place in self._places)
+        return zip(self._places, self._tickets, strict=True)
 
     def head(self, count: int, start: int = 0) -> list[Ticket]:
         """The next `count` from `start` on."""
-        return [self._tickets[place[2]] for place in self._places[start : start + count]]
+        return self._tickets[start : start + count]
 
     def tail(self, count: int) -> list[Ticket]:
         """The last `count`, last first."""
-        return [self._tickets[place[2]] for place in self._places[: -count - 1 : -1]]
+        return self._tickets[: -count - 1 : -1]
 
     def joined(self, line: list[Ticket], others: Iterable[Ticket]) -> list[Ticket]:
         """A part of this line with others at their places in it."""

@@ -79,8 +79,7 @@ class Planning:
         planner = self._planner(wanted_s)
         if planner.onward is not None:
             self._serve_prefilled(planner, planner.onward, prefilled)
-        if lines.aside:
-            self._serve_aged(planner)
+        self._serve_aged(planner)
         line = self._serve_line(planner)
         self._note(planner)
         if lines.aside and not planner.is_cut and planner.has_idle():

@@ -1,7 +1,7 @@
 """What the endpoints can still take in one step: time, seats, KV, and slower tokens. Every choice makes it smaller."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -187,6 +187,15 @@ class Room:
         return float(
             max(1, ticket.prompt_tokens) + math.ceil(self._answer_part * ticket.output_tokens)
         )
+
+    def asked_by(self, line: Sequence[Ticket]) -> Floats:
+        """The same of many, who ask for their prompts alone where some slots only prefill; float64[n_line]."""
+        prompts = np.array([ticket.prompt_tokens for ticket in line], dtype=float)
+        kv: Floats = np.maximum(prompts, 1.0)
+        if self.only_prefills is None:
+            answers = np.array([ticket.output_tokens for ticket in line], dtype=float)
+            kv += np.ceil(self._answer_part * answers)
+        return kv
 
     def is_tight(self, kv: float) -> bool:
         """Whether so many KV tokens may be too many for somebody."""
