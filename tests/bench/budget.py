@@ -33,6 +33,7 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Assign
 from scheduler.keys import Keys
 from scheduler.wire.client import Request
+from scheduler.wire.dispatcher import Decision
 from scheduler.wire.worker import Beat, Reward
 
 KEYS = Keys("hg", "bench")
@@ -68,6 +69,8 @@ class Dispatcher:
         self.moves = Moves(KEYS, 1, self.reader, objectives={}, retention_s=60)
         self.meter = Meter()
         self.redis = hiredis.Reader()
+        self.reasons: list[Decision] = []
+        "Of the turn before, as the loop logs them."
         for at in range(endpoints):
             beat = Beat(
                 endpoint=f"e{at}", epoch=1, models=("m",), hardware="a100", max_num_seqs=256,
@@ -94,7 +97,9 @@ class Dispatcher:
         clock.lap("core: learn from the reward")
         commands = self.core.decide(now)
         clock.lap("core: plan and hand over")
-        moves = self.moves.of(arrived, [], commands, now)
+        assigned = [command for command in commands if isinstance(command, Assign)]
+        moves = self.moves.of(arrived, [], commands, now, reasons=self.reasons)
+        self.reasons = [command.decision for command in assigned]
         clock.lap("make the moves")
         words = [connection._words(move.call) for move in moves]
         sent = b"".join([hiredis.pack_command(one) for one in words])
@@ -102,7 +107,7 @@ class Dispatcher:
         assert len(sent) > len(moves)
         self.meter.commands(commands)
         clock.lap("count for /metrics")
-        return [command for command in commands if isinstance(command, Assign)]
+        return assigned
 
     def read(self, reply: bytes) -> dict[str, list[connection.Entry]]:
         self.redis.feed(reply)
