@@ -33,7 +33,6 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Assign
 from scheduler.keys import Keys
 from scheduler.wire.client import Request
-from scheduler.wire.dispatcher import Decision
 from scheduler.wire.worker import Beat, Reward
 
 KEYS = Keys("hg", "bench")
@@ -69,7 +68,7 @@ class Dispatcher:
         self.moves = Moves(KEYS, 1, self.reader, objectives={}, retention_s=60)
         self.meter = Meter()
         self.redis = hiredis.Reader()
-        self.reasons: list[Decision] = []
+        self.reasons = []
         "Of the turn before, as the loop logs them."
         for at in range(endpoints):
             beat = Beat(
