@@ -148,7 +148,7 @@ class TestRun:
         for one in found:
             loads.setdefault((one["window"], one["keeps"]), set()).add(one["load"])
             if one["policy"] == "fcfs":
-                assert one["on_time"] == pytest.approx(one["keeps"], abs=0.06)
+                assert one["on_time"] == pytest.approx(one["keeps"], abs=0.1)
         assert len(loads) == 4
         assert all(len(shared) == 1 for shared in loads.values())
         shown = run("cells", "table", files / "out", "--list", files / "list.toml")
