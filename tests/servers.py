@@ -1,6 +1,7 @@
 """The Redis servers of this machine that tests may start: the embedded one always, installed ones where found."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -27,9 +28,13 @@ def _binaries() -> dict[str, Path]:
 BINARIES = _binaries()
 
 
+# Under 55,536, so that a cluster's bus port, 10,000 higher, exists.
+_ports = itertools.cycle(range(20_000 + os.getpid() % 10_000, 55_000, 7))
+
+
 def free_port() -> int:
-    # Under 55,536, so that a cluster's bus port, 10,000 higher, exists.
-    for port in range(20_000 + os.getpid() % 10_000, 55_000, 7):
+    """One that nobody has bound, nor been told of in this process: two calls in a row find two."""
+    for port in itertools.islice(_ports, 3_000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -118,9 +118,8 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        async with (
-            contextlib.AsyncExitStack() as ends
-        ):  # each of them, whatever becomes of the others
+        # Each of them, whatever becomes of the others; the last named ends first.
+        async with contextlib.AsyncExitStack() as ends:
             ends.push_async_callback(self.connection.close)
             ends.push_async_callback(self.follower.close)
             ends.push_async_callback(self.records.close)

@@ -1,7 +1,7 @@
 #!lua name=headgate_4
 
--- The 1 in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when the
--- keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
+-- The number in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when
+-- the keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
 --
 -- Every move that must be atomic or fenced. A move is refused by comparison inside the same script, never by a lock.
 -- Redis' clients may send a move again after a lost reply, so each one recognises its own repetition.

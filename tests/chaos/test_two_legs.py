@@ -2,19 +2,16 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import secrets
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import aiohttp
 import pytest
 from hand import until
-from tied import tied
+from stacks import up
 
 from dispatcher.cli.explain import told
 from dispatcher.client import Client
@@ -24,7 +21,6 @@ from scheduler.wire.client import Control
 
 pytestmark = [pytest.mark.chaos, pytest.mark.xdist_group("two legs")]
 
-HEADGATE = Path(sys.executable).with_name("headgate")
 FLEET = ("--emulate", "4", "--profiles", "h100,h100,a100,a100")
 ROLES = ("--roles", "prefill,prefill,decode,decode")
 DECODING = ("a100-0", "a100-1")
@@ -34,43 +30,26 @@ WORDS = 20_000
 N_TOKENS = 120
 
 
-def up(directory, settings):
+@contextlib.contextmanager
+def serving(directory, settings):
     config = directory / "settings.toml"
     config.write_text(settings)
-    words = ("up", *FLEET, *ROLES, "--json", "--directory", directory, "--config", config)
-    process = subprocess.Popen(
-        tied(HEADGATE, *words),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={"PATH": os.environ["PATH"], "HOME": "/dev/null"},
-    )
-    line = process.stdout.readline()
-    if not line:
-        pytest.fail(process.communicate()[1])
-    return process, json.loads(line)
-
-
-def down(process):
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    with up(directory, *FLEET, *ROLES, "--config", config) as ready:
+        yield ready
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory):
     """Two that prefill and two that decode."""
-    process, ready = up(tmp_path_factory.mktemp("up"), "[lease]\nleader_s = 1.0\nkv_s = 25.0\n")
-    yield ready
-    down(process)
+    with serving(tmp_path_factory.mktemp("up"), "[lease]\nleader_s = 1.0\nkv_s = 25.0\n") as ready:
+        yield ready
 
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory):
     """The same, where KV is not relied on for longer than a moment."""
-    process, ready = up(tmp_path_factory.mktemp("up"), "[lease]\nkv_s = 0.7\n")
-    yield ready
-    down(process)
+    with serving(tmp_path_factory.mktemp("up"), "[lease]\nkv_s = 0.7\n") as ready:
+        yield ready
 
 
 def asked(*, words=WORDS):

@@ -141,7 +141,7 @@ async def test_tls(kind, tmp_path, pool):
     crt, key = authority.issue("server")
     ca = authority.ca_file
     flags = (f"tls-cert-file {crt}", f"tls-key-file {key}", f"tls-ca-cert-file {ca}")
-    secure = free_port() + 3
+    secure = free_port()
     more = (f"tls-port {secure}", "tls-auth-clients no")
     with serving(BINARIES[kind], tmp_path, *flags, *more):
         url = f"rediss://127.0.0.1:{secure}"
