@@ -3,7 +3,7 @@
     1. join     a new epoch; whoever worked in this name before is fenced
     2. read     jobs arrive with their bodies and what earlier attempts wrote (`inbox`)
     3. admit    as many as the promises of the batch allow (`scheduler.batch`)
-    4. serve    `start` and POST in the same moment; tokens to the log as they come (`engine`, `writer`)
+    4. serve    `start` and POST in the same moment; tokens to the log as they come (`serving`)
     5. end      one terminal move, or the request goes back to be tried elsewhere
 
 Silence at every point has a bound, and nothing ends without a reply from Redis or a newer lease.
@@ -11,32 +11,29 @@ Silence at every point has a bound, and nothing ends without a reply from Redis 
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from time import perf_counter
 
 import structlog
 
 from dispatcher.streams import sidecar
 from dispatcher.streams.connection import Connection
-from scheduler.errors import EngineError, FencedError, StreamError, WireError
+from scheduler.errors import FencedError, StreamError, WireError
 from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
 from scheduler.wire.words import EndpointState
 from scheduler.wire.worker import Beat
-from workers import body, halves
+from workers import body
 from workers.admission import Admission
-from workers.answer import Answer
 from workers.attempt import FENCED, STALE, Attempt, Stop
 from workers.ending import Ending
 from workers.engine import Engine
 from workers.hands import Hands
-from workers.health import Health, is_broken
+from workers.health import Health
 from workers.inbox import Arrival, Inbox
 from workers.kv_cache import KvCache
 from workers.metrics import Gaps, Meter
-from workers.posts import Reply
 from workers.pulse import Pulse
 from workers.rhythm import Rhythm
+from workers.serving import Serving
 from workers.telling import Telling
 from workers.vigil import Vigil
 from workers.writer import Writer
@@ -114,8 +111,24 @@ class Endpoint:
             kv=self._kv,
         )
         self._changed = asyncio.Event()
+        self._serving = Serving(
+            address,
+            engine=self._engine,
+            keys=keys,
+            writer=writer,
+            hands=self._hands,
+            health=self.health,
+            rhythm=self.rhythm,
+            vigil=self._vigil,
+            pulse=self._pulse,
+            kv=self._kv,
+            ending=self._ending,
+            meter=meter,
+            clock=connection.now,
+            changed=self._changed,
+            turned=self._turned,
+        )
         self._draining = ""
-        self._group: asyncio.TaskGroup | None = None
 
     @property
     def state(self) -> EndpointState:
@@ -154,7 +167,7 @@ class Endpoint:
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
-            self._group = group
+            self._serving.group = group
             tasks = (self._read, self._tend, self._pulse.run, self._watch, self._adopt)
             for task in (*tasks, self._kv.run):
                 group.create_task(task(), name=f"{self.name} {task.__qualname__}")
@@ -301,160 +314,10 @@ class Endpoint:
         if self._draining or self._pulse.has_lapsed:
             return
         for attempt in self._admission.chosen():
-            self._start(attempt)
-
-    def _start(self, attempt: Attempt) -> None:
-        now = self._connection.now()
-        if attempt.kv_until_at is not None and now >= attempt.kv_until_at:
-            self._stop(attempt, STALE)
-            return
-        attempt.admitted_at = now
-        attempt.admitted_tick = attempt.last_tick = perf_counter()
-        # Before all else, and before the word to Redis: the engine is what the client waits for.
-        begun = self._begun(attempt)
-        self._hands.start(attempt)
-        self._vigil.began(attempt.last_tick)
-        assert self._group is not None
-        attempt.task = self._group.create_task(self._serve(attempt, begun), name=attempt.name)
-        attempt.task.add_done_callback(lambda task: self._left(attempt, task, begun))
-        self._writer.send(
-            attempt,
-            sidecar.start(self._keys, attempt.held),
-            lambda reply: self._started(attempt, reply),
-        )
-        self._pulse.started(attempt.name)
-
-    def _begun(self, attempt: Attempt) -> Reply | None:
-        """The post, on its way already where a connection is kept; else its task sees to it."""
-        if attempt.job.leg == "prefill":
-            return None
-        try:
-            post = self._post(attempt)
-            return None if post.is_spent else self._engine.begin(post, *self._ears(attempt))
-        except Exception:  # noqa: BLE001
-            return None  # its task trips over the same, behind the door for that
-
-    def _left(self, attempt: Attempt, task: asyncio.Task[None], begun: Reply | None) -> None:
-        """Its task is over: one that was halted before its first turn has done nothing, not even for its end."""
-        if begun is not None:
-            begun.cancel()
-        if task.cancelled() and attempt.stop is not None and attempt.stage == "running":
-            self._served(attempt, None)
-
-    def _started(self, attempt: Attempt, reply: int) -> None:
-        if reply == 0:
-            self._meter.fenced.inc()
-            attempt.halt(FENCED)
-        elif reply == 2:
-            attempt.halt(Stop("cancelled", "cancelled before it started"))
-
-    # Serving.
-
-    async def _serve(self, attempt: Attempt, begun: Reply | None) -> None:
-        """Let the engine answer; whatever comes of it, the attempt is brought to an end here."""
-        error: EngineError | None = None
-        try:
-            error = await self._answered(attempt, begun)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            assert task is not None
-            if attempt.stop is None or task.uncancel() > 0:
-                raise
-        except Exception as bug:
-            # The one door: a request that trips a bug must not take the others along.
-            log.exception("serving_failed", request_id=attempt.job.id, endpoint=self.name)
-            error = EngineError(f"the worker failed: {type(bug).__name__}: {bug}")
-        self._served(attempt, error)
-
-    async def _answered(self, attempt: Attempt, begun: Reply | None) -> EngineError | None:
-        """The engine's answer, all of it taken in; what was wrong with it, or nothing."""
-        try:
-            if begun is not None:
-                await self._engine.reply(begun)
-                attempt.answer.check(attempt.written)
-            elif attempt.job.leg == "prefill":
-                await self._prefill(attempt, self._post(attempt))
-            elif not (post := self._post(attempt)).is_spent:
-                await self._engine.ask(post, *self._ears(attempt))
-                attempt.answer.check(attempt.written)
-        except EngineError as error:
-            # Where KV could not be fetched this engine is not to blame, or not alone: it is asked, not counted.
-            is_alone = attempt.job.leg != "decode" or attempt.first_token_at is not None
-            has_turned = is_alone and self.health.failed(error)
-            if is_broken(error) or not is_alone:
-                has_turned = await self.health.doubt() or has_turned
-                self._changed.set()
-            if has_turned:
-                await self._turned()
-            return error
-        return None
-
-    def _post(self, attempt: Attempt) -> body.Post:
-        return body.post(
-            attempt.job, attempt.body, attempt.written, by_priority=self._address.by_priority
-        )
-
-    def _ears(self, attempt: Attempt) -> tuple[Answer, Callable[[bool], None]]:
-        return attempt.answer, lambda more: self._heard(attempt, more=more)
-
-    async def _prefill(self, attempt: Attempt, post: body.Post) -> None:
-        """Have the prompt computed, for another engine to decode."""
-        if post.is_spent:
-            attempt.kv_params = halves.NO_KV
-            return
-        attempt.kv_params = await self._engine.prefill(post, attempt.answer)
-        tick = perf_counter()
-        self.health.heard(tick)
-        attempt.first_token_at = self._connection.now()
-        attempt.first_tick = attempt.last_tick = tick
-        self.rhythm.first(attempt, tick)
-
-    def _heard(self, attempt: Attempt, *, more: bool) -> None:
-        """The engine has sent something for this attempt; the hot path, once a token."""
-        tick = perf_counter()
-        self.health.heard(tick)
-        if not more or attempt.stage != "running":
-            return
-        gap_s = tick - attempt.last_tick
-        attempt.last_tick = tick
-        if attempt.first_token_at is None:
-            attempt.first_token_at = self._connection.now()
-            attempt.first_tick = tick
-            if attempt.job.stream:  # first of all: somebody waits for it
-                self._writer.note(attempt, is_urgent=True)
-            self._pulse.first_token(attempt.name, tick - attempt.admitted_tick)
-            self.rhythm.first(attempt, tick)
-            self._vigil.spoke(tick)
-            self._changed.set()
-            return
-        attempt.gap_max_s = max(attempt.gap_max_s, gap_s)
-        self.rhythm.gap(attempt, gap_s, tick, self._hands.running.values())
-        if attempt.job.stream:
-            self._writer.note(attempt, is_urgent=False)
-
-    def _served(self, attempt: Attempt, error: EngineError | None) -> None:
-        stop = attempt.stop
-        self._hands.leave(attempt)
-        self._changed.set()
-        self.rhythm.left(attempt, is_empty=not self._hands.running)
-        if stop is not None and stop.kind == "silent":
-            error, stop = EngineError(stop.reason), None
-            if self.health.failed(error):
-                assert self._group is not None
-                self._group.create_task(self._turned(), name=f"{self.name} turned")
-        if stop is not None:
-            self._ending.stopped(attempt, stop)
-        elif error is None and attempt.job.leg == "prefill":
-            self.health.succeeded()
-            self._kv.computed(attempt.job, attempt.body)
-            self._ending.prefilled(attempt)
-        elif error is None:
-            self._ending.finish(attempt, "completed")
-            self.health.succeeded()
-            self.rhythm.said(attempt.output_tokens)
-            self._kv.computed(attempt.job, attempt.body)
-        else:
-            self._ending.failed(attempt, error)
+            if attempt.kv_until_at is not None and self._connection.now() >= attempt.kv_until_at:
+                self._stop(attempt, STALE)
+            else:
+                self._serving.start(attempt)
 
     # Ending.
 

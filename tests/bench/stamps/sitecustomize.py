@@ -44,6 +44,7 @@ def install():
     from workers.emulator.server import Emulator  # noqa: PLC0415
     from workers.endpoint import Endpoint  # noqa: PLC0415
     from workers.posts import _Connection  # noqa: PLC0415
+    from workers.serving import Serving  # noqa: PLC0415
 
     noting(Door, "_generate", lambda _: "door: request")
     noting(Pipe, "begin", function)
@@ -52,7 +53,7 @@ def install():
     noting(_Connection, "post", lambda *_: "worker: posts")
     noting(Emulator, "_generate", lambda *_: "engine: request")
     noting(Answer, "_write", lambda _: "engine: writes")
-    noting(Endpoint, "_heard", lambda _: "worker: token")
+    noting(Serving, "_heard", lambda _: "worker: token")
     noting(Following, "put", lambda entries: "door: token" if b"text" in entries[0][1] else "")
     noting(Stream, "_write", lambda _: "door: writes")
 
