@@ -7,11 +7,16 @@ runs once on each kind of server this machine has: the embedded Valkey always, D
 import secrets
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 from servers import BINARIES
 
 from dispatcher.local import Server
 from dispatcher.resp import Connection
+
+# By itself it would fail what takes 200 ms once: a busy machine is no bug.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -284,7 +284,6 @@ def test_any_order_of_facts_keeps_the_invariants():
         settings=settings(
             max_examples=100,
             stateful_step_count=40,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

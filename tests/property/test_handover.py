@@ -40,7 +40,7 @@ def run(engine: Engine, now: float) -> float:
     return now
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(requests=REQUESTS, chosen=SMALL, data=st.data())
 def test_kv_adds_up_over_both_engines(requests, chosen, data):
     """Kept blocks are held until forgotten, fetched ones from admission on; at the end nobody holds any."""
@@ -86,7 +86,7 @@ def test_kv_adds_up_over_both_engines(requests, chosen, data):
     assert (prefill.kv.used, prefill.holdings.n_kept, decode.kv.used) == (0, 0, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(requests=REQUESTS, chosen=SMALL, data=st.data())
 def test_abort_frees_what_was_to_be_fetched(requests, chosen, data):
     """Waiting for its KV, loaded or decoding: an abort leaves no block behind."""

@@ -157,7 +157,7 @@ class Machine(RuleBasedStateMachine):
         return {chain(path)[-1] for path in self.cached if len(path) % 2 == 0}
 
 
-Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestAccounts = Machine.TestCase
 
 

@@ -281,7 +281,6 @@ def test_any_failure_at_either_leg_keeps_the_invariants():
         settings=settings(
             max_examples=100,
             stateful_step_count=60,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

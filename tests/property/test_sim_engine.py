@@ -77,7 +77,7 @@ def drive(engine, arrivals, *, leaps, check=lambda engine: None):
         now = step.ended_at
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(requests=REQUESTS, engine_settings=SETTINGS)
 @example(
     # Preempted while nobody else decodes: it rejoins with the very end it had.
@@ -110,7 +110,7 @@ def test_everybody_gets_exactly_its_tokens(requests, engine_settings):
     assert (engine.kv.used, engine.n_running, engine.n_waiting) == (0, 0, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(requests=REQUESTS, engine_settings=SETTINGS)
 def test_leaping_changes_nothing(requests, engine_settings):
     """A stretch of decoding run in one call ends as it does step by step."""
@@ -130,7 +130,7 @@ def test_leaping_changes_nothing(requests, engine_settings):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(requests=REQUESTS, engine_settings=SETTINGS, data=st.data())
 def test_abort_frees_everything_at_any_moment(requests, engine_settings, data):
     """Aborted waiting, prefilling, decoding or preempted: no block and no slot stays behind."""

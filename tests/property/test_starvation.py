@@ -52,7 +52,7 @@ class Flood:
             self.core.receive(reward, self.now)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(waiters=st.lists(WAITER, min_size=1, max_size=3))
 def test_whoever_waits_is_served_in_an_endless_overload(waiters):
     """Ageing past the bands for those without promise, the aside share for those set aside; oldest first."""

@@ -94,7 +94,7 @@ def said(made: Predictor) -> list[object]:
     ]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(lessons=LESSONS, is_open=st.booleans())
 def test_restored_it_predicts_as_it_did(lessons, is_open):
     """To the last bit, by way of JSON, whether endpoints are heard before or after."""
@@ -148,7 +148,7 @@ WORK = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(work=WORK)
 def test_a_new_leader_goes_on_with_the_accounts(work):
     """Who has had how much is the same after a takeover, those in workers' hands included."""

@@ -96,7 +96,7 @@ def again(data, *changes):
     return replayed(lines, recording.settings(head, changes), seed=head.seed)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 2**31),
     policy=st.sampled_from([Urgency(), Urgency(odds_min=0.2, stretch=0.0)]),

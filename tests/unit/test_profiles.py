@@ -269,7 +269,7 @@ rows = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rows=rows)
 def test_the_plan_is_the_profile_of_its_parts(rows):
     """I10: its eligibility as filters, its seconds and fill as scorers, its tie as picker choose just as it does."""
@@ -289,7 +289,7 @@ PARTS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(made=PARTS, rows=rows)
 def test_no_profile_breaks_what_the_plan_keeps(made, rows):
     """I3, I6: seats and KV hold whatever the parts say, each is handed over once, and the same again."""
