@@ -189,11 +189,12 @@ class Meter:
         if reward.outcome == "returned":
             self.returned += 1
             return
+        if reward.leg != "decode":  # to which all that it fetched may be cached
+            self.reused_tokens += reward.cached_tokens or 0
         if reward.outcome == "prefilled":
             return  # half a request ends nothing
         self.outcomes[reward.outcome, "worker"] += 1
         self._end(reward.id, is_kept=reward.on_time)
-        self.reused_tokens += reward.cached_tokens or 0
         self.prompt_tokens += reward.prompt_tokens
         self.output_tokens += reward.output_tokens
         if reward.ttft_s is not None:

@@ -96,6 +96,7 @@ def _job(
         blocks=request.blocks if "kv_events" in endpoint.beat.features else (),
         kv_params=b"" if kept is None else kept.params,
         kv_until_at=None if kept is None else kept.until_at,
+        kv_cached_tokens=None if kept is None else kept.cached_tokens,
     )
 
 

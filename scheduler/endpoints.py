@@ -172,6 +172,7 @@ class Endpoints:
             epoch=endpoint.epoch,
             tokens=float(ticket.prompt_tokens),
             params=reward.kv_params,
+            cached_tokens=reward.cached_tokens,
             until_at=since_at + lease_s,
             patient_until_at=since_at + min(PATIENCE_S, 0.5 * lease_s),
         )

@@ -37,6 +37,8 @@ class Kept(msgspec.Struct, kw_only=True, eq=False):
     tokens: float
     params: bytes
     "The engine's `kv_transfer_params`: opaque."
+    cached_tokens: int | None
+    "Of the prompt, as the engine found them in its cache; None where it does not say."
     until_at: float
     "Its lease, or rather a little less."
     patient_until_at: float

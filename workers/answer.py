@@ -11,6 +11,7 @@ import msgspec
 from scheduler.errors import EngineError
 from scheduler.wire.dispatcher import Job
 from workers.body import CHAT, NOTHING, Written
+from workers.halves import NO_KV
 
 GOOD = frozenset({"stop", "length", "tool_calls"})
 "Finish reasons of an answer that is one."
@@ -177,6 +178,14 @@ class Answer:
         details = self.usage.prompt_tokens_details if self.usage else None
         return details.cached_tokens if details else None
 
+    def spared_tokens(self, job: Job) -> int | None:
+        """Of the prompt, what nobody had to compute, as the engine says that computed the rest; None where it does not.
+
+        To one that has fetched a prompt's KV, all of it may be cached.
+        """
+        is_fetched = job.leg == "decode" and job.kv_params != NO_KV
+        return job.kv_cached_tokens if is_fetched else self.cached_tokens
+
     def response(self, job: Job, written: Written = NOTHING) -> bytes:
         """The answer as the engine would have sent it whole, what earlier attempts wrote included."""
         head = self._head or Chunk()
@@ -188,10 +197,9 @@ class Answer:
             "total_tokens": prompt_tokens + output_tokens,
             "completion_tokens": output_tokens,
         }
-        if self.cached_tokens is not None:
-            usage["prompt_tokens_details"] = {
-                "cached_tokens": min(self.cached_tokens, prompt_tokens)
-            }
+        spared_tokens = self.spared_tokens(job)
+        if spared_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": min(spared_tokens, prompt_tokens)}
         self._choices = self._choices or {0: _Said("length")}
         return msgspec.json.encode(
             {

@@ -224,7 +224,7 @@ class Attempt:
             attempt=job.attempt,
             finish_reason=(answer.finish_reason or "length") if is_completed else "",
             prompt_tokens=answer.prompt_tokens(self.written),
-            cached_tokens=answer.cached_tokens or 0,
+            cached_tokens=answer.spared_tokens(job) or 0,
             output_tokens=self.output_tokens,
             enqueued_at=job.enqueued_at,
             first_token_at=self._seen_at,

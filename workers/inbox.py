@@ -50,7 +50,7 @@ class Arrival(msgspec.Struct, frozen=True):
     "Empty where its claim check has run out."
     written: Written = NOTHING
     trouble: str = ""
-    "Why the job cannot be read; then only its identity is there."
+    "Why it goes back unserved: it cannot be read, and only its identity is there; or nobody knows any more where its KV is."
 
 
 class Inbox:
@@ -241,10 +241,12 @@ class Inbox:
             is_resumed = job.stream and job.attempt > 1
             written = await self._written(job) if is_resumed else NOTHING
             raw = job.body or found[self._keys.body(job.id)] or b""
+            trouble = ""
             if job.kv_params == CLAIM:
                 kv_params = found[self._keys.kv(job.id)] or b""
+                trouble = "" if kv_params else "where its KV is: the claim check has run out"
                 job = msgspec.structs.replace(job, kv_params=kv_params)
-            arrivals.append(Arrival(Held(one.endpoint, job, one.job_entry), raw, written))
+            arrivals.append(Arrival(Held(one.endpoint, job, one.job_entry), raw, written, trouble))
         return arrivals
 
     async def _written(self, job: Job) -> Written:

@@ -97,6 +97,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     kv_until_at: float | None = None
     "For `decode`: from then on the prefill engine may have forgotten the KV; a later job is handed back."
 
+    kv_cached_tokens: int | None = None
+    "For `decode`: how much of the prompt the prefill engine had cached, which is what the client is told; absent: unsaid."
+
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """One turn in a request's life as the dispatcher decided it; `explain` prints them."""

@@ -155,6 +155,17 @@ class TestBoth:
         assert said(result) == await whole(hand)
         await freed(engines[0])
 
+    async def test_what_was_cached_is_what_the_first_leg_spared(self, hand, worker):
+        """To the engine that decodes all or nothing of what it fetched may be cached: the client's usage is the other's."""
+        await prefilled(hand, "before")
+        reward = await prefilled(hand)
+        assert reward.cached_tokens > 0
+        await decode(hand, reward, kv_cached_tokens=reward.cached_tokens)
+        result = await hand.result("r1")
+        usage = msgspec.json.decode(result.body)["usage"]
+        assert result.cached_tokens == reward.cached_tokens
+        assert usage["prompt_tokens_details"] == {"cached_tokens": reward.cached_tokens}
+
     async def test_a_stream_is_the_second_leg_s_alone(self, hand, worker):
         """The first token that the client sees is of the engine that decodes; the first leg's is nobody's."""
         reward = await prefilled(hand, stream=True)
@@ -252,7 +263,9 @@ class TestSecondLeg:
         reward = await prefilled(hand)
         await hand.redis.command("DEL", hand.keys.kv("r1"))
         await decode(hand, reward)
-        assert (await hand.reward("r1", 2)).outcome == "returned"
+        returned = await hand.reward("r1", 2)
+        assert (returned.outcome, returned.admitted_at) == ("returned", None)
+        assert "claim check has run out" in returned.reason
 
     async def test_without_kv_it_computes_the_prompt_itself(self, hand, worker):
         reward = await prefilled(hand)

@@ -80,10 +80,10 @@ def test_the_endpoint_that_decodes_is_bound_after_the_prompt_is_computed(pool):
     pool.core.receive(beat("d1", "decode"), pool.now)
     pool.core.receive(beat("d0", "decode", state="draining"), pool.now)
     pool.now += 0.3
-    pool.answer("prefilled", kv_params=PARAMS)
+    pool.answer("prefilled", kv_params=PARAMS, cached_tokens=48)
     assert pool.assigned() == [("decode", "d1")]
     job = pool.jobs[0].job
-    assert (job.attempt, job.kv_params) == (2, PARAMS)
+    assert (job.attempt, job.kv_params, job.kv_cached_tokens) == (2, PARAMS, 48)
     assert job.kv_until_at > pool.now
 
 
