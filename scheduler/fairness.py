@@ -62,10 +62,15 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     What ends between a leader's last snapshot and the next one's beginning is nobody's debt: seconds of work.
     """
 
+    recent: dict[str, float] = {}
+    "By tenant, tokens of recent service, likewise."
+
     def is_sound(self) -> bool:
         """Whether these are accounts, and no more than are ever kept."""
-        figures = self.floor, *self.had.values()
-        return len(self.had) <= KEPT_MAX and all(0 <= one < math.inf for one in figures)
+        figures = self.floor, *self.had.values(), *self.recent.values()
+        if max(len(self.had), len(self.recent)) > KEPT_MAX:
+            return False
+        return all(0 <= one < math.inf for one in figures)
 
 
 class Accounts:
@@ -122,7 +127,7 @@ class Accounts:
     def charge(self, tenant: str, service: float) -> None:
         """It is given so much; less than nothing takes back what was charged too much."""
         highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
-        had = self.had(tenant) + service / self.settings.weights.get(tenant, 1.0)
+        had = self.had(tenant) + service / self._weight(tenant)
         self._had[tenant] = max(0.0, min(had, highest))
         self._use(tenant, service)
 
@@ -138,17 +143,23 @@ class Accounts:
         leads = [one for one in self._had.items() if one[1] > self._start or one[0] in present]
         leads.sort(key=lambda one: (-one[1], one[0]))
         had = dict(leads[:KEPT_MAX])
+        used = sorted(self._recent.items(), key=lambda one: (-one[1], one[0]))
+        recent = {tenant: service / self._fresh for tenant, service in used[:KEPT_MAX]}
         for tenant, service in charged:
             if tenant in had:
-                weight = self.settings.weights.get(tenant, 1.0)
-                had[tenant] = max(0.0, had[tenant] - service / weight)
-        return Given(floor=self._floor, had=had)
+                had[tenant] = max(0.0, had[tenant] - service / self._weight(tenant))
+            if tenant in recent:
+                recent[tenant] = max(0.0, recent[tenant] - service)
+        return Given(floor=self._floor, had=had, recent=recent)
 
     def restore(self, given: Given) -> None:
         """Take over the accounts of an earlier leader, before anybody waits here; they must be sound."""
         self._floor = given.floor
         highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
         self._had = {tenant: min(had, highest) for tenant, had in given.had.items()}
+        self._recent = dict(given.recent)
+        self._fresh = 1.0
+        self._sum_up()
 
     def _use(self, tenant: str, service: float) -> None:
         """Count it among the recent. What went before fades as service is given, not with time."""
@@ -168,9 +179,12 @@ class Accounts:
         latest = sorted(self._recent.items(), key=lambda one: one[1])[-(IDLE_MAX // 2) :]
         least = latest[-1][1] / FADED
         self._recent = {one: used / self._fresh for one, used in latest if used > least}
+        self._fresh = 1.0
+        self._sum_up()
+
+    def _sum_up(self) -> None:
         self._recent_sum = sum(self._recent.values())
         self._recent_weight = sum(map(self._weight, self._recent))
-        self._fresh = 1.0
 
     def _weight(self, tenant: str) -> float:
         return self.settings.weights.get(tenant, 1.0)

@@ -185,6 +185,22 @@ def test_a_new_leader_goes_on_with_the_accounts(work):
         assert again.had(tenant) == pytest.approx(was, abs=1e-6)
 
 
+@given(work=WORK, later=WORK)
+def test_a_new_leader_goes_on_with_the_standings(work, later):
+    """Whose promises count less for use beyond its share is the same after a takeover, and goes on alike from there."""
+    old, new = Accounts(SHARED.fairness), Accounts(SHARED.fairness)
+    for tenant, tokens, is_large in work:
+        old.charge(tenant, tokens * (100.0 if is_large else 1.0))
+
+    new.restore(msgspec.json.decode(msgspec.json.encode(old.export([])), type=Given))
+
+    for tenant, tokens, _ in [("a", 0, False), *later]:
+        for accounts in (old, new):
+            accounts.charge(tenant, tokens)
+        for one in "abc":
+            assert new.standing(one) == pytest.approx(old.standing(one), rel=1e-6)
+
+
 def _accounts(core: Scheduler) -> Accounts:
     return core._memory.book.lines.turns.accounts
 
@@ -212,7 +228,9 @@ def test_accounts_in_a_snapshot_are_bounded():
 
     assert len(given_.had) == KEPT_MAX
     assert min(given_.had.values()) == KEPT_MAX
+    assert (len(given_.recent), min(given_.recent)) == (KEPT_MAX, f"t{KEPT_MAX}")
     assert given_.is_sound()
     assert not Given(had={"a": math.nan}).is_sound()
+    assert not Given(recent={"a": -1.0}).is_sound()
     assert not Given(had=dict.fromkeys(map(str, range(KEPT_MAX + 1)), 1.0)).is_sound()
     assert max(given_.had.values()) <= fairness.LEAD_MAX * QUANTUM
