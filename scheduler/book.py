@@ -77,8 +77,7 @@ class Book:
         for turn in _HALFWAY:
             ticket.turn(turn)
         self.tickets[ticket.id] = ticket
-        self.legs.wait(ticket, kept)
-        self._watch_end(ticket)
+        self._wait_halfway(ticket, kept)
 
     def start(self, ticket: Ticket) -> None:
         """Its engine has it. Said twice, it does no harm."""
@@ -97,8 +96,7 @@ class Book:
         self._let_go(ticket, now)
         ticket.turn("hand_over")
         ticket.handovers += 1
-        self.legs.wait(ticket, kept)
-        self._watch_end(ticket)
+        self._wait_halfway(ticket, kept)
 
     def lose_kv(self, ticket: Ticket) -> None:
         """Its KV is gone before anybody was to fetch it: it waits as it did at its beginning."""
@@ -152,6 +150,11 @@ class Book:
         self.lines.add(ticket)
         self._watch_end(ticket)
 
+    def _wait_halfway(self, ticket: Ticket, kept: Kept) -> None:
+        self.legs.wait(ticket, kept)
+        self.lines.charge(ticket, ticket.computed_tokens, ticket.output_tokens)
+        self._watch_end(ticket)
+
     def _watch_end(self, ticket: Ticket) -> None:
         end_at = _end(ticket)
         if end_at < float("inf"):
@@ -171,8 +174,8 @@ class Book:
         ticket.handed_at, ticket.missed_at = now, None
         endpoint.held[ticket.id] = ticket
         self.ledger.commit(endpoint.slot, ticket.id, line, now)
-        if ticket.leg != "decode":
-            self.lines.charge(ticket, line.tokens, ticket.output_tokens)
+        computed = ticket.computed_tokens if ticket.leg == "decode" else line.tokens
+        self.lines.charge(ticket, computed, ticket.output_tokens)
 
     def _let_go(self, ticket: Ticket, now: float) -> None:
         self.ledger.release(self._slot(ticket), ticket.id, now)

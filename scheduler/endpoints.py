@@ -98,8 +98,9 @@ class Endpoints:
             self._prefilled(reward, ticket)
         elif reward.outcome not in ("returned", "prefilled"):
             if reward.outcome == "completed":
-                computed = reward.prompt_tokens - (reward.cached_tokens or 0)
-                book.lines.charge(ticket, max(0, computed), reward.output_tokens)
+                is_second = ticket.leg == "decode"
+                computed = ticket.computed_tokens if is_second else _computed(reward)
+                book.lines.charge(ticket, computed, reward.output_tokens)
             book.finish(ticket, now)
             if endpoint is not None and reward.outcome == "completed":
                 endpoint.returns = 0
@@ -128,6 +129,7 @@ class Endpoints:
         """It was given to this endpoint, which may not have been heard from yet: it has a lease."""
         endpoint = self._fleet.endpoints.get(event.endpoint) or self._expect(event)
         ticket.attempt = max(1, event.attempt)
+        ticket.computed_tokens = ticket.prompt_tokens
         self._memory.book.recover(ticket, endpoint, ledger.uncached(ticket), self._memory.now)
         if endpoint.epoch != event.epoch:
             self._astray.append((ticket, endpoint))
@@ -140,6 +142,7 @@ class Endpoints:
         if kept is None:
             self._requests.wait(ticket)
             return
+        ticket.computed_tokens = _computed(reward)
         self._memory.book.resume(ticket, kept)
         self._requests.end_if_over(ticket)
 
@@ -151,6 +154,7 @@ class Endpoints:
             book.give_back(ticket, "hand_back", memory.now)
             self._requests.end_if_over(ticket)
             return
+        ticket.computed_tokens = _computed(reward)
         book.hand_over(ticket, kept, memory.now)
         memory.note(ticket, "prefilled", f"on {kept.endpoint}: waits for an endpoint that decodes")
 
@@ -315,6 +319,11 @@ class Endpoints:
         self._memory.outbox.reclaim(ticket, endpoint, reason, self._memory.now)
         self._memory.book.give_back(ticket, "reclaim", self._memory.now)
         self._requests.end_if_over(ticket)
+
+
+def _computed(reward: Reward) -> int:
+    """Tokens of the prompt that were computed, and not found in the cache."""
+    return max(0, reward.prompt_tokens - (reward.cached_tokens or 0))
 
 
 def _account(beat: Beat) -> Account:

@@ -95,6 +95,9 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     handovers: int = 0
     "Prefill legs that did their part: they were assigned, and were no attempt that failed."
 
+    computed_tokens: int = 0
+    "Of its prompt, what its prefill leg computed; its decode leg finds all of it."
+
     cached_tokens: int = 0
     "Prefix believed cached at the last assignment."
 

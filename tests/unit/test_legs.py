@@ -5,6 +5,7 @@ import pytest
 
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign, Note, Recovered
+from scheduler.settings import FairnessSettings
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat, Reward
 
@@ -189,6 +190,20 @@ def test_without_a_link_nothing_is_handed_over():
     pool = Pool(beat("p0", "prefill", link_gbps=0.0), beat("d0", "decode", link_gbps=0.0))
     pool.ask()
     assert pool.assigned() == [("whole", "d0")]
+
+
+def test_a_tenant_is_charged_for_both_legs():
+    """The decode leg finds the prompt's KV, as if it were cached; what the prefill leg computed is charged all the same."""
+    fairness = FairnessSettings(quantum_tokens=1000, output_weight=2.0)
+    pool = Pool(beat("p0", "prefill"), beat("d0", "decode"), fairness=fairness)
+    pool.ask(tenant="a")
+    pool.assigned()
+    pool.answer("prefilled", kv_params=PARAMS, prompt_tokens=8000, cached_tokens=500)
+    pool.assigned()
+
+    pool.answer("completed", prompt_tokens=8000, cached_tokens=8000, output_tokens=10)
+
+    assert pool.core._memory.book.lines.turns.accounts.had("a") == 7500 + 2.0 * 10
 
 
 class TestANewLeader:
