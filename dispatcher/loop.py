@@ -29,6 +29,7 @@ from scheduler.events import (
     Event,
     Finish,
     Forget,
+    Note,
     Reclaim,
     Refused,
 )
@@ -49,7 +50,7 @@ TURN_MIN_S = 0.001
 "Between two turns that news does not call for."
 
 REASONS_S = 0.02
-"How long the log of decisions may lack why a job was handed over, where nothing else happens; a crash takes that along."
+"How long the log of decisions may lack why a job was handed over, where nothing else happens; a kill takes that along."
 
 REASONS_MAX = 64
 "So many are logged whoever arrives."
@@ -149,6 +150,12 @@ class Loop:
             rewards=self._cursors[self._keys.rewards],
             core=self._core.snapshot(with_requests=False),
         )
+
+    async def log_reasons(self) -> None:
+        """Log why the last jobs were handed over: the end of a reign that ends in order."""
+        reasons, self._reasons = self._reasons, []
+        moves = self._moves.of([], [], [], self._connection.now(), reasons=reasons)
+        await self._connection.batch([move.call for move in moves])
 
     # One turn
 
@@ -265,7 +272,9 @@ class Loop:
     ) -> _Turn:
         """Send off what a turn comes to."""
         reasons: list[Decision] = []
-        if not arrived or len(self._reasons) >= REASONS_MAX:
+        # Where something is logged anyway they go before it: the log tells things in the order in which they were decided.
+        is_told = any(isinstance(command, Note | Reclaim) for command in commands)
+        if not arrived or is_told or len(self._reasons) >= REASONS_MAX:
             reasons, self._reasons = self._reasons, []
         moves = self._moves.of(
             arrived, unreadable, commands, self._connection.now(), reasons=reasons

@@ -134,7 +134,7 @@ class Node:
                 tasks.create_task(upkeep.run())
                 tasks.create_task(self._save(loop, upkeep))
         except asyncio.CancelledError:
-            await self._keep_learned(loop, upkeep)
+            await self._keep(loop, upkeep)
             raise
         finally:
             if pen is not None:
@@ -167,10 +167,12 @@ class Node:
             except StreamError as error:
                 log.warning("snapshot_not_saved", reason=str(error))
 
-    async def _keep_learned(self, loop: Loop, upkeep: Upkeep) -> None:
+    async def _keep(self, loop: Loop, upkeep: Upkeep) -> None:
+        """What was decided last, and what was learned."""
         if not self._is_leader:
             return  # before the takeover's end there is nothing worth more than what is kept
         try:
+            await loop.log_reasons()
             await upkeep.save(loop.saved())
         except StreamError as error:
             log.warning("snapshot_not_saved", reason=str(error))

@@ -156,22 +156,25 @@ class Recovery:
         standings = await self._connection.hashes(
             [self._keys.request(event.request.id) for event in living], STANDING
         )
+        prefilled = await self._prefilled(standings)
         recovered = [
-            _recovered(event, standing, await self._prefilled(standing))
+            _recovered(event, standing, prefilled.get((standing[-1], standing[1])))
             for event, standing in zip(living, standings, strict=True)
         ]
         return [*recovered, *(event for event in read if isinstance(event, Unreadable))]
 
-    async def _prefilled(self, standing: Sequence[bytes | None]) -> Reward | None:
-        """What a request's prefill leg said, where it has done its part and nothing came after it."""
-        state, attempt, kept = standing[0], int(standing[1] or 0), (standing[-1] or b"").decode()
-        if state != b"waiting" or not kept:
-            return None
-        found = await self._connection.entries(self._keys.rewards, kept, kept)
-        facts = [self._reader.fact(self._keys.rewards, entry) for entry in found]
-        return next(
-            (fact for fact in facts if isinstance(fact, Reward) and fact.attempt == attempt), None
-        )
+    async def _prefilled(
+        self, standings: Sequence[Sequence[bytes | None]]
+    ) -> dict[tuple[bytes | None, bytes | None], Reward]:
+        """What prefill legs said that have done their part and that nothing came after; by entry and attempt."""
+        kept = [str(one[-1], "ascii") for one in standings if one[0] == b"waiting" and one[-1]]
+        found = await self._connection.some(self._keys.rewards, kept)
+        facts = [(entry, self._reader.fact(self._keys.rewards, entry)) for entry in found]
+        return {
+            (entry[0].encode(), str(fact.attempt).encode()): fact
+            for entry, fact in facts
+            if isinstance(fact, Reward)
+        }
 
 
 def saving(keys: Keys, epoch: int, saved: Saved) -> Call:

@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 from byhand import PlayedWorker
 
+from dispatcher import loop
 from dispatcher.node import Node
 from dispatcher.streams import producer, sidecar
 from dispatcher.streams.connection import Connection, Where
@@ -137,6 +138,24 @@ class TestDispatch:
                     (b"early", b"assigned"),
                     (b"late", b"assigned"),
                 ]
+
+    async def test_the_log_tells_things_in_the_order_in_which_they_were_decided(
+        self, redis_url, settings, redis, keys, monkeypatch
+    ):
+        """Why one was handed over stands before whatever is logged of others in a later turn."""
+        monkeypatch.setattr(loop, "REASONS_S", 60.0)
+        worker = PlayedWorker(redis, keys)
+        await worker.join()
+        async with dispatching(redis_url, settings):
+            for n in range(8):
+                await enqueue(redis, keys, f"{n}")
+                await worker.jobs()
+                await redis.command(
+                    "XADD", keys.requests, "*", "id", f"{n}-waits", "model", "other", "body", "{}"
+                )
+            await decided(redis, keys, 16)
+            told = [f[b"id"].decode() for _, f in await redis.entries(keys.decisions)]
+            assert all(told.index(f"{n}") < told.index(f"{n}-waits") for n in range(8))
 
     async def test_an_unreadable_entry_gets_its_one_record(self, redis_url, settings, redis, keys):
         """A bad value goes to `dead` with its fields, and its client is told; nothing stays pending."""
@@ -312,6 +331,21 @@ class TestTakeover:
                 assert len(await results(redis, keys, 2)) == 2
                 assert await pending(redis, keys) == 0
                 await until(lambda: is_so(second.view().assigned == 0))
+
+    async def test_why_the_last_were_handed_over_is_logged_at_the_end(
+        self, redis_url, settings, redis, keys, monkeypatch
+    ):
+        """Reasons wait for a turn in which nobody arrives; a reign that ends in order has no such turn any more."""
+        monkeypatch.setattr(loop, "REASONS_S", 60.0)
+        worker = PlayedWorker(redis, keys)
+        await worker.join()
+        async with dispatching(redis_url, settings) as node:
+            await enqueue(redis, keys, "last")
+            await worker.jobs()
+            while not node._meter.assigned:  # noqa: ASYNC110  not longer than that: some later turn would log it
+                await asyncio.sleep(0)
+        told = [(f[b"id"], f[b"kind"]) for _, f in await redis.entries(keys.decisions)]
+        assert told[-1] == (b"last", b"assigned")
 
     async def test_what_a_frozen_leader_swallowed_is_found(self, redis_url, settings, redis, keys):
         """Entries that an old leader's blocked read takes after its end are served all the same."""
