@@ -89,7 +89,7 @@ class Book:
         self.start(ticket)
         self.ledger.first_token(self._slot(ticket), ticket.id, now)
         if ticket.leg == "decode":
-            self.legs.forget(ticket.id)  # its KV has been fetched
+            self.legs.fetched(ticket.id)
 
     def hand_over(self, ticket: Ticket, kept: Kept, now: float) -> None:
         """Its prompt is computed, and its KV waits for whoever decodes it."""

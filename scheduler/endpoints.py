@@ -97,13 +97,7 @@ class Endpoints:
         if reward.outcome == "prefilled" and ticket.is_held:
             self._prefilled(reward, ticket)
         elif reward.outcome not in ("returned", "prefilled"):
-            if reward.outcome == "completed":
-                is_second = ticket.leg == "decode"
-                computed = ticket.computed_tokens if is_second else _computed(reward)
-                book.lines.charge(ticket, computed, reward.output_tokens)
-            book.finish(ticket, now)
-            if endpoint is not None and reward.outcome == "completed":
-                endpoint.returns = 0
+            self._finish(reward, ticket, endpoint)
         elif ticket.is_held:
             book.give_back(ticket, "hand_back", now)
             if endpoint is not None and not ticket.is_cancelled:
@@ -145,6 +139,19 @@ class Endpoints:
         ticket.computed_tokens = _computed(reward)
         self._memory.book.resume(ticket, kept)
         self._requests.end_if_over(ticket)
+
+    def _finish(self, reward: Reward, ticket: Ticket, endpoint: Endpoint | None) -> None:
+        """Its worker has written its end."""
+        book, is_completed = self._memory.book, reward.outcome == "completed"
+        if is_completed or reward.first_token_at is not None:
+            book.legs.fetched(ticket.id)
+        if is_completed:
+            is_second = ticket.leg == "decode"
+            computed = ticket.computed_tokens if is_second else _computed(reward)
+            book.lines.charge(ticket, computed, reward.output_tokens)
+        book.finish(ticket, self._memory.now)
+        if endpoint is not None and is_completed:
+            endpoint.returns = 0
 
     def _prefilled(self, reward: Reward, ticket: Ticket) -> None:
         """Its prompt is computed and its KV is kept; without a word where, or nobody wanting it, that was for nothing."""

@@ -5,7 +5,8 @@
     2. a place is pledged where its answer could be decoded, so that nothing is computed for nobody
     3. its reward says `prefilled`: the KV is kept over there, under the engine's lease, and the request waits
     4. only now is its `decode` leg bound, with exact slack; that endpoint fetches the KV
-    5. its first token frees what was kept; lost before that, the request waits as it did at its beginning
+    5. its first token frees what was kept; lost before that, the request waits as it did at its beginning, and
+       what nobody fetches stays with the engine for as long as it is kept
 
 Without an endpoint whose only role is `prefill` nothing of this is ever looked at.
 """
@@ -35,6 +36,8 @@ class Legs:
         "Whose prompt is computed, and who have no endpoint that decodes."
         self.kept: dict[str, Kept] = {}
         "By request: KV that nobody has fetched yet."
+        self._unclaimed: list[Kept] = []
+        "KV that nobody will fetch: engines have no way to free it sooner."
         self.pledges: dict[str, Pledge] = {}
         "By request, while its prefill leg is under way."
 
@@ -54,9 +57,15 @@ class Legs:
         self.prefilled.remove(ticket)
         self.forget(ticket.id)
 
-    def forget(self, request_id: str) -> None:
-        """Nothing of it is kept or pledged any more."""
+    def fetched(self, request_id: str) -> None:
+        """Its KV is where it is decoded, and no longer where it was computed."""
         self.kept.pop(request_id, None)
+
+    def forget(self, request_id: str) -> None:
+        """Nobody wants any more what is kept or pledged for it."""
+        kept = self.kept.pop(request_id, None)
+        if kept is not None:
+            self._unclaimed.append(kept)
         self.pledges.pop(request_id, None)
 
     def lost(self, now: float) -> list[Ticket]:
@@ -76,10 +85,11 @@ class Legs:
         """Who waits with KV there."""
         return [t for t in self.prefilled if self.kept[t.id].endpoint == endpoint]
 
-    def kept_kv(self, fleet: Fleet) -> Floats:
-        """KV tokens that every endpoint keeps for others; float64[n_slots]."""
+    def kept_kv(self, fleet: Fleet, now: float) -> Floats:
+        """KV tokens that every endpoint keeps for others, or for nobody; float64[n_slots]."""
         found = np.zeros(len(fleet.by_slot))
-        for kept in self.kept.values():
+        self._unclaimed = [kept for kept in self._unclaimed if kept.until_at > now]
+        for kept in (*self.kept.values(), *self._unclaimed):
             endpoint = fleet.endpoints.get(kept.endpoint)
             if endpoint is not None and endpoint.epoch == kept.epoch:
                 found[endpoint.slot] += kept.tokens

@@ -45,6 +45,7 @@ class Onward:
         *,
         step_s: Floats,
         batch: Floats,
+        now: float,
     ) -> None:
         """Take from the room what is kept for others.
 
@@ -55,6 +56,7 @@ class Onward:
             transfer: what fetching costs.
             step_s: float64[n_slots], a decode step with one more in it.
             batch: float64[n_slots], how many decode.
+            now: unix seconds.
         """
         self.is_prefill: Bools = fleet.is_prefill
         "Which slots take prefill legs, and nothing else."
@@ -70,7 +72,7 @@ class Onward:
         )
         self._targets: dict[str, tuple[int, float]] = {}
         self._sources: dict[str, int] = {}
-        room.withhold(legs.kept_kv(fleet))
+        room.withhold(legs.kept_kv(fleet, now))
         for kept in legs.kept.values():
             target = fleet.endpoints.get(kept.target)
             if target is not None:

@@ -153,6 +153,7 @@ class Planning:
                 predictor.transfer,
                 step_s=room.decodes.load.joined_s,
                 batch=ledger.seats,
+                now=now,
             )
         turns = self._book.lines.turns
         casting = None

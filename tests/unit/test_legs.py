@@ -6,14 +6,20 @@ import pytest
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign, Note, Recovered
 from scheduler.settings import FairnessSettings
-from scheduler.wire.client import Request
+from scheduler.wire.client import Control, Request
 from scheduler.wire.worker import Beat, Reward
 
 PARAMS = b'{"remote_engine_id": "p0"}'
 
 
 def beat(
-    name: str, role: str, *, epoch: int = 1, link_gbps: float = 320.0, **fields: object
+    name: str,
+    role: str,
+    *,
+    epoch: int = 1,
+    link_gbps: float = 320.0,
+    kv_tokens: int = 100_000,
+    **fields: object,
 ) -> Beat:
     """An endpoint; prompts are computed ten times as fast on the one for prefill."""
     return Beat(
@@ -22,7 +28,7 @@ def beat(
         roles=(role,),
         models=("llama",),
         hardware="h100" if role == "prefill" else "v100",
-        kv_tokens=100_000,
+        kv_tokens=kv_tokens,
         max_model_len=50_000,
         link_gbps=link_gbps,
         kv_token_bytes=131_072,
@@ -190,6 +196,24 @@ def test_without_a_link_nothing_is_handed_over():
     pool = Pool(beat("p0", "prefill", link_gbps=0.0), beat("d0", "decode", link_gbps=0.0))
     pool.ask()
     assert pool.assigned() == [("whole", "d0")]
+
+
+def test_kv_that_nobody_fetches_takes_room_until_its_lease_ends():
+    """Cancelled between its legs: the engine keeps its prompt's KV all the same, and another of that size has no room."""
+    pool = Pool(beat("p0", "prefill", kv_tokens=10_000), beat("d0", "decode"))
+    pool.ask()
+    pool.assigned()
+    pool.answer("prefilled", kv_params=PARAMS)
+    pool.core.receive(Control(action="cancel", id="r1"), pool.now)
+
+    pool.ask("r2")
+    assert ("prefill", "p0") not in pool.assigned()
+
+    pool.now += CoreSettings().kv_lease_s
+    for one in (beat("p0", "prefill", kv_tokens=10_000), beat("d0", "decode")):
+        pool.core.receive(one, pool.now)
+    pool.ask("r3")
+    assert ("prefill", "p0") in pool.assigned()
 
 
 def test_a_tenant_is_charged_for_both_legs():
