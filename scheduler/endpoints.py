@@ -124,7 +124,12 @@ class Endpoints:
         endpoint = self._fleet.endpoints.get(event.endpoint) or self._expect(event)
         ticket.attempt = max(1, event.attempt)
         ticket.computed_tokens = ticket.prompt_tokens
-        self._memory.book.recover(ticket, endpoint, ledger.uncached(ticket), self._memory.now)
+        line = ledger.uncached(
+            ticket,
+            answer_part=self._memory.settings.plan.answer_part,
+            kv_max=self._fleet.kv_max.item(endpoint.slot),
+        )
+        self._memory.book.recover(ticket, endpoint, line, self._memory.now)
         if endpoint.epoch != event.epoch:
             self._astray.append((ticket, endpoint))
         if ticket.is_cancelled:

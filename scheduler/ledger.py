@@ -83,7 +83,7 @@ class Line(msgspec.Struct, frozen=True):
     "Pairs of attention."
 
     kv: float
-    "KV tokens it will hold: prompt and expected answer, never more than the endpoint has."
+    "KV tokens it counts with: prompt and a part of its expected answer, never more than the endpoint has."
 
     tpot_s: float = math.inf
     "The seconds per token that it was promised and may expect there; `inf`: it binds nobody."
@@ -212,12 +212,17 @@ class Ledger:
         return line
 
 
-def uncached(ticket: Ticket) -> Line:
+def asked_kv(ticket: Ticket, answer_part: float) -> float:
+    """KV tokens that a request asks for: its prompt and this part of its expected answer, in whole tokens."""
+    return float(max(1, ticket.prompt_tokens) + math.ceil(answer_part * ticket.output_tokens))
+
+
+def uncached(ticket: Ticket, *, answer_part: float, kv_max: float) -> Line:
     """A request's account where nothing is known of the cache: as if all of its leg were to be computed."""
     prompt = float(max(1, ticket.prompt_tokens))
     tokens = 0.0 if ticket.leg == "decode" else prompt
-    said = 1 if ticket.leg == "prefill" else ticket.output_tokens
-    return Line(tokens=tokens, pairs=tokens * (tokens - 0.5 * tokens), kv=prompt + said)
+    kv = prompt + 1.0 if ticket.leg == "prefill" else asked_kv(ticket, answer_part)
+    return Line(tokens=tokens, pairs=tokens * (prompt - 0.5 * tokens), kv=min(kv, kv_max))
 
 
 def chain(blocks: tuple[str, ...], kv: float) -> tuple[str, ...]:

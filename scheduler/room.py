@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from scheduler.ledger import Backlog, Line, Rates
+from scheduler.ledger import Backlog, Line, Rates, asked_kv
 from scheduler.pace import Load
 from scheduler.pins import Pins
 from scheduler.state import Bools, Floats, Ticket
@@ -183,10 +183,8 @@ class Room:
         return _least(self.open_s) <= within_s
 
     def asked_kv(self, ticket: Ticket) -> float:
-        """KV tokens that a request asks for: its prompt and a part of its expected answer, in whole tokens."""
-        return float(
-            max(1, ticket.prompt_tokens) + math.ceil(self._answer_part * ticket.output_tokens)
-        )
+        """KV tokens that a request asks for."""
+        return asked_kv(ticket, self._answer_part)
 
     def asked_by(self, line: Sequence[Ticket]) -> Floats:
         """The same of many, who ask for their prompts alone where some slots only prefill; float64[n_line]."""

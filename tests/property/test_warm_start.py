@@ -13,6 +13,7 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign, Recovered
 from scheduler.fairness import KEPT_MAX, Accounts, Given
 from scheduler.learned import Learned
+from scheduler.ledger import Ledger
 from scheduler.predict import Predictor
 from scheduler.settings import FairnessSettings
 from scheduler.view import Snapshot
@@ -151,7 +152,7 @@ WORK = st.lists(
 @settings(max_examples=40)
 @given(work=WORK)
 def test_a_new_leader_goes_on_with_the_accounts(work):
-    """Who has had how much is the same after a takeover, those in workers' hands included."""
+    """Who has had how much, and how much KV is taken, is the same after a takeover, what workers hold included."""
     old = Scheduler(SHARED, np.random.default_rng(0))
     old.receive(beat := Beat(endpoint="e0", epoch=1, models=("m",), max_num_seqs=64), 0.0)
     requests = {
@@ -177,6 +178,7 @@ def test_a_new_leader_goes_on_with_the_accounts(work):
         )
         new.receive(recovered, 3.0)
 
+    assert _ledger(new).kv.tolist() == _ledger(old).kv.tolist()
     present = {requests[one].tenant for one in held}
     had, again = (_accounts(core) for core in (old, new))
     for tenant in "abc":
@@ -203,6 +205,10 @@ def test_a_new_leader_goes_on_with_the_standings(work, later):
 
 def _accounts(core: Scheduler) -> Accounts:
     return core._memory.book.lines.turns.accounts
+
+
+def _ledger(core: Scheduler) -> Ledger:
+    return core._memory.book.ledger
 
 
 def _completed(job) -> Reward:
