@@ -32,7 +32,7 @@ def emulate(
     profile: Annotated[str, typer.Option(help="GPU and model: a100, h100, l40s, ...")] = "a100",
     model: Annotated[str, typer.Option(help="Name to serve under.")] = "emulated",
     host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 0,
     time_scale: Annotated[float, typer.Option(help="Times faster than the wall clock.")] = 1.0,
     max_num_seqs: Annotated[int, typer.Option()] = EngineSettings().max_num_seqs,
     max_num_batched_tokens: Annotated[int, typer.Option()] = (

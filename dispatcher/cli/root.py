@@ -23,6 +23,7 @@ from typing import Annotated
 
 import typer
 from msgspec import structs
+from typer.core import TyperGroup
 
 from dispatcher import given
 from dispatcher.cli.outline import outline
@@ -98,10 +99,24 @@ def main() -> None:
     sys.exit(FAULT)  # reached only past an error: typer exits by itself
 
 
+class _Root(TyperGroup):
+    """Says of a value that is refused what it was: typer says only what was wanted."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer's own copy of click
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            # Pydantic's, which typer asks.
+            errors: Callable[[], list[dict[str, object]]] = getattr(error.__cause__, "errors", list)
+            for one in errors():
+                error.message = f"{one['input']!r}. {error.message}"
+            raise
+
+
 def root(words: Sequence[str]) -> typer.Typer:
     """The application, with the commands that these words name imported and the others as lines of help."""
     app = typer.Typer(
-        no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+        cls=_Root, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
     )
     before = Given()
 

@@ -102,6 +102,21 @@ class TestDoor:
         assert ran.returncode == 2
         assert "Did you mean 'settings'" in ran.stderr
 
+    @pytest.mark.parametrize(
+        ("words", "wanted"),
+        [
+            (("door", "--port", "99999"), "less than or equal to 65535"),
+            (("emulate", "--port", "99999"), "less than or equal to 65535"),
+            (("up", "--workers", "many"), "valid integer"),
+        ],
+        ids=["range", "another floor's", "kind"],
+    )
+    def test_a_refused_value_is_said_with_what_was_wanted(self, words, wanted):
+        ran = headgate(*words)
+        assert ran.returncode == 2
+        assert repr(words[-1]) in ran.stderr
+        assert wanted in ran.stderr
+
     def test_mistakes_out_of_a_task_group_leave_by_the_same_door(self, monkeypatch, capsys):
         """A group of our errors is one line each, however deep they lie."""
 
