@@ -200,6 +200,11 @@ class Composed:
             word = re.sub(pattern, f"127.0.0.1:{local}", word)
         for port, local in own.items():
             word = re.sub(rf"(?<![\w.])127\.0\.0\.1:{port}\b", f"127.0.0.1:{local}", word)
+        option, is_said, value = word.rpartition(
+            "="
+        )  # --host=NAME; a bare word may be a command's name
+        if is_said and value in self.file["services"]:
+            return f"{option}=127.0.0.1"
         return "127.0.0.1" if word == "0.0.0.0" else word
 
     def _mounts(self, service):

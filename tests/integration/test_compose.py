@@ -74,6 +74,10 @@ class Stack(Composed):
         self.start("redis")
         until(self._redis_answers, lambda: self.said("redis"))
         ours = [name for name, one in services.items() if is_ours(one) and "profiles" not in one]
+        return self.up_with(ours)
+
+    def up_with(self, ours):
+        """These, and wait until they are well."""
         for name in ours:
             self.start(name)
         for name in ours:
@@ -214,7 +218,7 @@ class TestFile:
                 assert words[words.index("--port") + 1] == port, name
                 beside[engine.name] = host
 
-        assert len(beside) == len(set(beside.values())) == 4
+        assert len(beside) == len(set(beside.values())) == 6
 
     def test_prometheus_scrapes_every_role(self, file):
         """A role that is added to the file must be added to Prometheus' settings."""
@@ -354,6 +358,27 @@ class TestSystem:
         done = stack.run("client", *words, **operator)
 
         assert done.returncode == 0, done.stderr
+
+    def test_a_long_prompt_in_two_legs(self, stack):
+        """`--profile pd`, with nobody else at work: one computes the prompt, and the other finds its KV and goes on."""
+        services = stack.file["services"].items()
+        stack.up_with([name for name, one in services if one.get("profiles") == ["pd"]])
+        operator = {
+            "HEADGATE_REDIS_USERNAME": "operator",
+            "HEADGATE_REDIS_PASSWORD_FILE": str(stack.secret("operator")),
+        }
+        whole = ("h100-0", "a100-0", "l40s-0")
+        for name in whole:
+            stack.run("client", "drain", name, "--no-wait", **operator)
+        words = ("--model", "emulated", "--max-tokens", "5", "--json", "--id", "long")
+        done = stack.run("client", "submit", *words, "river " * 6000)
+        told = stack.run("client", "explain", "long", **operator)
+        for name in whole:
+            stack.run("client", "resume", name, **operator)
+
+        record = json.loads(done.stdout)
+        assert (record["outcome"], record["endpoint"]) == ("completed", "decode-0")
+        assert "prefilled on prefill-0" in " ".join(told.stdout.split())
 
     def test_the_standby_goes_on(self, stack):
         """The leader is stopped as Compose stops it; the next request is answered all the same."""
