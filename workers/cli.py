@@ -191,6 +191,7 @@ def worker(
 
 
 async def _work(settings: Settings) -> None:
+    from dispatcher.streams.where import without_password  # noqa: PLC0415
     from workers.worker import Worker, serve  # noqa: PLC0415
 
     def ready(worker: Worker) -> None:
@@ -199,7 +200,9 @@ async def _work(settings: Settings) -> None:
                 {
                     "worker": worker.name,
                     "pool": settings.pool,
-                    "engines": {one.name: one.url for one in settings.worker.engines},
+                    "engines": {
+                        one.name: without_password(one.url) for one in settings.worker.engines
+                    },
                     "metrics_port": worker.metrics_port,
                 }
             ).decode()

@@ -16,6 +16,7 @@ import structlog
 
 from dispatcher.streams import sidecar
 from dispatcher.streams.connection import Connection
+from dispatcher.streams.where import without_password
 from scheduler.errors import FencedError, StreamError, WireError
 from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
@@ -203,7 +204,8 @@ class Endpoint:
                 log.warning("redis_away", endpoint=self.name, reason=str(error))
                 await asyncio.sleep(RETRY_S)
             else:
-                log.info("joined", endpoint=self.name, epoch=self._epoch, url=self._address.url)
+                url = without_password(self._address.url)
+                log.info("joined", endpoint=self.name, epoch=self._epoch, url=url)
                 return
 
     async def _read(self) -> None:

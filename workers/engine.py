@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
+from dispatcher.streams.where import without_password
 from scheduler.errors import EngineError, SettingsError
 from scheduler.settings import EngineAddress
 from workers.answer import Answer, fault_in, refusal
@@ -257,7 +258,7 @@ def checked(url: str, name: str) -> str:
     except ValueError as error:
         raise SettingsError(f"url of engine {name!r} is {url!r} ({error}), {wanted}") from None
     if not is_good:
-        raise SettingsError(f"url of engine {name!r} is {url!r}, {wanted}")
+        raise SettingsError(f"url of engine {name!r} is {without_password(url)!r}, {wanted}")
     return url.rstrip("/")
 
 

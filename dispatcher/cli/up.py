@@ -60,7 +60,7 @@ async def up(
     wanted = Wanted(
         engines=tuple(_engine(one) for one in engine or ()),
         profiles=fleet(emulate, profiles),
-        roles=_roles(emulate, roles),
+        roles=_roles(emulate, roles, has_others=bool(engine)),
         link_gbps=link_gbps,
         model=model,
         time_scale=time_scale,
@@ -90,25 +90,30 @@ async def up(
             await asyncio.gather(watching, ending, return_exceptions=True)
 
 
-def fleet(count: int, profiles: str) -> tuple[str, ...]:
-    """So many profiles, or roles, taken in turn.
+def fleet(count: int, text: str, option: str = "--profiles") -> tuple[str, ...]:
+    """So many of what an option names, taken in turn.
 
     >>> fleet(3, "h100,a30")
     ('h100', 'a30', 'h100')
     """
-    names = [name.strip() for name in profiles.split(",") if name.strip()]
+    names = [name for name in text.replace(",", " ").split() if name]
     if count and not names:
-        raise SettingsError("--profiles is empty, wanted at least one")
+        raise SettingsError(f"{option} is empty, wanted at least one")
     return tuple(names[n % len(names)] for n in range(count))
 
 
-def _roles(count: int, text: str) -> tuple[str, ...]:
+def _roles(count: int, text: str, *, has_others: bool) -> tuple[str, ...]:
+    """Of the emulated engines; `has_others`: there are real ones, which may have any."""
     if not text:
         return ()
-    found = fleet(count, text)
+    if not count:
+        raise SettingsError("--roles are those of emulated engines, wanted --emulate as well")
+    found = fleet(count, text, "--roles")
     strange = [role for role in found if role not in ROLES]
     if strange:
         raise SettingsError(f"--roles has {strange[0]!r}, wanted {', '.join(ROLES)}")
+    if {*found} == {"prefill"} and not has_others:
+        raise SettingsError("--roles has only 'prefill', wanted somebody who decodes")
     return found
 
 

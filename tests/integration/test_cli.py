@@ -117,6 +117,23 @@ class TestDoor:
         assert repr(words[-1]) in ran.stderr
         assert wanted in ran.stderr
 
+    @pytest.mark.parametrize(
+        ("words", "wanted"),
+        [
+            (("--emulate", "2", "--roles", "prefill"), "wanted somebody who decodes"),
+            (("--emulate", "2", "--roles", "encode"), "wanted prefill, decode, both"),
+            (("--emulate", "2", "--roles", ","), "--roles is empty"),
+            (("--engine", "a=http://h:1", "--roles", "decode"), "wanted --emulate"),
+        ],
+        ids=["nobody decodes", "no role", "empty", "nobody emulated"],
+    )
+    def test_roles_that_nobody_could_play_are_refused(self, words, wanted):
+        """A pool in which every request would wait for ever is not started."""
+        ran = headgate("up", *words)
+        assert ran.returncode == 2
+        assert wanted in ran.stderr
+        assert ran.stderr.startswith("headgate: --roles")
+
     def test_mistakes_out_of_a_task_group_leave_by_the_same_door(self, monkeypatch, capsys):
         """A group of our errors is one line each, however deep they lie."""
 

@@ -6,6 +6,7 @@ import socket
 import aiohttp
 import msgspec
 import pytest
+import structlog
 from hand import Hand, until
 
 from dispatcher.streams.connection import Connection, Where
@@ -289,6 +290,14 @@ class TestSuccess:
         await until(told)
         assert beat.kv_tokens > 0
         assert beat.models == (MODEL,)
+
+    async def test_an_engine_s_password_stays_out_of_the_log(self, emulator, hand, rig):
+        """It may stand in the URL, for a proxy before the engine; what is logged is read by others."""
+        with structlog.testing.capture_logs() as logs:
+            await rig.start(emulator.url.replace("//", "//me:secret@"))
+            await hand.ready("e0")
+        assert any(one["event"] == "joined" for one in logs)
+        assert "secret" not in str(logs)
 
     async def test_two_engines_in_one_process(self, emulator, hand, rig):
         """Each has its own name, epoch and stream."""
