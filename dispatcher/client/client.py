@@ -260,7 +260,7 @@ class Client:
                 self.keys,
                 request,
                 now=now,
-                waiting_max=self._limits.waiting_max,
+                waiting_max=self._limits.queued_max,
                 body_ttl_s=self._limits.body_ttl_s,
             )
             for request in requests

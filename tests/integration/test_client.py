@@ -83,10 +83,14 @@ class TestSubmit:
         assert {(await handle).text for handle in handles} == {f"n{n} " for n in range(300)}
 
     async def test_a_full_queue_says_when_to_come_back(self, redis_url, pool):
-        """Refused at the door by an exact count; one of many is refused without harm to the others."""
-        limits = LimitSettings(waiting_max=2)
+        """Refused at the door by an exact count, a tenth over the limit: so that the dispatcher can say who gives way.
+
+        One of many is refused without harm to the others.
+        """
+        limits = LimitSettings(waiting_max=10)
         async with Client(redis=redis_url, pool=pool, limits=limits) as client:
-            await client.submit_many([says("a"), says("b")])
+            await client.submit_many([says(f"a{n}") for n in range(10)])
+            await client.submit(says("b"))
 
             with pytest.raises(RequestRejected) as refused:
                 await client.submit(says("c"))
