@@ -136,7 +136,11 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     "The longest body accepted: a million tokens of text, or a few images."
 
     inline_bytes: Annotated[int, Meta(ge=0)] = 1024
-    "A longer body rides as a claim check in a key of its own and never passes through the dispatcher."
+    """
+    A longer body rides as a claim check in a key of its own and never passes through the dispatcher.
+
+    Redis packs small entries tightly.
+    """
 
     body_ttl_s: Seconds = 86400.0
     "How long a claim-checked body is kept for a request that never ends."

@@ -262,6 +262,7 @@ class Client:
                 now=now,
                 waiting_max=self._limits.queued_max,
                 body_ttl_s=self._limits.body_ttl_s,
+                inline_bytes=self._limits.inline_bytes,
             )
             for request in requests
         ]

@@ -7,10 +7,8 @@ import msgspec
 from dispatcher.streams.connection import Call, Value
 from scheduler import codec
 from scheduler.keys import Keys
+from scheduler.settings import LimitSettings
 from scheduler.wire.client import Control, Request
-
-INLINE_BYTES = 1024
-"A body above this lies at `body:<id>`: Redis packs small entries tightly, and the dispatcher need not carry it."
 
 NOTHING = msgspec.msgpack.encode([])
 "No fields at all, packed."
@@ -22,14 +20,20 @@ NEVER = "+inf"
 
 
 def submit(
-    keys: Keys, request: Request, *, now: float, waiting_max: int, body_ttl_s: float
+    keys: Keys,
+    request: Request,
+    *,
+    now: float,
+    waiting_max: int,
+    body_ttl_s: float,
+    inline_bytes: int = LimitSettings().inline_bytes,
 ) -> Call:
-    """Enqueue the request unless its id exists.
+    """Enqueue the request unless its id exists; a body above `inline_bytes` lies at `body:<id>`.
 
     The reply is `[1, entry]` when enqueued, `[0, entry]` when the id exists already, `[-1, waiting]` when
     `waiting_max` (0: no limit) already wait.
     """
-    claim = request.body if len(request.body) > INLINE_BYTES else b""
+    claim = request.body if len(request.body) > inline_bytes else b""
     names = (keys.request(request.id), keys.requests, keys.body(request.id), keys.waiting)
     deadline_at = request.deadline_at
     if request.deadline_s is not None:

@@ -76,6 +76,16 @@ class TestSubmit:
         assert len(fields[b"blocks"].split()) == 9
         assert answer.text == text
 
+    async def test_the_settings_say_what_a_long_body_is(self, redis_url, pool):
+        """`limits.inline_bytes`: 0 lets every body ride beside the stream, a million none."""
+        for inline_bytes, is_inline in ((0, False), (10**6, True)):
+            limits = LimitSettings(inline_bytes=inline_bytes)
+            async with Client(redis=redis_url, pool=pool, limits=limits) as client:
+                await client.submit(says("word " * 1000))
+
+                [*_, (_, fields)] = await client.connection.entries(client.keys.requests)
+                assert bool(fields[b"body"]) == is_inline
+
     async def test_many_in_one_round_trip(self, played, client):
         """More than a batch; each gets its own answer."""
         handles = await client.submit_many(says(f"n{n}") for n in range(300))
