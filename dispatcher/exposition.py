@@ -126,6 +126,7 @@ class Exposition(Collector):
         for name, help_, value in (
             ("waiting", "Requests that wait and can make it.", view.waiting),
             ("set_aside", "Requests that cannot make it as things stand.", view.set_aside),
+            ("prefilled", "Requests between their two legs.", view.prefilled),
             ("assigned", "Requests handed over, not yet in an engine.", view.assigned),
             ("running", "Requests in an engine.", view.running),
             ("requests_at_risk", "Waiting, and due within the backlog.", view.at_risk),

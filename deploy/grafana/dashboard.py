@@ -140,6 +140,7 @@ ROWS: dict[str, list[Panel]] = {
             [
                 gauge("waiting", "waiting"),
                 gauge("set_aside", "set aside"),
+                gauge("prefilled", "between two legs"),
                 gauge("assigned", "assigned"),
                 gauge("running", "running"),
             ],

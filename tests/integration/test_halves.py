@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 
+import aiohttp
 import msgspec
 import pytest
 from hand import Hand, until
@@ -154,6 +155,20 @@ class TestBoth:
         assert result.output_tokens == N_TOKENS
         assert said(result) == await whole(hand)
         await freed(engines[0])
+
+    async def test_a_second_leg_is_no_retry(self, hand, worker):
+        """It is the second attempt by number; who watches for retries wants those that repeat work."""
+        reward = await prefilled(hand)
+        await decode(hand, reward)
+        await hand.result("r1")
+        await prefilled(hand, "r2", job_attempt=3)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{worker.metrics_port}/metrics") as response,
+        ):
+            shown = (await response.text()).splitlines()
+        retries = [line for line in shown if line.startswith("headgate_worker_retries_total")]
+        assert retries == ['headgate_worker_retries_total{endpoint="p0"} 1.0']
 
     async def test_what_was_cached_is_what_the_first_leg_spared(self, hand, worker):
         """To the engine that decodes all or nothing of what it fetched may be cached: the client's usage is the other's."""
