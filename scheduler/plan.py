@@ -1,8 +1,9 @@
 """What a step's plan is made of: how far it looks, whom it hands over where, and who is set aside."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from scheduler.errors import SettingsError
 from scheduler.ledger import Line
@@ -10,49 +11,52 @@ from scheduler.legs import Pledge
 from scheduler.state import Ticket
 from scheduler.wire.words import Leg
 
+AtLeastNothing = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
 
 class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far the plan looks and how early it binds."""
 
-    commit_window_s: float = 0.25
+    commit_window_s: Annotated[float, Meta(gt=0)] = 0.25
     """
     Only what starts within this many predicted seconds is handed over.
 
     What is handed over cannot give way any more. 0.1 leaves endpoints idle, 1 costs a point in overload.
     """
 
-    horizon: int = 256
+    horizon: Annotated[int, Meta(ge=1)] = 256
     "The most urgent requests that are considered together; a step goes on behind them only if all can go (I8)."
 
-    pace_worth: float = 0.7
+    pace_worth: AtLeastNothing = 0.7
     """
     What the promises per token of those who decode already are worth beside a newcomer's own; 0: nobody asks.
 
     Where a newcomer would break more than it gains it is not put; where that is everywhere, it waits.
     """
 
-    late_worth: float = 0.3
+    late_worth: Share = 0.3
     """
     What serving one whose first token is late already counts beside a promise that can still be kept.
 
     It goes where it breaks less than that: 1 serves the late at once and makes others late, 0 waits for the unpromised.
     """
 
-    patience: float = 1.0
+    patience: AtLeastNothing = 1.0
     """
     A request with more time than so many of its own stays goes only where it breaks less; 0: wherever it may now.
 
     Who has a minute then leaves the moments of many arrivals to those who have a second.
     """
 
-    fill: float = 0.4
+    fill: AtLeastNothing = 0.4
     """
     What an endpoint's full KV is worth beside an empty one, in predicted seconds to the first token; 0: nothing.
 
     It decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody.
     """
 
-    answer_part: float = 0.6
+    answer_part: Share = 0.6
     """
     Of its expected answer, the part that a request counts with where KV is given away; 1: all of it.
 
@@ -60,10 +64,10 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     long prompts wait for it; where it is short after all, the engine preempts, and finds most of the KV again.
     """
 
-    tie: float = 0.02
+    tie: AtLeastNothing = 0.02
     "Endpoints whose predicted first token differs by less than this part are taken as equal: chance decides."
 
-    explore: float = 0.0
+    explore: AtLeastNothing = 0.0
     """
     Scale of a draw on the predicted log seconds of those that could start now; 0: only equals are drawn.
 
@@ -71,7 +75,7 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     endpoint of which nothing was measured yet is drawn for one request at a time.
     """
 
-    explore_paid: float = 0.0
+    explore_paid: Share = 0.0
     "With `explore`: of the requests with slack, the part that takes any endpoint which makes it with room."
 
     def __post_init__(self) -> None:

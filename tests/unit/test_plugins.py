@@ -133,6 +133,15 @@ def test_a_mistake_in_the_settings_is_a_line(lines, said):
 
 
 @pytest.mark.parametrize(
+    "line", ["horizon = 0", "patience = -1.0", "answer_part = 60.0", "late_worth = 1.5", "explore_paid = -0.1"]
+)  # fmt: skip
+def test_a_plan_out_of_bounds_is_refused(line):
+    """What would plan nobody, or room for sixty answers, is told by name before anything starts."""
+    with pytest.raises(SettingsError, match=rf"plan is .*`\$\.{line.split()[0]}`"):
+        node.core_settings(parse(f"[plan]\n{line}", {}))
+
+
+@pytest.mark.parametrize(
     ("lines", "said"),
     [
         (f"{PROFILE}[plan]\nexplore = 0.1", r"plan.explore is 0.1 beside a \[profile\].*: wanted 0"),
