@@ -123,11 +123,6 @@ class Predictor:
         )
         return self._guarded(rates, decode_s) if self.guard.is_on else rates
 
-    def predict(self, features: Floats) -> Floats:
-        """Seconds to first token: float64[n_slots, n_features] in, float64[n_slots] out."""
-        seconds: Floats = np.exp(self._log_speed) * (features @ self._regression.weights)
-        return np.clip(seconds, 1e-3, SECONDS_MAX)
-
     def features(
         self, slot: int, *, tokens: float, pairs: float, decode_kv: float, start_s: float
     ) -> tuple[str, ...]:
@@ -164,10 +159,6 @@ class Predictor:
         self._regression.learn_row(x, seconds / own_speed, weight)
         speed.learn(log_error)
         self._log_speed[slot], self._sped = speed.log, None
-
-    def predict_one(self, x: Sequence[float], slot: int) -> float:
-        """Seconds to first token for one row of features on one slot."""
-        return self._bounded(self.speed(slot), x)
 
     def is_new(self) -> Bools:
         """Slots whose endpoints were never measured, in this life or an earlier one."""
