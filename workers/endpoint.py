@@ -291,9 +291,8 @@ class Endpoint:
         attempt.expect(self.rhythm.usual_tokens)
         self._hands.take(attempt)
         self._vigil.arrived(attempt)
-        if (
-            job.attempt > 1 and job.leg != "decode"
-        ):  # which follows its prefill leg, and repeats nothing
+        # A decode leg follows its prefill leg, and repeats nothing.
+        if job.attempt > 1 and job.leg != "decode":
             self._meter.retries.labels(self.name).inc()
         if arrival.trouble:
             self._ending.give_back(attempt, arrival.trouble)

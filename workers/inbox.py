@@ -171,9 +171,8 @@ class Inbox:
             job = codec.decode(Job, fields)
         except WireError:
             return None
-        is_resumed = job.stream and job.attempt > 1
         is_checked = not job.body or job.kv_params == CLAIM
-        if job.epoch != epoch or is_resumed or is_checked or is_known(job.id, job.attempt):
+        if job.epoch != epoch or _is_resumed(job) or is_checked or is_known(job.id, job.attempt):
             return None
         self._entries.clear()
         self.read_at = self._seen_at
@@ -233,13 +232,16 @@ class Inbox:
         jobs = list(held)
         claims = [self._keys.body(one.job.id) for one in jobs if not one.job.body]
         claims += [self._keys.kv(one.job.id) for one in jobs if one.job.kv_params == CLAIM]
-        checked = await self._connection.commands([("GET", key) for key in claims])
-        found = dict(zip(claims, checked, strict=True))
+        resumed = [self._keys.request(one.job.id) for one in jobs if _is_resumed(one.job)]
+        told = await self._connection.commands(
+            [*(("GET", key) for key in claims), *(("HGET", key, "tokens") for key in resumed)]
+        )
+        found = dict(zip([*claims, *resumed], told, strict=True))
         arrivals = []
         for one in jobs:
             job = one.job
-            is_resumed = job.stream and job.attempt > 1
-            written = await self._written(job) if is_resumed else NOTHING
+            pieces = int(found.get(self._keys.request(job.id)) or 0)
+            written = await self._written(job, pieces) if pieces else NOTHING
             raw = job.body or found[self._keys.body(job.id)] or b""
             trouble = ""
             if job.kv_params == CLAIM:
@@ -249,11 +251,8 @@ class Inbox:
             arrivals.append(Arrival(Held(one.endpoint, job, one.job_entry), raw, written, trouble))
         return arrivals
 
-    async def _written(self, job: Job) -> Written:
-        """What earlier attempts left in the token log; all of them are fenced, so it stands still."""
-        pieces = await self._connection.command("HGET", self._keys.request(job.id), "tokens")
-        if not pieces:
-            return NOTHING
+    async def _written(self, job: Job, pieces: int) -> Written:
+        """What earlier attempts left in the token log, so many pieces; all of them are fenced, so it stands still."""
         parts: list[Tokens] = []
         first_at: float | None = None
         start = "-"
@@ -267,7 +266,7 @@ class Inbox:
             if len(page) < LOG_PAGE:
                 break
             start = "(" + page[-1][0]
-        return _joined(parts, int(pieces), first_at)
+        return _joined(parts, pieces, first_at)
 
     async def _acknowledge(self, entries: list[str]) -> None:
         if entries:
@@ -277,6 +276,11 @@ class Inbox:
                     ("XDEL", self._stream, *entries),
                 ]
             )
+
+
+def _is_resumed(job: Job) -> bool:
+    """Whether earlier attempts may have written to its token log."""
+    return job.stream and job.attempt > 1
 
 
 def _moment(entry: str) -> float:
