@@ -33,6 +33,9 @@ FLUSH_BYTES, FLUSH_S = 1 << 16, 0.02
 FILES_KEPT = 8
 "Of a pool, newest first."
 
+STANDS_S = 300.0
+"Who has sent no beat for so long, far longer than any lease, does not stand in a new part: pods come and go by the thousand."
+
 log = structlog.get_logger()
 
 
@@ -70,8 +73,8 @@ class Journal:
         self._buffer = bytearray()
         self._written = 0
         self._flushed_at = 0.0
-        self.beats: dict[str, Beat] = {}
-        "The last of each endpoint."
+        self.beats: dict[str, tuple[float, Beat]] = {}
+        "The last of each endpoint, and when it was told."
         self._file: BinaryIO | None = open_file(0)
         self.add(head)
 
@@ -94,18 +97,19 @@ class Journal:
             if self._written >= self._bytes_max:
                 self._roll(now)
 
-    def close(self, reason: str) -> None:
-        """Nothing follows in this file, and why; once."""
-        if self._file is None:
-            return
+    def close(self, reason: str) -> bool:
+        """Nothing follows in this file, and why; whether all of it is written. Once."""
         self.add({"end": reason})
         self._flush()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._file is None:
+            return False
+        self._file.close()
+        self._file = None
+        return True
 
     def _roll(self, now: float) -> None:
-        self.close("rolled")
+        if not self.close("rolled"):
+            return  # lines are missing: what followed would be replayed as if none were
         self._head = structs.replace(self._head, part=self._head.part + 1)
         self._written = 0
         try:
@@ -114,7 +118,8 @@ class Journal:
             log.warning("journal_ended", reason=str(error))
             return
         self.add(self._head)
-        self.add({"now": now, "standing": list(self.beats.values())})
+        self.beats = {name: told for name, told in self.beats.items() if now - told[0] < STANDS_S}
+        self.add({"now": now, "standing": [beat for _, beat in self.beats.values()]})
 
     def _flush(self) -> None:
         if self._file is None:
@@ -143,7 +148,7 @@ class Recorder:
     def receive(self, event: Event, now: float) -> None:
         """As the core's."""
         if isinstance(event, Beat):
-            self._journal.beats[event.endpoint] = event
+            self._journal.beats[event.endpoint] = now, event
         self._journal.add(recording.told(event, now))
         self._core.receive(event, now)
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dispatcher.cli import recordings
 from dispatcher.cli.root import root
-from dispatcher.journal import FILES_KEPT, Journal, Recorder, begin
+from dispatcher.journal import FILES_KEPT, STANDS_S, Journal, Recorder, begin
 from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.errors import SettingsError
@@ -209,6 +209,20 @@ class TestParts:
         shown = CliRunner().invoke(root(["replay"]), ["replay", str(files[-1])])
         assert f"is part {part} of its reign, wanted part 0" in str(shown.exception)
 
+    def test_who_has_long_gone_does_not_stand_in_a_new_part(self, tmp_path):
+        """Where pods come and go under new names, a reign of months would begin each part with all of them."""
+        head = recording.head(CoreSettings(), seed=1, version="0", pool="lab")
+        paths = [tmp_path / f"{part}.jsonl" for part in range(2)]
+        journal = Journal(head, lambda part: paths[part].open("xb"), bytes_max=1)
+        core = Recorder(Scheduler(CoreSettings(), np.random.default_rng(1)), journal)
+        core.receive(Beat(endpoint="gone", epoch=1), 0.0)
+        core.receive(Beat(endpoint="here", epoch=1), 2 * STANDS_S)
+        journal.flush_by(2 * STANDS_S)
+        journal.close("resigned")
+
+        with recordings.opened(paths[1]) as part:
+            assert [beat.endpoint for beat in next(part.lines).standing] == ["here"]
+
     def test_a_disk_that_fails_ends_the_recording_only(self, tmp_path):
         """The next part cannot be opened: the core goes on, and the journal says that it is shut."""
 
@@ -223,6 +237,22 @@ class TestParts:
 
         assert not journal.is_open
         assert len(run.fates) > 0
+
+    def test_no_part_follows_what_could_not_be_written(self, tmp_path):
+        """Lines are missing there: what follows would be replayed as if nothing were."""
+        opened = []
+
+        class Full(io.BytesIO):
+            def write(self, _):
+                raise OSError(28, "No space left on device")
+
+        head = recording.head(CoreSettings(), seed=0, version="0", pool="p")
+        journal = Journal(head, lambda part: opened.append(part) or Full(), bytes_max=1)
+        journal.flush_by(1.0)
+        journal.flush_by(2.0)
+
+        assert opened == [0]
+        assert not journal.is_open
 
 
 class TestFormat:
