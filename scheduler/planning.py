@@ -290,7 +290,8 @@ class Planning:
 
         Args:
             room: what this step has left.
-            is_short: all of the horizon was placed, and there may be room for those behind it.
+            is_short: all of the horizon was looked at, and there may be room for those behind it, or soon a pace for
+                those who wait for one.
         """
         now = self._memory.now
         if is_short:

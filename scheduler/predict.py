@@ -161,8 +161,16 @@ class Predictor:
         self._log_speed[slot], self._sped = speed.log, None
 
     def is_new(self) -> Bools:
-        """Slots whose endpoints were never measured, in this life or an earlier one."""
-        return np.array([speed is not None and not speed.count for speed in self._speeds])
+        """Slots whose endpoints were never measured, in this life or an earlier one; bool[n_slots].
+
+        One that only decodes is measured by what it fetches.
+        """
+        return np.array(
+            [
+                speed is not None and not speed.count and not self.transfer.numbers(slot)[1]
+                for slot, speed in enumerate(self._speeds)
+            ]
+        )
 
     def speed(self, slot: int) -> float:
         """How many times the declared time it takes."""

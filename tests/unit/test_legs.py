@@ -158,6 +158,20 @@ def test_a_prefill_leg_that_does_not_say_where_its_kv_is_has_failed(pool, kv_par
     assert [c.result.outcome for c in notes] == ["failed"]
 
 
+def test_who_only_decodes_is_measured_by_what_it_fetches(pool):
+    """Else it would be explored with one request at a time for ever."""
+    predictor = pool.core._memory.predictor
+    pool.ask()
+    pool.assigned()
+    pool.answer("prefilled", kv_params=PARAMS)
+    pool.assigned()
+    assert predictor.is_new().tolist() == [True, True]
+
+    pool.answer("completed", pulled_at=pool.now, first_token_at=pool.now + 0.1)
+
+    assert predictor.is_new().tolist() == [True, False]
+
+
 def test_a_handed_over_leg_is_no_attempt_that_failed(pool):
     """One attempt is allowed, and both legs are it."""
     pool.ask(max_attempts=1)
