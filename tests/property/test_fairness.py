@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import msgspec
 import numpy as np
@@ -145,7 +146,7 @@ def test_a_tenant_alone_has_the_policys_order(rows):
     )
 )
 def test_seats_follow_whatever_happens(turns):
-    """The kept order of tenants is the one that would be made anew, after any sequence of turns."""
+    """The kept order of tenants, and whose line is the longest, are as if made anew, after any sequence of turns."""
     lines, numbers, given_out = lines_of({"a": 2.0}, quantum=500), itertools.count(), []
     for what, tenant in turns:
         waiting = lines.waiting.head(1)
@@ -167,6 +168,12 @@ def test_seats_follow_whatever_happens(turns):
     assert [t.id for t in lines.waiting.head(99)] == [t.id for t in turns_.joined(line, [])]
     assert len(turns_) == len(line)
     assert all(turns_.accounts.had(t) >= 0 for t in "abc")
+    lengths = Counter(t.request.tenant for t in [*line, *lines.aside])
+    longest = max(
+        ((n / (2.0 if t == "a" else 1.0), t) for t, n in lengths.items()), default=(0, "")
+    )
+    last = lines.longest.last("nobody")
+    assert (last.request.tenant if last else "") == (longest[1] if longest[0] > 1 else "")
 
 
 def test_what_was_left_unused_is_no_claim_later():
