@@ -222,6 +222,7 @@ class Client:
         """
         ended = self.records.expect(request_id)
         handle = Handle(self, request_id, ended)
+        handle.is_found = True
         await self._seek(request_id)
         return handle
 
@@ -287,6 +288,7 @@ class Client:
         assert isinstance(reply, list)
         code, what = reply
         if code == 0:
+            handle.is_found = True
             await self._seek(handle.id)
         if code < 0:
             self.records.forget(handle.id)

@@ -49,6 +49,8 @@ class Handle:
         is_turned_away: bool = False,
     ) -> None:
         self.id = request_id
+        self.is_found = False
+        "It was there before: sent, perhaps answered, by whoever used this id first."
         self.is_turned_away = is_turned_away
         "It was never enqueued, for there was no room; the same id may be sent again."
         self._client = client

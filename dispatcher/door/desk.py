@@ -163,6 +163,9 @@ def _names(name: str, tenant: str | None) -> list[str]:
 
 
 def _is_spent(handle: Handle) -> bool:
-    """It ended without an answer before we came: a repetition wants another try, not the old refusal."""
+    """It ended without an answer before we came: a repetition wants another try, not the old refusal.
+
+    One that we sent may have ended by now as well, and that is its answer.
+    """
     known = handle.known
-    return known is not None and known.outcome != "completed"
+    return handle.is_found and known is not None and known.outcome != "completed"

@@ -167,7 +167,7 @@ def _dead_fields(
 
 
 def notes(keys: Keys, epoch: int, decisions: Sequence[Decision]) -> Call:
-    """Log decisions that move nothing, in one call. The reply is how many."""
+    """Log decisions, in one call. The reply is how many."""
     parts = [packed(decision) for decision in decisions]
     return Call("log", (keys.leader, keys.decisions), (epoch, DECISIONS_KEPT, *parts))
 

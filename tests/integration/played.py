@@ -103,6 +103,7 @@ class Played:
         )
         command = Assign(endpoint=ENDPOINT, job=job, decision=decision)
         job_entry = await self.do(dispatch.assign(self.keys, self.epoch, command))
+        await self.do(dispatch.notes(self.keys, self.epoch, [decision]))
         held = Held(ENDPOINT, job, job_entry.decode())
         await self.do(sidecar.start(self.keys, held))
         return held

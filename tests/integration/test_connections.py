@@ -27,6 +27,9 @@ PASSWORD = "s3cret"
 EVERYBODY = "~hg:{*}:* +@connection +info +time +function|load +fcall"
 "Find out whom one talks to, load the functions, call them; on the keys of the pools only."
 
+MANY = 8
+"Requests: no more than the plan commits to an endpoint that has not yet begun with any."
+
 ACL = {
     "client": f"{EVERYBODY} +hget +hset +hgetall +get +set +del +zadd +zcard"
     " +xadd +xdel +xlen +xread +xrange +xrevrange",
@@ -53,10 +56,10 @@ async def hand_over(where: Where, pool: str, *, worker: Where | None = None) -> 
     task = asyncio.create_task(node.run())
     try:
         async with asyncio.timeout(LIMIT_S), played.beating():
-            for n in range(20):
+            for n in range(MANY):
                 await submit(redis, keys, f"r{n}")
-            assert await played.finish(await played.jobs(20, limit_s=LIMIT_S)) == [1] * 20
-            assert len(await redis.entries(keys.results)) == 20
+            assert await played.finish(await played.jobs(MANY, limit_s=LIMIT_S)) == [1] * MANY
+            assert len(await redis.entries(keys.results)) == MANY
             summary = await redis.command("XPENDING", keys.requests, DISPATCHER_GROUP)
             assert summary["pending"] == 0
     finally:
