@@ -15,6 +15,7 @@ import numpy as np
 
 from scheduler.cost import Hardware
 from scheduler.regression import DecayedRegression, Sums
+from scheduler.spread import LOGISTIC
 from scheduler.state import Floats
 from scheduler.window import Window
 
@@ -38,9 +39,6 @@ SHARE_MAX = 0.8
 SPREAD_SIZE, SPREAD_LEAST = 300, 30
 COLD_SIGMA, SIGMA_MIN = 0.2, 0.05
 "How far off predictions are before enough answers were seen to know, and at least."
-
-LOGISTIC = 1.702
-"The logistic curve so much steeper is within 0.01 of the normal distribution."
 
 STEEPNESS, Z_MIN, Z_MAX = np.array(-LOGISTIC), np.array(-20.0), np.array(20.0)
 WHOLE = np.array(1.0)

@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from scheduler.ledger import Backlog, Line, Rates, asked_kv
-from scheduler.pace import Load
+from scheduler.pace import WHOLE, Load
 from scheduler.pins import Pins
 from scheduler.state import Bools, Floats, Ticket
-
-WHOLE = np.array(1.0)
-"As an array: numpy takes as long again to make one of a number."
 
 
 class Decodes:

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.pace import LOGISTIC, Noise
+from scheduler.pace import Noise
+from scheduler.spread import LOGISTIC
 
 SECONDS = st.floats(1e-3, 10.0)
 ROWS = st.integers(1, 9).flatmap(
