@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from scheduler.fleet import Fleet
-from scheduler.order import Queue, by_rank
+from scheduler.queue import Queue, by_rank
 from scheduler.state import Floats, Kept, Ticket
 
 

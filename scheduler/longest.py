@@ -1,13 +1,14 @@
 """Whose line is the longest, for its weight: who gives way where the pool is full.
 
-Longest-queue drop (Suter, Lakshman, Stiliadis and Choudhury, 1999): a newcomer takes the place of the last who joined
-the longest line, unless its own would then be as long. So whoever floods a pool loses requests of its own, and a
+Longest-queue drop (Suter, Lakshman, Stiliadis and Choudhury, 1999): a newcomer takes the place of the latest of the
+longest line, unless its own would then be as long. So whoever floods a pool loses requests of its own, and a
 tenant below its share of the places loses none.
 """
 
 import bisect
 from collections.abc import Mapping
 
+from scheduler.queue import Queue, by_age
 from scheduler.state import Ticket
 
 
@@ -17,15 +18,15 @@ class Longest:
     def __init__(self, weights: Mapping[str, float]) -> None:
         """Nobody waits yet; who has no weight has 1."""
         self._weights = weights
-        self._lines: dict[str, dict[str, Ticket]] = {}
+        self._lines: dict[str, Queue] = {}
         self._order: list[tuple[float, str]] = []
 
     def add(self, ticket: Ticket) -> None:
         """It joins its tenant's line."""
         tenant = ticket.request.tenant
-        line = self._lines.setdefault(tenant, {})
+        line = self._lines.setdefault(tenant, Queue(by_age))
         before = len(line)
-        line[ticket.id] = ticket
+        line.add(ticket)
         self._move(tenant, before, len(line))
 
     def remove(self, ticket: Ticket) -> None:
@@ -33,7 +34,7 @@ class Longest:
         tenant = ticket.request.tenant
         line = self._lines[tenant]
         before = len(line)
-        del line[ticket.id]
+        line.remove(ticket)
         self._move(tenant, before, len(line))
         if not line:
             del self._lines[tenant]
@@ -45,8 +46,8 @@ class Longest:
         length, longest = self._order[-1]
         if length <= self._length(tenant, len(self._lines.get(tenant, ())) + 1):
             return None
-        line = self._lines[longest]
-        return line[next(reversed(line))]
+        [last] = self._lines[longest].tail(1)
+        return last
 
     def _move(self, tenant: str, before: int, after: int) -> None:
         if before:

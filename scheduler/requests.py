@@ -69,11 +69,12 @@ class Requests:
     def _sheds_for(self, newcomer: Ticket) -> bool:
         """Let one in a full line make room for it; False: there is none.
 
-        The last of those who may be shed goes for one that may not; where tenants share, the last of the longest line.
+        The latest of those who may be shed goes for one that may not; where tenants share, the latest of the longest line.
+        Who has come back from an endpoint that was lost keeps his arrival, and is not the latest.
         """
         lines = self._memory.book.lines
         if newcomer.promise.priority >= 0 and lines.sheddable:
-            shed = lines.sheddable[next(reversed(lines.sheddable))]
+            [shed] = lines.sheddable.tail(1)
             whose = f"at priority {shed.promise.priority} for one of 0 or more"
         elif lines.longest is not None and (last := lines.longest.last(newcomer.request.tenant)):
             shed, whose = (

@@ -192,6 +192,22 @@ class TestArrival:
         assert "shed at priority -2" in ends["c"].reason
         assert ends["c"].retry_after_s >= 1.0
 
+    @pytest.mark.parametrize("quantum_tokens", [0, 1000])
+    def test_who_comes_back_keeps_his_arrival_in_a_full_line(self, quantum_tokens):
+        """Handed back by an endpoint, the oldest is not the latest who joined, whoever it is that gives way."""
+        pool = Pool(waiting_max=2, fairness=FairnessSettings(quantum_tokens=quantum_tokens))
+        pool.beat(max_num_seqs=1)
+        pool.ask("old", priority=-1)
+        [assign] = pool.decide()
+        pool.now += 1.0
+        pool.ask("young", priority=-1)
+        pool.reward(assign, "returned")
+
+        pool.ask("new", tenant="other")
+
+        [finish] = [c for c in pool.decide() if isinstance(c, Finish)]
+        assert (finish.result.id, finish.result.outcome) == ("young", "rejected")
+
     def test_the_longest_line_makes_room_in_a_full_pool(self):
         """A tenant that floods the pool is refused, and no other: its last gives way, its own newcomers are rejected."""
         weights = FairnessSettings(quantum_tokens=1000, weights={"gold": 2.0})

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.order import GAP_MAX, Queue, by_rank
+from scheduler.queue import GAP_MAX, Queue, by_rank
 from scheduler.slo import Promise
 from scheduler.state import Ticket
 from scheduler.wire.client import Request
