@@ -1,6 +1,6 @@
 """What workers say of endpoints and of what they hold, and what is taken back from those that fall silent."""
 
-from scheduler import ledger
+from scheduler import forecast, ledger
 from scheduler.events import Recovered
 from scheduler.memory import Memory
 from scheduler.prefix import Account
@@ -195,7 +195,8 @@ class Endpoints:
 
     def _learn(self, reward: Reward, endpoint: Endpoint, ticket: Ticket | None) -> None:
         slot = endpoint.slot
-        self._memory.predictor.learn(reward, slot)
+        is_seen = ticket is not None and ticket.seen_attempt == reward.attempt
+        self._memory.predictor.learn(reward, slot, is_seen=is_seen)
         if ticket is None or ticket.attempt != reward.attempt:
             return
         if reward.cached_tokens is not None and reward.leg != "decode":
@@ -232,6 +233,18 @@ class Endpoints:
             ticket = self._reported(beat.endpoint, report, parts=3)
             if ticket is not None:
                 self._memory.book.first_token(ticket, self._memory.now)
+                self._see(ticket, report)
+
+    def _see(self, ticket: Ticket, report: str) -> None:
+        """Learn from a first token when it comes: the answer's end, and with it the reward, may be a minute away."""
+        slot = self._fleet.endpoints[ticket.endpoint].slot
+        is_new = ticket.leg != "decode" and ticket.seen_attempt != ticket.attempt
+        if not is_new or not self._memory.predictor.is_young(slot):
+            return
+        seen = forecast.held(ticket.features, ticket.predicted_s, _seconds(report))
+        if seen is not None:
+            ticket.seen_attempt = ticket.attempt
+            self._memory.predictor.see(seen, slot)
 
     def _look_for_missing(self, endpoint: Endpoint, beat: Beat, read_at: float) -> None:
         """What was handed over and read, and of which the worker knows nothing, is with nobody."""
@@ -347,3 +360,11 @@ def _account(beat: Beat) -> Account:
         rest=beat.kv_rest,
         was_empty=beat.kv_was_empty,
     )
+
+
+def _seconds(report: str) -> float | None:
+    """What `id:attempt:milliseconds` says; None where that is no number."""
+    try:
+        return 1e-3 * float(report.rpartition(":")[2])
+    except ValueError:
+        return None

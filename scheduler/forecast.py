@@ -57,12 +57,18 @@ def written(x: Sequence[float], start_s: float, ratios: Sequence[float]) -> tupl
 
 
 def read(reward: Reward) -> Forecast | None:
-    """What was said and what came of it; None where either is no sane measurement."""
-    row, seconds = _parsed(reward.features), measured_s(reward)
-    if row is None or seconds is None:
+    """What a reward says of both; None where either is no sane measurement."""
+    return held(reward.features, reward.predicted_s, measured_s(reward))
+
+
+def held(
+    features: Sequence[str], predicted_s: float | None, seconds: float | None
+) -> Forecast | None:
+    """What was said against what came of it; None where either is no sane measurement."""
+    row = _parsed(features)
+    if row is None or seconds is None or not 1e-4 <= seconds <= SECONDS_MAX:
         return None
     *x, start_s, q50, q90 = row
-    predicted_s = reward.predicted_s
     if predicted_s is not None and not SECONDS_MIN <= predicted_s <= SECONDS_MAX:
         predicted_s = None
     return Forecast(tuple(x), start_s, (q50, q90), predicted_s, seconds)

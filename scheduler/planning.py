@@ -265,6 +265,7 @@ class Planning:
             decode_kv=self._book.ledger.decode_kv.item(choice.slot),
             start_s=choice.start_s,
         )
+        ticket.features, ticket.predicted_s = features, choice.total_s - choice.onward_s
         memory.outbox.assign(
             assign.command(
                 choice,

@@ -136,15 +136,21 @@ class Predictor:
         """The part of completions behind so many predicted seconds whose log(actual / predicted) is no more."""
         return self._spread.odds(start_s, log_ratio)
 
-    def learn(self, reward: Reward, slot: int) -> None:
-        """Learn from one attempt; whatever is no measurement teaches nothing."""
+    def learn(self, reward: Reward, slot: int, *, is_seen: bool = False) -> None:
+        """Learn from one attempt; whatever is no measurement teaches nothing.
+
+        `is_seen`: its first token was heard of when it came, and has taught then.
+        """
         self.lengths.learn(reward)
         if reward.leg == "decode":
             self.transfer.learn(reward, slot)
-            return
-        seen = forecast.read(reward)
-        if seen is None:
-            return
+        elif not is_seen:
+            seen = forecast.read(reward)
+            if seen is not None:
+                self.see(seen, slot)
+
+    def see(self, seen: Forecast, slot: int) -> None:
+        """Learn from one first token."""
         x, seconds = seen.x, seen.seconds
         speed = self._at(slot)
         own_speed = math.exp(speed.log)
@@ -159,6 +165,10 @@ class Predictor:
         self._regression.learn_row(x, seconds / own_speed, weight)
         speed.learn(log_error)
         self._log_speed[slot], self._sped = speed.log, None
+
+    def is_young(self, slot: int) -> bool:
+        """Whether so little is known of its endpoint that no lesson should wait for an answer's end."""
+        return self._at(slot).is_young
 
     def is_new(self) -> Bools:
         """Slots whose endpoints were never measured, in this life or an earlier one; bool[n_slots].

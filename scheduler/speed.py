@@ -2,11 +2,14 @@
 
 import msgspec
 
-from scheduler.cost import Hardware
+from scheduler.cost import UNKNOWN, Hardware
 from scheduler.regression import Drift
 
 GAIN, FAST_GAIN, FAST_TURNS = 0.03, 0.3, 15
 "How much of a log error an endpoint's speed takes over: always, and for this many completions after a drift."
+
+YOUNG = 10
+"Completions up to which an endpoint is little known."
 
 STEP = 0.7
 "The largest log error believed at once, a factor of two."
@@ -32,6 +35,11 @@ class Speed(msgspec.Struct, kw_only=True):
     fast: int = 0
     "Completions for which it still learns fast."
     drift: Drift = msgspec.field(default_factory=Drift)
+
+    @property
+    def is_young(self) -> bool:
+        """Whether so little is known, nothing declared and hardly anything measured, that no lesson should wait."""
+        return self.hardware is UNKNOWN and self.count < YOUNG
 
     def recall(self, log: float, count: float, error: float, coverage: float) -> None:
         """Go on from an earlier life; a new one may differ, so it learns a little faster."""

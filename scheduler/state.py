@@ -107,6 +107,15 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     pace: tuple[float, ...] = ()
     "What decoding cost where it went, in the terms of `pace`, when it was assigned."
 
+    features: tuple[str, ...] = ()
+    "What the predictor saw when it was assigned; empty where an earlier leader did that."
+
+    predicted_s: float = 0.0
+    "To its first token from then, with them."
+
+    seen_attempt: int = 0
+    "Whose first token has taught the predictor; 0: none."
+
     waits_for_pace: bool = False
     "While it waits: there would be time for it, but nowhere a pace that it does not break."
 

@@ -48,7 +48,7 @@ class Pulse:
         self._news.set()
 
     def first_token(self, name: str, after_s: float) -> None:
-        """This attempt has its first token, so long after its admission."""
+        """This attempt has its first token, so long after its pull."""
         self._first_tokens.append(f"{name}:{after_s * 1e3:.1f}")
         self._news.set()
 

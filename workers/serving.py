@@ -198,7 +198,7 @@ class Serving:
             attempt.first_tick = tick
             if attempt.job.stream:  # first of all: somebody waits for it
                 self._writer.note(attempt, is_urgent=True)
-            self._pulse.first_token(attempt.name, tick - attempt.admitted_tick)
+            self._pulse.first_token(attempt.name, attempt.first_token_at - attempt.pulled_at)
             self._rhythm.first(attempt, tick)
             self._vigil.spoke(tick)
             self._changed.set()

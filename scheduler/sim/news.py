@@ -20,8 +20,7 @@ class News:
         self._hurry(now)
 
     def first_token(self, attempt: Attempt, now: float) -> None:
-        assert attempt.admitted_at is not None
-        self._first_tokens.append(f"{attempt.name}:{(now - attempt.admitted_at) * 1e3:.0f}")
+        self._first_tokens.append(f"{attempt.name}:{(now - attempt.pulled_at) * 1e3:.1f}")
         self._hurry(now)
 
     def take(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -81,7 +81,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     "`id:attempt` admitted to the engine since the last beat."
 
     first_tokens: tuple[str, ...] = ()
-    "`id:attempt:milliseconds` since the last beat: engine time from admission to first token."
+    "`id:attempt:milliseconds` since the last beat: from the pull of its job to its first token."
 
     read_at: float | None = None
     "Every job handed over before is read; what of them is neither held nor ended is lost. Empty: not said this time."

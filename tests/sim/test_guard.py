@@ -43,8 +43,8 @@ class Poisoned(Predictor):
         super().open(slot, beat)
         self._poison(slot)
 
-    def learn(self, reward, slot):
-        super().learn(reward, slot)
+    def see(self, seen, slot):
+        super().see(seen, slot)
         self._log_speed[slot] = self._speeds[slot].log
         self._poison(slot)
 

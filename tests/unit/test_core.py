@@ -23,6 +23,7 @@ from scheduler.policies import Fcfs, Urgency
 from scheduler.profile.pickers import Random
 from scheduler.profile.profile import Profile
 from scheduler.settings import FairnessSettings, Objective
+from scheduler.speed import YOUNG
 from scheduler.view import Snapshot
 from scheduler.wire.client import Control, Request
 from scheduler.wire.worker import Beat, Reward
@@ -464,6 +465,40 @@ class TestFleet:
         pool.beat(started=("r0:1",), first_tokens=("r0:1:500",))
 
         assert [c.job.id for c in pool.decide()] == ["r2"]
+
+    def test_a_first_token_teaches_at_once_while_little_is_known(self):
+        """The reward comes with the answer's end, which may be a minute away, and teaches nothing twice."""
+        pool = Pool()
+        pool.beat(hardware="")
+        pool.ask("r")
+        [assign] = pool.decide()
+        seconds = 3 * (assign.job.prefill_s or 0.0)
+
+        pool.beat(hardware="", first_tokens=(f"r:1:{1e3 * seconds:.1f}",))
+
+        speed = pool.core.view(pool.now).endpoints[0].speed
+        assert speed > 1.1
+        pool.reward(assign, prefill_s=seconds)
+        assert pool.core.view(pool.now).endpoints[0].speed == speed
+
+    @pytest.mark.parametrize(("hardware", "known"), [("", YOUNG), ("a100", 0)])
+    def test_who_is_well_known_is_learned_by_rewards(self, hardware, known):
+        """First tokens come in bursts that share their error, which looks like a drift and is none."""
+        pool = Pool()
+        pool.beat(hardware=hardware)
+        for at in range(known + 1):
+            pool.ask(f"r{at}")
+            [assign] = pool.decide()
+            seconds = assign.job.prefill_s or 0.0
+            if at < known:
+                pool.reward(assign, prefill_s=seconds)
+        speed = pool.core.view(pool.now).endpoints[0].speed
+
+        pool.beat(hardware=hardware, first_tokens=(f"r{known}:1:{3e3 * seconds:.1f}",))
+
+        assert pool.core.view(pool.now).endpoints[0].speed == speed
+        pool.reward(assign, prefill_s=3 * seconds)
+        assert pool.core.view(pool.now).endpoints[0].speed > speed
 
     def test_nobody_waits_behind_a_horizon_that_all_goes(self):
         """Looking at four together, the step goes on as long as each four find a place; then it stops."""
