@@ -16,7 +16,7 @@ LOOK_S = 1.0
 "How often the beats are looked at: as often as an endpoint that is idle beats."
 
 AGAIN_S = 0.05
-"A model that nobody is known to serve is looked for again before it is refused, at most so often."
+"A model that nobody is known to serve is looked for again before it is refused, at most so often: who asks may wait so long."
 
 BEATS_READ = 2000
 "The newest beats read in one look; a busy fleet beats more often, and each of its endpoints is among them."
@@ -59,6 +59,7 @@ class Roster:
 
     async def _look(self) -> None:
         """Read what has been beaten since the last look; `trouble` says how that went."""
+        self._looked_at = time.monotonic()
         try:
             await self._connection.refresh_clock()
             beats = await self._connection.newest(
@@ -67,8 +68,6 @@ class Roster:
         except StreamError as error:
             self.trouble = str(error)
             return
-        finally:
-            self._looked_at = time.monotonic()
         self.trouble = ""
         latest = {fields.get(b"endpoint", b""): (entry, fields) for entry, fields in beats}
         for entry, fields in latest.values():
@@ -78,11 +77,13 @@ class Roster:
             self._after = beats[-1][0]
 
     async def is_served(self, model: str) -> bool:
-        """Whether an endpoint that lives serves it; looks again before it says no."""
+        """Whether an endpoint that lives serves it; "no" is what a look found that began after the question."""
         if self._serves(model):
             return True
-        async with self._looking:  # who comes during a look waits for what it finds
-            if time.monotonic() - self._looked_at > AGAIN_S:
+        asked_at = time.monotonic()
+        async with self._looking:  # one look answers all who ask meanwhile
+            if self._looked_at < asked_at:
+                await asyncio.sleep(self._looked_at + AGAIN_S - asked_at)
                 await self._look()
         return self._serves(model)
 
