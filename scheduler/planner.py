@@ -85,14 +85,13 @@ class Planner:
             noise: how far off the predicted pace may be; asked once, if ever.
             rng: decides between equals.
             standing: by tenant, what its promises count; None: all alike.
-            casting: a profile that says where and which; None: the plan's own choice.
             onward: what follows a prefill leg; None where nobody only prefills.
+            casting: a profile that says where and which; None: the plan's own choice.
         """
         self.room = room
         self.now = now
         self.settings = settings
         self.terms = terms
-        self._standing = standing
         self.barrier = barrier
         self.casting = casting
         self.onward = onward
@@ -106,7 +105,7 @@ class Planner:
             self.offers,
             pace_worth=settings.pace_worth,
             noise=noise,
-            weigh=self._weigh,
+            standing=standing,
             patience=settings.patience,
             now=now,
             onward=onward,
@@ -383,14 +382,9 @@ class Planner:
             pairs=tokens * (prompt - 0.5 * tokens),
             kv=kv,
             tpot_s=own_s if own_s is not None and keeps else math.inf,
-            weight=self._weigh(offer.ticket),
+            weight=self.worth.weight(offer.ticket),
             blocks=chain(offer.ticket.request.blocks, kv),
         )
-
-    def _weigh(self, ticket: Ticket) -> float:
-        """What keeping its promises counts, its tenant's standing included."""
-        weight = ticket.promise.weight
-        return weight if self._standing is None else weight * self._standing(ticket.request.tenant)
 
     def _starts_now(self, slot: int) -> bool:
         return bool(self.room.start_s[slot] <= self.settings.commit_window_s)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -37,7 +38,7 @@ class Worth:
         *,
         pace_worth: float,
         noise: Callable[[], Noise],
-        weigh: Callable[[Ticket], float],
+        standing: Callable[[str], float] | None,
         patience: float,
         now: float,
         onward: Onward | None,
@@ -50,7 +51,7 @@ class Worth:
             offers: what fits where.
             pace_worth: of `PlanSettings`.
             noise: how far off the predicted pace may be; asked once, if ever.
-            weigh: what keeping a request's promises counts.
+            standing: by tenant, what its promises count; None: all alike.
             patience: of `PlanSettings`.
             now: unix seconds.
             onward: what follows a prefill leg; None where nobody only prefills.
@@ -60,7 +61,7 @@ class Worth:
         self._offers = offers
         self._pace_worth = pace_worth
         self._ask_noise = noise
-        self._weigh = weigh
+        self._standing = standing
         self._patience = patience
         self._now = now
         self._onward = onward
@@ -70,7 +71,13 @@ class Worth:
         self._tightest_s = np.empty((2, len(room.seats)))
         self._promised = room.decodes.promised
         if casting is not None:
-            casting.worth = self.of
+            this = weakref.proxy(self)  # else both would wait for the garbage collector
+            casting.worth = lambda offer: this.of(offer)  # noqa: PLW0108  its method would hold it
+
+    def weight(self, ticket: Ticket) -> float:
+        """What keeping its promises counts, its tenant's standing included."""
+        weight = ticket.promise.weight
+        return weight if self._standing is None else weight * self._standing(ticket.request.tenant)
 
     @functools.cached_property
     def noise(self) -> Noise:
@@ -121,7 +128,7 @@ class Worth:
             gain[gain < PACE_ODDS_MIN] = 0.0
         if others is None:
             return gain
-        left_s, weight = offer.ticket.due_at - self._now, part * self._weigh(offer.ticket)
+        left_s, weight = offer.ticket.due_at - self._now, part * self.weight(offer.ticket)
         if weight != 1.0:
             gain *= weight
         if left_s < math.inf and self._patience > 0 and not offer.is_second:

@@ -1,5 +1,7 @@
 """The core's behaviour, one fact at a time. Time is a number here."""
 
+import gc
+
 import msgspec
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from scheduler.events import (
 )
 from scheduler.plan import PlanSettings
 from scheduler.policies import Fcfs, Urgency
+from scheduler.profile import profile
 from scheduler.profile.pickers import Random
 from scheduler.profile.profile import Profile
 from scheduler.settings import FairnessSettings, Objective
@@ -78,6 +81,33 @@ class Pool:
 
     def notes(self) -> list[str]:
         return [c.decision.kind for c in self.core.decide(self.now) if isinstance(c, Note)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="the plan"),
+        pytest.param({"profile": profile.of_plan(fill=0.4, tie=0.02)}, id="a profile"),
+        pytest.param({"fairness": FairnessSettings(quantum_tokens=1000)}, id="tenants"),
+    ],
+)
+def test_a_turn_leaves_nothing_to_the_garbage_collector(settings):
+    """What a step made is gone with it: in cycles it would pile up, and be cleared away in one long pause."""
+    pool = Pool(**settings)
+    pool.beat("p", roles=("prefill",), link_gbps=100.0, kv_token_bytes=1000.0)
+    pool.beat("d", link_gbps=100.0, kv_token_bytes=1000.0)
+    pool.ask("r0", tpot_s=0.05, ttft_s=1.0)
+    pool.decide()
+    gc.collect()
+    gc.disable()
+    try:
+        for at in range(1, 20):
+            pool.ask(f"r{at}", tpot_s=0.05, ttft_s=1.0)
+            pool.decide(after_s=0.1)
+
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 class TestArrival:
