@@ -1,8 +1,11 @@
 """A choice of the plan as what leaves the core: the job for the worker, the decision for people and replay."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 from scheduler.events import Assign
+from scheduler.picking import nearest
 from scheduler.plan import Choice
 from scheduler.state import Endpoint, Kept
 from scheduler.wire.dispatcher import Decision, Job
@@ -27,20 +30,29 @@ def command(
         now: unix seconds.
         policy: the policy's name.
         waiting: how many waited at that moment.
-        names: the endpoints', by slot.
+        names: the endpoints', by slot; never written to.
         features: what the predictor saw.
         kept: for a decode leg, the KV of its prompt.
     """
-    ticket = choice.ticket
     job = _job(choice, endpoint, kept, now, features)
-    slack_s = None if ticket.due_at == float("inf") else ticket.due_at - now - choice.total_s
-    decision = Decision(
-        id=ticket.id,
+    explain = partial(_decision, choice, job, policy, waiting, names)
+    return Assign(endpoint=endpoint.name, job=job, explain=explain)
+
+
+def _decision(
+    choice: Choice, job: Job, policy: str, waiting: int, names: Sequence[str]
+) -> Decision:
+    endpoint, due_at = names[choice.slot], choice.ticket.due_at
+    seconds = choice.everywhere_s.tolist()
+    slots = [weighed[0] for weighed in choice.weighed] or nearest(choice.everywhere_s)
+    slack_s = None if due_at == math.inf else due_at - job.decided_at - choice.total_s
+    return Decision(
+        id=job.id,
         kind="assigned",
-        at=now,
+        at=job.decided_at,
         policy=policy,
-        attempt=ticket.attempt,
-        endpoint=endpoint.name,
+        attempt=job.attempt,
+        endpoint=endpoint,
         slack_s=slack_s,
         start_s=choice.start_s,
         prefill_s=choice.total_s - choice.start_s,
@@ -48,17 +60,18 @@ def command(
         best_cached_tokens=choice.best_cached_tokens,
         waiting=waiting,
         propensity=choice.propensity,
-        candidates=tuple([f"{names[slot]}={seconds:.4g}" for slot, seconds in choice.candidates]),
+        candidates=tuple(
+            [f"{names[slot]}={seconds[slot]:.4g}" for slot in slots if seconds[slot] < math.inf]
+        ),
         weighed=tuple(
             [
                 f"{names[slot]}={chance:.4g},{start_s:.4g},{cached},{used:.3g}"
                 for slot, chance, start_s, cached, used in choice.weighed
             ]
         ),
-        features=features,
+        features=job.features,
         reason=_reason(choice, endpoint, slack_s),
     )
-    return Assign(endpoint=endpoint.name, job=job, decision=decision)
 
 
 def _job(
@@ -100,7 +113,7 @@ def _job(
     )
 
 
-def _reason(choice: Choice, endpoint: Endpoint, slack_s: float | None) -> str:
+def _reason(choice: Choice, endpoint: str, slack_s: float | None) -> str:
     """One sentence a person understands.
 
     As in: `earliest first token: on a100-0 in 0.31 s, of which 0.12 s wait; 0.69 s to spare`.
@@ -112,4 +125,4 @@ def _reason(choice: Choice, endpoint: Endpoint, slack_s: float | None) -> str:
         else f"; {abs(slack_s):.2f} s " + ("to spare" if slack_s >= 0 else "late")
     )
     part = "" if choice.leg == "whole" else f"{choice.leg} "
-    return f"{choice.why}: {part}on {endpoint.name} in {choice.total_s:.2f} s{wait}{spare}"
+    return f"{choice.why}: {part}on {endpoint} in {choice.total_s:.2f} s{wait}{spare}"

@@ -4,6 +4,8 @@ Events are facts; the wire's own `Beat`, `Reward` and `Control` are events as th
 driver carries them out in order, and tells the core (`Refused`) what Redis would not accept.
 """
 
+from collections.abc import Callable
+
 import msgspec
 
 from scheduler.wire.client import Control, Request
@@ -75,12 +77,24 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
 Event = Arrived | Recovered | Refused | Beat | Reward | Control
 
 
-class Assign(msgspec.Struct, frozen=True, kw_only=True):
-    """Append this job to the endpoint's stream and log the decision, in one fenced move."""
+class Assign:
+    """Append this job to the endpoint's stream, in one fenced move; log the decision when there is time for it."""
 
-    endpoint: str
-    job: Job
-    decision: Decision
+    __slots__ = "_decision", "_explain", "endpoint", "job"
+
+    def __init__(self, *, endpoint: str, job: Job, explain: Callable[[], Decision]) -> None:
+        """`explain` makes the decision out in words."""
+        self.endpoint = endpoint
+        self.job = job
+        self._explain = explain
+        self._decision: Decision | None = None
+
+    @property
+    def decision(self) -> Decision:
+        """Why there: made out when first asked for. A worker waits for the job, nobody for this."""
+        if self._decision is None:
+            self._decision = self._explain()
+        return self._decision
 
 
 class Reclaim(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ class Fleet:
     def __init__(self) -> None:
         self.endpoints: dict[str, Endpoint] = {}
         self.by_slot: list[Endpoint | None] = []
-        self.names: list[str] = []
+        self.names: tuple[str, ...] = ()
         "The same by name; empty where nobody is."
         self._limits: Floats = np.zeros((4, 0))
         self._name_rows()
@@ -53,12 +53,11 @@ class Fleet:
         slot = self.by_slot.index(None) if None in self.by_slot else len(self.by_slot)
         if slot == len(self.by_slot):
             self.by_slot.append(None)
-            self.names.append("")
             self._limits = np.column_stack([self._limits, np.zeros(4)])
             self._name_rows()
         endpoint = Endpoint(name=beat.endpoint, slot=slot, beat=beat, seen_at=now, held={})
         self.endpoints[endpoint.name] = endpoint
-        self.by_slot[slot], self.names[slot] = endpoint, endpoint.name
+        self._seat(slot, endpoint)
         self.hear(endpoint, beat, now)
         return endpoint
 
@@ -93,7 +92,7 @@ class Fleet:
             f"endpoint {endpoint.name!r} leaves with {len(endpoint.held)} held"
         )
         del self.endpoints[endpoint.name]
-        self.by_slot[endpoint.slot], self.names[endpoint.slot] = None, ""
+        self._seat(endpoint.slot, None)
         self._limits[:, endpoint.slot] = 0.0, 0.0, 0.0, np.inf
         self.prefilling.pop(endpoint.name, None)
         self._forget()
@@ -126,6 +125,10 @@ class Fleet:
             return barriers[0]
         least: Floats = np.minimum.reduce(barriers)
         return least
+
+    def _seat(self, slot: int, endpoint: Endpoint | None) -> None:
+        self.by_slot[slot] = endpoint
+        self.names = tuple([e.name if e else "" for e in self.by_slot])
 
     def _name_rows(self) -> None:
         self.seats_max, self.kv_max, self.length_max, self.ready_s = self._limits

@@ -1,7 +1,6 @@
 """Which of the endpoints a request takes: soon is good, empty is good, and chance decides between equals."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -89,7 +88,7 @@ class Picker:
         """A draw among the nearest that could start now: whoever must wait is drawn again until it need not."""
         window_s = self._settings.commit_window_s
         open_ = np.zeros(len(total_s), dtype=bool)
-        near = total_s.argsort(kind="stable")[:CANDIDATES]
+        near = nearest(total_s)
         open_[near] = self._room.start_s[near] <= window_s
         if not open_[cheapest]:
             return cheapest, 1.0
@@ -104,24 +103,16 @@ class Picker:
         slot = explore.drawn(chances, self._rng.random())
         return slot, float(chances[slot])
 
-    def candidates(self, total_s: Floats) -> tuple[tuple[int, float], ...]:
-        """The slots that a decision's record names, with their seconds, best first."""
-        order, seconds = total_s.argsort(kind="stable"), total_s.tolist()
-        if self._chances is None:
-            order = order[:CANDIDATES]
-        else:
-            is_named = self._chances[order] > 0
-            is_named[:CANDIDATES] = True
-            order = order[is_named]
-        return tuple([(at, seconds[at]) for at in order.tolist() if seconds[at] < math.inf])
-
     def weighed(
-        self, offer: Offer, candidates: Sequence[tuple[int, float]]
+        self, offer: Offer, total_s: Floats
     ) -> tuple[tuple[int, float, float, int, float], ...]:
-        """What an off-policy estimate wants to know of each candidate; nothing where nothing was drawn."""
+        """What an off-policy estimate wants to know of each that a record names; nothing where nothing was drawn."""
         chances, self._chances = self._chances, None
         if chances is None:
             return ()
+        order = total_s.argsort(kind="stable")
+        is_named = chances[order] > 0
+        is_named[:CANDIDATES] = True
         used = self._used(offer)
         cached = np.zeros(len(used)) if offer.cached is None else offer.cached
         return tuple(
@@ -132,7 +123,8 @@ class Picker:
                 int(cached[slot]),
                 float(used[slot]),
             )
-            for slot, _ in candidates
+            for slot in order[is_named].tolist()
+            if total_s[slot] < math.inf
         )
 
     def _used(self, offer: Offer) -> Floats:
@@ -142,6 +134,12 @@ class Picker:
             used = used.copy()
             used[self._onward.is_prefill] = used[self._onward.target(offer.ticket)[0]]
         return used
+
+
+def nearest(total_s: Floats) -> list[int]:
+    """The slots with the earliest first tokens, best first."""
+    found: list[int] = total_s.argsort(kind="stable")[:CANDIDATES].tolist()
+    return found
 
 
 def _of_named(chances: Floats, slot: int) -> Floats | None:

@@ -8,7 +8,7 @@ from msgspec import Meta
 from scheduler.errors import SettingsError
 from scheduler.ledger import Line
 from scheduler.legs import Pledge
-from scheduler.state import Ticket
+from scheduler.state import Floats, Ticket
 from scheduler.wire.words import Leg
 
 AtLeastNothing = Annotated[float, Meta(ge=0)]
@@ -106,11 +106,11 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     ahead_pairs: float
     propensity: float
     "With what chance this endpoint was taken."
-    candidates: tuple[tuple[int, float], ...]
-    "Slots and predicted seconds to the first token, best first."
+    everywhere_s: Floats
+    "The same on every slot; float64[n_slots]."
     why: str
     weighed: tuple[tuple[int, float, float, int, float], ...] = ()
-    "Where chance decided: slots, each one's chance, predicted wait, cached tokens and part of its KV in use."
+    "Where chance decided: the slots a record names, each one's chance, predicted wait, cached tokens and part of its KV in use."
     leg: Leg = "whole"
     onward_s: float = 0.0
     "Of a prefill leg, what of the seconds to its first token comes after it."

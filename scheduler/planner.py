@@ -293,7 +293,6 @@ class Planner:
             features = self.onward.features(offer, slot)
         cached, best_cached = offer.best_cached(slot)
         work_s = offer.work_s.item(slot)
-        candidates = self.picker.candidates(total_s)
         self.choices.append(
             Choice(
                 ticket=offer.ticket,
@@ -307,8 +306,8 @@ class Planner:
                 ahead_tokens=self.room.tokens.item(slot),
                 ahead_pairs=self.room.pairs.item(slot),
                 propensity=propensity,
-                candidates=candidates,
-                weighed=self.picker.weighed(offer, candidates),
+                everywhere_s=total_s,
+                weighed=self.picker.weighed(offer, total_s),
                 why=why,
                 leg=leg,
                 onward_s=onward_s,

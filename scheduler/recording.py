@@ -44,7 +44,7 @@ from scheduler.profile import profile
 from scheduler.profile.parts import Part
 from scheduler.view import Snapshot
 from scheduler.wire.client import Control
-from scheduler.wire.dispatcher import Decision
+from scheduler.wire.dispatcher import Decision, Job
 from scheduler.wire.worker import Beat, Reward
 
 FORMAT = 1
@@ -119,10 +119,22 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.refused or self.beat or self.reward or self.control
 
 
+class _Assigned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An `Assign` with its decision made out."""
+
+    endpoint: str
+    job: Job
+    decision: Decision
+
+    @property
+    def command(self) -> Assign:
+        return Assign(endpoint=self.endpoint, job=self.job, explain=lambda: self.decision)
+
+
 class _Wish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One command of a turn: exactly one is there."""
 
-    assign: Assign | None = None
+    assign: _Assigned | None = None
     reclaim: Reclaim | None = None
     finish: Finish | None = None
     abort: Abort | None = None
@@ -171,7 +183,7 @@ def decided(commands: Sequence[Command], now: float) -> dict[str, object]:
     return {"now": now, "decided": wishes(commands)}
 
 
-def wishes(commands: Sequence[Command]) -> list[dict[str, Command]]:
+def wishes(commands: Sequence[Command]) -> list[dict[str, object]]:
     """Commands as a turn's line holds them, without bodies."""
     return [{_NAMES[type(command)]: _bare(command)} for command in commands]
 
@@ -233,10 +245,11 @@ def settings(
 
 def commands(raw: bytes) -> list[Command]:
     """The commands of a turn's line."""
-    return [
+    found = [
         next(value for value in structs.astuple(wish) if value is not None)
         for wish in _WISHES.decode(raw)
     ]
+    return [wish.command if isinstance(wish, _Assigned) else wish for wish in found]
 
 
 def _rest(numbered: Iterator[tuple[int, bytes]], name: str) -> Iterator[Line]:
@@ -269,10 +282,11 @@ def _paths(plain: dict[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _bare(command: Command) -> Command:
-    """The command without its body."""
-    if isinstance(command, Assign) and command.job.body:
-        return structs.replace(command, job=structs.replace(command.job, body=b""))
+def _bare(command: Command) -> object:
+    """The command without its body, all of it made out."""
+    if isinstance(command, Assign):
+        job = structs.replace(command.job, body=b"") if command.job.body else command.job
+        return _Assigned(endpoint=command.endpoint, job=job, decision=command.decision)
     if isinstance(command, Finish) and command.request is not None and command.request.body:
         return structs.replace(command, request=structs.replace(command.request, body=b""))
     return command

@@ -107,7 +107,7 @@ class Hand:
             **fields,
         )
         decision = Decision(id=request_id, kind="assigned", endpoint=endpoint)
-        command = Assign(endpoint=endpoint, job=job, decision=decision)
+        command = Assign(endpoint=endpoint, job=job, explain=lambda: decision)
         assert await self.do(dispatch.assign(self.keys, self.leader_epoch, command)) not in (0, -1)
         return job
 

@@ -98,12 +98,13 @@ class Dispatcher:
         clock.lap("core: plan and hand over")
         assigned = [command for command in commands if isinstance(command, Assign)]
         moves = self.moves.of(arrived, [], commands, now, reasons=self.reasons)
-        self.reasons = [command.decision for command in assigned]
         clock.lap("make the moves")
         words = [connection._words(move.call) for move in moves]
         sent = b"".join([hiredis.pack_command(one) for one in words])
         clock.lap("pack the commands")
         assert len(sent) > len(moves)
+        self.reasons = [command.decision for command in assigned]
+        clock.lap("say why, once it is sent")
         self.meter.commands(commands)
         clock.lap("count for /metrics")
         return assigned

@@ -101,7 +101,7 @@ class Played:
             prefill_s=0.02,
             candidates=(f"{ENDPOINT}=0.020", "l40s-0=0.080"),
         )
-        command = Assign(endpoint=ENDPOINT, job=job, decision=decision)
+        command = Assign(endpoint=ENDPOINT, job=job, explain=lambda: decision)
         job_entry = await self.do(dispatch.assign(self.keys, self.epoch, command))
         await self.do(dispatch.notes(self.keys, self.epoch, [decision]))
         held = Held(ENDPOINT, job, job_entry.decode())

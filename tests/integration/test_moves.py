@@ -54,9 +54,8 @@ def assignment(arrived, attempt=1, endpoint=ENDPOINT):
         decided_at=0.0,
         stream=True,
     )
-    return Assign(
-        endpoint=endpoint, job=job, decision=Decision(id=job.id, kind="assigned", endpoint=endpoint)
-    )
+    decision = Decision(id=job.id, kind="assigned", endpoint=endpoint)
+    return Assign(endpoint=endpoint, job=job, explain=lambda: decision)
 
 
 async def assigned(redis, epoch, request_id="r1", attempt=1):

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Abort, Arrived, Assign, Command, Finish, Forget, Reclaim
 from scheduler.plan import PlanSettings
@@ -319,7 +320,7 @@ def fixed_story() -> bytes:
                     ),
                     now,
                 )
-    return msgspec.json.encode([sent, core.snapshot()])
+    return recording.encode([recording.wishes(sent), core.snapshot()])
 
 
 def test_i6_same_seed_same_bytes_under_any_hash_seed():

@@ -4,11 +4,11 @@ import itertools
 import math
 from collections import Counter
 
-import msgspec
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
 from scheduler.fairness import IDLE_MAX, Accounts
@@ -275,11 +275,11 @@ def commands(settings: CoreSettings, tenants: tuple[str, ...]) -> bytes:
         core.receive(Arrived(request=request, entry=f"{number}-0", enqueued_at=0.0), 0.0)
     for step in range(30):
         sent = core.decide(0.1 * step)
-        log.append(sent)
+        log.append(recording.wishes(sent))
         for command in sent:
             if isinstance(command, Assign):
                 core.receive(_served(command), 0.1 * step)
-    return msgspec.json.encode(log)
+    return recording.encode(log)
 
 
 def _served(command: Assign) -> Reward:

@@ -175,8 +175,12 @@ class Desk:
             features=features,
             kv_params=kv_params,
         )
-        decision = Decision(id=asked.id, kind="assigned", at=now, endpoint=beat.endpoint)
-        return Assign(endpoint=beat.endpoint, job=job, decision=decision)
+        name = beat.endpoint
+        return Assign(
+            endpoint=name,
+            job=job,
+            explain=lambda: Decision(id=asked.id, kind="assigned", at=now, endpoint=name),
+        )
 
     def refuse(self, asked: Asked, reason: str, now: float) -> Finish:
         """Answer it with a rejection."""
