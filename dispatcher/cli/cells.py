@@ -107,6 +107,33 @@ def table(
     typer.echo(_brief(ran) if brief else _full(ran))
 
 
+@group.command()
+def bound(
+    names: Names = None,
+    *,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where `cells run` wrote.")],
+    traces: Traces = Path(),
+    file: ListFile = None,
+    load: Annotated[
+        str | None, typer.Option(metavar="X[,X...]", help="Only these of each cell.")
+    ] = None,
+    jobs: lab.JobsOption = None,
+) -> None:
+    """What nobody can have on time if no two endpoints serve one request at once, of what was run; seconds each."""
+    loads = None if load is None else lab.numbers(load, "load")
+    metric = "on_time"
+    for name, cell in _chosen(names, file).items():
+        reports = [
+            one
+            for one in runs.read(out / f"{name}.jsonl")
+            if loads is None or contrast.place(one) in loads
+        ]
+        closer = runs.on_time_bounds(name, cell, traces, reports, jobs)
+        if closer:
+            found = contrast.figures(reports, metric)
+            typer.echo(f"### {name}\n\n{tables.bounded(found, closer, SIDES.ours, at=cell.said)}")
+
+
 def _at_loads(name: str, cell: Cell, loads: list[float]) -> Cell:
     """The same at these loads; of what the baseline keeps only what the cell has can be asked."""
     if not cell.keeps:

@@ -85,6 +85,31 @@ def make(name: str, cell: Cell, traces: Path, path: Path, jobs: int | None) -> N
             file.flush()
 
 
+def on_time_bounds(
+    name: str, cell: Cell, traces: Path, reports: list[Report], jobs: int | None
+) -> dict[float, dict[contrast.Draw, float]]:
+    """By place and draw, the closer bound on the share on time, where a cell has one; takes seconds each."""
+    starts = [f"{start_s:g}" for start_s in cell.windows]
+    wanted = {
+        (contrast.place(one), (one.window, one.seed)): one.rate_rps
+        for one in reports
+        if one.on_time_bound is not None and one.window in starts
+    }
+    if not wanted:
+        return {}
+    with Crew(jobs, _open, name, cell, traces) as crew:
+        calls = [
+            (starts.index(window), seed, rate_rps)
+            for (_, (window, seed)), rate_rps in wanted.items()
+        ]
+        found = crew.all(f"{name}: bounds", _on_time_bound, calls)
+    bounds: dict[float, dict[contrast.Draw, float]] = {}
+    for (place, draw), bound in zip(wanted, found, strict=True):
+        if bound is not None:
+            bounds.setdefault(place, {})[draw] = bound
+    return bounds
+
+
 def _known(
     cell: Cell, done: list[Report]
 ) -> tuple[dict[Draw, float], dict[tuple[Draw, float], float]]:
@@ -126,6 +151,10 @@ def _lab(window: int) -> Lab:
 def _bounds_of(window: int, seed: int, rate_rps: float) -> tuple[float, float | None]:
     found = _lab(window).bounds(seed, rate_rps)
     return found.ttft_mean_s, found.on_time
+
+
+def _on_time_bound(window: int, seed: int, rate_rps: float) -> float | None:
+    return _lab(window).on_time_bound(seed, rate_rps)
 
 
 @lru_cache(maxsize=8)

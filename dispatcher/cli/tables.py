@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from scheduler.sim.contrast import Contrast, Estimate, less_is_better
+from scheduler.sim.contrast import Contrast, Draw, Estimate, Figures, less_is_better
 from scheduler.sim.verdict import TAIL_RUNS, is_tail
 
 
@@ -46,6 +46,46 @@ def markdown(
         for place in places:
             words += [figure(bounds[place], metric) if place in bounds else "", ""]
         lines.append("| " + " | ".join(words) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def bounded(
+    found: Figures,
+    closer: Mapping[float, Mapping[Draw, float]],
+    ours: str,
+    *,
+    at: Callable[[float], str],
+) -> str:
+    """A row a place and draw: the pooled server's bound, a closer one, ours and the best of the others there.
+
+    Args:
+        found: a share, of every policy.
+        closer: by place and draw.
+        ours: the policy that is shown whether it is the best or not.
+        at: how a place is called.
+    """
+    lines = [
+        f"| {found.metric}, % | window | seed | pooled server | one endpoint each | `{ours}` | best other | |",
+        "|---" * 8 + "|",
+    ]
+    for place, draws in sorted(closer.items()):
+        for (window, seed), bound in draws.items():
+            shares = {
+                policy: by_draw[window, seed]
+                for policy, by_draw in found.values[place].items()
+                if (window, seed) in by_draw
+            }
+            us = shares.pop(ours, None)
+            best = max(shares, key=lambda policy: shares[policy], default=None)
+            figures = [
+                found.bounds[place][window, seed],
+                bound,
+                us,
+                None if best is None else shares[best],
+            ]
+            said = ["" if one is None else figure(one, found.metric) for one in figures]
+            words = [at(place), window, str(seed), *said, "" if best is None else f"`{best}`"]
+            lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines) + "\n"
 
 

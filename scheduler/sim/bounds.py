@@ -3,6 +3,8 @@
 Both pool the fleet into one server that prefills as fast as all endpoints together, sees every earlier block in
 every cache, decodes nothing and can be interrupted for free. The endpoints are taken as they really are.
 
+For the share on time there is a closer one (`apart`), where a request has one endpoint at a time; it takes seconds.
+
 Where the first arrivals are a run-in, they fill the caches and nothing else: without them whoever comes later can only
 be sooner, so the bound of those alone holds for them.
 """
@@ -12,6 +14,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
+from scheduler.sim import apart
 from scheduler.sim.fleet import Machine
 from scheduler.sim.workload import Arrival
 from scheduler.state import Floats
@@ -30,11 +33,14 @@ def service_s(machine: Machine, prompt_tokens: int, cached_tokens: int = 0) -> f
 
 
 def work_s(machine: Machine, prompt_tokens: int, cached_tokens: int = 0) -> float:
-    """The part of it that no batching can share: the products and the attention of its own tokens."""
-    coef = machine.actual.coef
+    """The part of it that the best batching leaves: its tokens' share of full steps, and their attention.
+
+    No step has more tokens than the engine's budget, and a token costs least in a full one.
+    """
+    budget = machine.settings.max_num_batched_tokens
     own = prompt_tokens - cached_tokens
     pairs = own * cached_tokens + own * own / 2
-    return (coef.g * own / 1e3 + coef.ap * pairs / 1e6) / 1e3
+    return own * machine.actual.step_s(0, budget) / budget + machine.actual.coef.ap * pairs / 1e9
 
 
 def cached_at_best(arrivals: Sequence[Arrival]) -> list[int]:
@@ -86,20 +92,50 @@ def on_time_share(
         return 1.0
     at_s = np.array([arrival.at_s for arrival in arrivals[first:]])
     work = pooled_s(arrivals, machines)[first:]
-    frontend_s = min(machine.actual.frontend_s for machine in machines)
-    return most_on_time(at_s, work, ttft_s - frontend_s) / len(at_s)
+    return most_on_time(at_s, work, ttft_s - _frontend_s(machines)) / len(at_s)
+
+
+def on_time_apart_share(
+    arrivals: Sequence[Arrival], machines: Sequence[Machine], *, ttft_s: float, first: int = 0
+) -> float:
+    """The same where no two endpoints serve one request at once, and at most the pooled one's; takes seconds."""
+    if not arrivals[first:]:
+        return 1.0
+    at_s = np.array([arrival.at_s for arrival in arrivals[first:]])
+    work = works_s(arrivals, machines)[first:]
+    most = apart.most_on_time(at_s, work, ttft_s - _frontend_s(machines))
+    return min(most / len(at_s), on_time_share(arrivals, machines, ttft_s=ttft_s, first=first))
 
 
 def pooled_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> Floats:
     """Each request's seconds on the pooled server."""
-    found = []
-    for arrival, cached in zip(arrivals, cached_at_best(arrivals), strict=True):
-        rate = sum(
-            1.0 / work_s(machine, arrival.prompt_tokens, _spared(machine, cached))
-            for machine in machines
-        )
-        found.append(1.0 / rate)
-    return np.array(found)
+    return pooled(works_s(arrivals, machines))
+
+
+def pooled(work: Floats) -> Floats:
+    """Seconds on a server that is all of them; float64[n, n_machines] to float64[n].
+
+    A second of each machine is worth what it does of the whole's usual work, and a request takes the machine where that
+    is least. Where one is better at this and another at that, all of them working on each would do less than they can.
+
+    >>> pooled(np.array([[1.0, 10.0], [10.0, 1.0]]))  # both can have ended after a second
+    array([0.5, 0.5])
+    """
+    if not len(work):
+        return np.zeros(0)
+    speed = 1.0 / work.mean(axis=0)
+    least: Floats = (work * speed / speed.sum()).min(axis=1)
+    return least
+
+
+def works_s(arrivals: Sequence[Arrival], machines: Sequence[Machine]) -> Floats:
+    """Each request's `work_s` on each endpoint with every earlier block in its cache; float64[n, n_machines]."""
+    return np.array(
+        [
+            [work_s(one, arrival.prompt_tokens, _spared(one, cached)) for one in machines]
+            for arrival, cached in zip(arrivals, cached_at_best(arrivals), strict=True)
+        ]
+    )
 
 
 def srpt_mean_s(at_s: Floats, work: Floats) -> float:
@@ -152,6 +188,10 @@ def most_on_time(at_s: Floats, work: Floats, allowed_s: float) -> int:
         ends[:out] -= kept[out]
         ends, kept = np.delete(ends, out), np.delete(kept, out)
     return len(kept)
+
+
+def _frontend_s(machines: Sequence[Machine]) -> float:
+    return min(machine.actual.frontend_s for machine in machines)
 
 
 def _spared(machine: Machine, cached: int) -> int:

@@ -149,17 +149,39 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
     def bounds(self, seed: int, rate_rps: float) -> Bounds:
         """The bounds of this seed's machines at this rate, of those arrivals that figures are of."""
         made = self._made(seed)
-        first = int(self.cut * len(self.work.arrivals))
+        first = self._first
         if self.closed:  # when turns come is the policy's own doing: only each alone can be said
             return Bounds(bounds.alone_mean_s(self.work.arrivals, made, first=first), None)
-        arrivals = _at_rate(self.work.arrivals, rate_rps)
-        kinds = {(a.ttft_s, a.tpot_s, a.deadline_s) for a in arrivals[first:]}
-        on_time = None
-        if len(kinds) == 1:
-            ttft_s, tpot_s, deadline_s = kinds.pop()
-            if ttft_s is not None and tpot_s is None and deadline_s is None:
-                on_time = bounds.on_time_share(arrivals, made, ttft_s=ttft_s, first=first)
+        arrivals, ttft_s, on_time = (
+            _at_rate(self.work.arrivals, rate_rps),
+            self._same_ttft_s(),
+            None,
+        )
+        if ttft_s is not None:
+            on_time = bounds.on_time_share(arrivals, made, ttft_s=ttft_s, first=first)
         return Bounds(bounds.ttft_mean_s(arrivals, made, first=first), on_time)
+
+    def on_time_bound(self, seed: int, rate_rps: float) -> float | None:
+        """A closer bound on the share on time than that of `bounds`, in seconds; None where there is none."""
+        ttft_s = self._same_ttft_s()
+        if ttft_s is None or self.closed:
+            return None
+        arrivals, first = _at_rate(self.work.arrivals, rate_rps), self._first
+        return bounds.on_time_apart_share(arrivals, self._made(seed), ttft_s=ttft_s, first=first)
+
+    @property
+    def _first(self) -> int:
+        """The place of the first arrival that figures are of."""
+        return int(self.cut * len(self.work.arrivals))
+
+    def _same_ttft_s(self) -> float | None:
+        """What all that figures are of are promised, if that is a first token after the same time and nothing else."""
+        arrivals = self.work.arrivals[self._first :]
+        kinds = {(a.ttft_s, a.tpot_s, a.deadline_s) for a in arrivals}
+        if len(kinds) != 1:
+            return None
+        ttft_s, *others = kinds.pop()
+        return ttft_s if others == [None, None] else None
 
     def _arriving(self, rate_rps: float) -> tuple[Arrival, ...]:
         return (_closed if self.closed else _at_rate)(self.work.arrivals, rate_rps)

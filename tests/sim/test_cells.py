@@ -99,6 +99,23 @@ class TestShipped:
             ran(files)
 
 
+def test_a_closer_bound_stands_beside_what_was_run(files):
+    """A row a draw, of the asked load alone; never above the pooled server's, nor under what somebody had."""
+    ran(files, "--windows", 1)
+    given = "--list", files / "list.toml", "--traces", files, "--out", files / "out", "--jobs", 1
+
+    rows = [
+        [word.strip() for word in line.split("|")[1:-1]]
+        for line in run("cells", "bound", *given, "--load", "1").splitlines()
+        if line.startswith("| at")
+    ]
+
+    assert [(row[0], row[1], row[2]) for row in rows] == [("at 1", "20", "0"), ("at 1", "20", "1")]
+    for *_, pooled, closer, ours, best, who in rows:
+        assert float(best) <= float(closer) <= float(pooled)
+        assert (ours, who) in {("", "`fcfs`"), ("", "`least-request`")}
+
+
 class TestRun:
     def test_goes_on_where_it_stopped(self, files):
         """Two windows, two seeds, two loads and two policies, each once; a line cut off by a kill runs again."""
