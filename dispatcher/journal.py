@@ -46,6 +46,8 @@ class Core(Protocol):
 
     def decide(self, now: float) -> list[Command]: ...
 
+    def settle(self) -> None: ...
+
     def wakeup_at(self) -> float | None: ...
 
     def view(self, now: float) -> View: ...
@@ -141,6 +143,7 @@ class Recorder:
         """Stand before this core."""
         self._core = core
         self._journal = journal
+        self.settle = core.settle
         self.wakeup_at = core.wakeup_at
         self.view = core.view
         self.snapshot = core.snapshot

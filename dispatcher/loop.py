@@ -216,7 +216,8 @@ class Loop:
         commands = self._core.decide(self._connection.now())
         took_s = perf_counter() - began_at
         turn = self._carry(arrived, unreadable, commands)
-        # What is counted can wait until what was decided is on its way.
+        # What is remembered and counted can wait until what was decided is on its way.
+        self._core.settle()
         self._meter.turned(took_s)
         for event in events:
             self._meter.event(event, now)

@@ -71,6 +71,13 @@ class Scheduler:
         self._planning.step()
         return self._memory.outbox.take()
 
+    def settle(self) -> None:
+        """Remember what the last `decide` handed over. Else the next call does: whoever has time before it saves that.
+
+        Says nothing, and changes nothing that is said.
+        """
+        self._planning.settle()
+
     def wakeup_at(self) -> float | None:
         """When `decide` could say something new without a new fact; None: not before one."""
         now, end_at = self._memory.now, self._memory.book.next_end_at()
@@ -119,4 +126,5 @@ class Scheduler:
 
     def _pass_time(self, now: float) -> None:
         assert now >= self._memory.now, f"time went back from {self._memory.now!r} to {now!r} (I4)"
+        self._planning.settle()
         self._memory.now = now

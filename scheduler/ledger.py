@@ -172,6 +172,10 @@ class Ledger:
             self.promised[slot] = self.promised[slot] - line.weight if promises else 0.0
             self.tightest_s[slot] = promises[0] if promises else math.inf
 
+    def load(self, slot: int) -> tuple[float, float]:
+        """How many requests are there, and the KV tokens that they read."""
+        return self.seats.item(slot), self.read_kv.item(slot)
+
     def backlog(self, rates: Rates, now: float) -> Backlog:
         """What stands before a newcomer, dead-reckoned from the predictions and the last first tokens seen."""
         if not self._n_prefilling:

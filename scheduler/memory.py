@@ -93,9 +93,7 @@ class Memory:
 
     def pace_row(self, slot: int) -> tuple[float, ...]:
         """What decoding costs there now, in the terms of `pace`."""
-        ledger = self.book.ledger
-        batch, read = ledger.seats.item(slot), ledger.read_kv.item(slot)
-        return self.predictor.pace.row(slot, batch, read, self.now)
+        return self.predictor.pace.row(slot, *self.book.ledger.load(slot), self.now)
 
     def note(self, ticket: Ticket, kind: str, reason: str, slack_s: float | None = None) -> None:
         """Log a turn that moves nothing in Redis."""

@@ -55,6 +55,8 @@ class Planning:
         self._assembly = None if profile is None else Assembly(profile)
         self._usual = Usual()
         self._works = Works(memory.prefixes, memory.sessions, self._fleet.by_slot)
+        self._unsettled: list[tuple[Choice, tuple[float, float]]] = []
+        "What was handed over, and what its endpoint held then."
         self._aside_credit_s = 0.0
         self._for_pace: list[Ticket] = []
         self._room_at: float | None = None
@@ -93,6 +95,24 @@ class Planning:
             self._room_at = self._next_room_at(planner.room, is_short=is_short)
         if between:
             self._room_at = min(self._memory.now + PACE_TICK_S, self._room_at or np.inf)
+
+    def settle(self) -> None:
+        """Remember what the last step handed over: for that no worker need wait. Due before any time passes."""
+        memory = self._memory
+        for choice, load in self._unsettled:
+            ticket, slot = choice.ticket, choice.slot
+            ticket.cached_tokens = choice.cached_tokens
+            self._works.forget(ticket.id)
+            self._usual.learn(choice.work_s, ticket.prompt_tokens)
+            memory.predictor.pace.prefill(slot, choice.work_s, memory.now)
+            ticket.pace = memory.predictor.pace.row(slot, *load, memory.now)
+            memory.prefixes.insert(slot, ticket.request.blocks)
+            self._join_session(ticket, slot)
+            self._aside_credit_s = min(
+                self._settings.commit_window_s,
+                self._aside_credit_s + self._terms.aside_share * choice.work_s,
+            )
+        self._unsettled.clear()
 
     def _serve_line(self, planner: Planner) -> list[Ticket]:
         """Serve the line a horizon at a time, as long as all of it can go; the last part looked at."""
@@ -247,17 +267,7 @@ class Planning:
         self._book.assign(ticket, endpoint, choice.line, memory.now, choice.leg)
         if choice.pledge is not None:
             legs.pledges[ticket.id] = choice.pledge
-        ticket.cached_tokens = choice.cached_tokens
-        self._works.forget(ticket.id)
-        self._usual.learn(choice.work_s, ticket.prompt_tokens)
-        memory.predictor.pace.prefill(choice.slot, choice.work_s, memory.now)
-        ticket.pace = memory.pace_row(choice.slot)
-        memory.prefixes.insert(choice.slot, ticket.request.blocks)
-        self._join_session(ticket, choice.slot)
-        self._aside_credit_s = min(
-            self._settings.commit_window_s,
-            self._aside_credit_s + self._terms.aside_share * choice.work_s,
-        )
+        self._unsettled.append((choice, self._book.ledger.load(choice.slot)))
         features = choice.features or memory.predictor.features(
             choice.slot,
             tokens=choice.line.tokens + choice.ahead_tokens,

@@ -103,6 +103,8 @@ class Dispatcher:
         sent = b"".join([hiredis.pack_command(one) for one in words])
         clock.lap("pack the commands")
         assert len(sent) > len(moves)
+        self.core.settle()
+        clock.lap("core: remember, once it is sent")
         self.reasons = [command.decision for command in assigned]
         clock.lap("say why, once it is sent")
         self.meter.commands(commands)

@@ -55,7 +55,8 @@ def arrive(core: Scheduler, number: int, now: float, rng: np.random.Generator) -
 def flow(endpoints: int, rate: float, requests: int) -> dict[str, list[float]]:
     """Poisson arrivals at `rate`; each endpoint finishes prefills one after another as predicted, with noise."""
     rng = np.random.default_rng(1)
-    core, now, took = pool(endpoints), 0.0, {"receive": [], "decide": [], "learn": []}
+    core, now = pool(endpoints), 0.0
+    took: dict[str, list[float]] = {"receive": [], "decide": [], "settle": [], "learn": []}
     free_at = dict.fromkeys((f"e{i}" for i in range(endpoints)), 0.0)
     done: list[tuple[float, Assign]] = []
     for number in range(requests):
@@ -89,6 +90,9 @@ def flow(endpoints: int, rate: float, requests: int) -> dict[str, list[float]]:
         started = time.perf_counter()
         commands = core.decide(now)
         took["decide"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        core.settle()
+        took["settle"].append(time.perf_counter() - started)
         for command in commands:
             if isinstance(command, Assign):
                 job = command.job
@@ -116,6 +120,7 @@ def full(endpoints: int, waiting: int, steps: int) -> list[float]:
         started = time.perf_counter()
         commands = core.decide(now)
         took.append(time.perf_counter() - started)
+        core.settle()
         flying += [c for c in commands if isinstance(c, Assign)]
         now += 0.01
         if flying:
