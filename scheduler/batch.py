@@ -91,9 +91,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     kv_tokens: float = math.inf
     """
-    The engine's KV capacity; beyond it the engine preempts, which costs more than waiting.
+    The engine's KV capacity: whose prompt does not fit now would wait in the engine, where its order cannot change.
 
-    Cached prefixes are counted by the dispatcher, once for all who share them; here, only what each one adds.
+    What answers will need is the dispatcher's account: reserved here as well, space stood empty while those already
+    handed over waited for it. Cached prefixes are too; here, only what each one adds.
     """
 
     step_s: float = math.inf
@@ -180,8 +181,8 @@ def kv_budget(allowed_s: float, batch: int, law: Law) -> float:
 
 
 def _own_kv(one: Candidate) -> float:
-    """KV tokens that it adds to those there already."""
-    return one.uncached_tokens + one.arriving_tokens + one.output_tokens
+    """KV tokens that its prompt adds to those there already."""
+    return one.uncached_tokens + one.arriving_tokens
 
 
 class _Load:
@@ -208,12 +209,11 @@ class _Load:
         self._context, self._remaining, self._tpot, self._banked, prefill, cached = columns.T
         self.prefill_tokens = float(prefill.sum())
         self._read = float(self._context.sum())
-        self._reserved = float((self._context + self._remaining - cached).sum())
+        self._occupied = float((self._context - cached).sum())
 
     def can_join(self, one: Candidate, now: float) -> bool:
         """Whether every promise that can hold at all still holds with this one in the batch."""
-        peak = self._reserved + _own_kv(one)
-        if peak > self._limits.kv_tokens:
+        if self._occupied + _own_kv(one) > self._limits.kv_tokens:
             return False
         batch = self.batch + 1
         # Contexts grow while the newcomer decodes; half of what it will say is the mean of that.
@@ -225,7 +225,7 @@ class _Load:
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
         self._read += one.prompt_tokens
-        self._reserved += _own_kv(one)
+        self._occupied += _own_kv(one)
         self._context = np.append(self._context, float(one.prompt_tokens))
         self._remaining = np.append(self._remaining, one.output_tokens)
         is_lost = not is_feasible(one, self.prefill_tokens - one.uncached_tokens, self._law, now)

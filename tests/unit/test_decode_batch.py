@@ -72,17 +72,24 @@ class TestPromises:
         assert len(admit([], [held()] * 9, LAW, limits, now=0.0)) == 3
 
     def test_the_kv_cache_is_not_overdrawn(self):
-        """What members will have grown to must fit, or the engine preempts."""
+        """Prompts that the engine has no blocks for wait here, where their order can still change."""
         limits = Limits(margin=0.0, kv_tokens=2500)
 
         assert len(admit([], [held(uncached=1000)] * 9, LAW, limits, now=0.0)) == 2
+
+    def test_room_is_not_kept_for_answers(self):
+        """What answers will need is the dispatcher's account; kept here as well it would stand empty."""
+        limits = Limits(margin=0.0, kv_tokens=2500)
+        longwinded = held(uncached=200, output=1000.0)
+
+        assert len(admit([member(2000)], [longwinded] * 9, LAW, limits, now=0.0)) == 2
 
     def test_a_cached_prefix_takes_no_room(self):
         """Agents share a long beginning: it lies in the cache once, whoever reads it."""
         limits = Limits(margin=0.0, kv_tokens=2500)
         running = [member(cached_tokens=900) for _ in range(9)]
 
-        assert len(admit(running, [held(uncached=50)] * 3, LAW, limits, now=0.0)) == 3
+        assert len(admit(running, [held(uncached=500)] * 9, LAW, limits, now=0.0)) == 3
 
 
 class TestOrder:
