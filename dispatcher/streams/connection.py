@@ -368,6 +368,8 @@ class Connection:
                 raise StreamError(
                     f"redis at {self.shown} does not know HELLO, so it is older than 6.0; wanted 7.0 or newer"
                 ) from None
+            if hint := _about_tls(str(error), is_secure=self.shown.startswith("rediss")):
+                raise StreamError(f"{error} {hint}") from None
             raise
         # A cluster answers by node.
         info = next(iter(info.values())) if "redis_version" not in info else info
@@ -407,6 +409,15 @@ def _words(call: Call) -> Words:
 
 def _block_ms(block_s: float) -> int:
     return max(1, round(block_s * 1000))  # 0 would wait for ever
+
+
+def _about_tls(complaint: str, *, is_secure: bool) -> str:
+    """What to try where one side may speak TLS and the other not: neither then says so."""
+    if is_secure and "Timeout connecting" in complaint:
+        return "(does it speak TLS? if not: redis://)"
+    if not is_secure and "Connection closed by server" in complaint:
+        return "(does it want TLS? if so: rediss://)"
+    return ""
 
 
 def _is_without_hello(complaint: str) -> bool:

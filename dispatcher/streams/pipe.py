@@ -59,8 +59,8 @@ class Address(NamedTuple):
         username = where.username or unquote(parts.username or "")
         password = where.password or unquote(parts.password or "")
         login: list[Words] = []
-        if password:
-            login.append(("AUTH", username, password) if username else ("AUTH", password))
+        if password:  # with the name said, a server that wants no password takes any, as redis-py's HELLO does
+            login.append(("AUTH", username or "default", password))
         if int(db or 0):
             login.append(("SELECT", db))
         is_unix = parts.scheme == "unix"

@@ -35,9 +35,7 @@ class Weather:
             | TimeoutError
             | OSError,
         ):
-            raise StreamError(
-                f"redis at {self._shown}: {str(error) or type(error).__name__}"
-            ) from error
+            raise StreamError(f"redis at {self._shown}: {_said(error)}") from error
 
 
 @contextlib.contextmanager
@@ -57,6 +55,12 @@ def is_unknown_function(reply: Any) -> bool:
 def as_stream_error(reply: Any, shown: str) -> Any:
     """A complaint as our own error; any other reply as it is."""
     return StreamError(f"redis at {shown}: {reply}") if isinstance(reply, Exception) else reply
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, without the clients that redis-py prints where sentinels do not answer."""
+    said, _, silent = (str(error) or type(error).__name__).partition(" : <redis")
+    return f"{said}: not every sentinel answers" if silent else said
 
 
 def _times_cancelled() -> int:

@@ -1,14 +1,15 @@
 """Where a Redis is and how redis-py reaches it: one server, TLS, a unix socket, Sentinel or a Cluster."""
 
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import msgspec
 import redis.asyncio as aioredis
+import redis.exceptions
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
-from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.backoff import ExponentialBackoff
 
 from scheduler.settings import RedisSettings
 
@@ -20,6 +21,9 @@ CALLS_MAX = 16
 
 READS_MAX = 1024
 "Connections for reads that wait on the server: one for each read under way."
+
+OPTIONS = ("db", "ssl_cert_reqs", "ssl_check_hostname")
+"What a URL of one server may say behind its `?`, in redis-py's words; all else has a setting, or is ours to say."
 
 
 class Where(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +61,7 @@ class Where(msgspec.Struct, frozen=True, kw_only=True):
 def client(where: Where, *, is_reader: bool = False) -> Any:
     """A client for the URL; the reader's waits without a timeout and never repeats."""
     url = urlsplit(where.url)
-    retry = Retry(NoBackoff(), 0) if is_reader else Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
+    retry = _again(0) if is_reader else _again(3)
     options: dict[str, Any] = {
         "socket_timeout": None if is_reader else REPLY_TIMEOUT_S,
         "socket_connect_timeout": REPLY_TIMEOUT_S,
@@ -85,12 +89,29 @@ def client(where: Where, *, is_reader: bool = False) -> Any:
         raise ValueError(
             f"scheme is {url.scheme!r}, wanted redis, rediss, unix, redis+sentinel or redis+cluster"
         )
+    _check(url)
     if is_reader:
         return aioredis.Redis.from_url(where.url, **options)
     pool = aioredis.BlockingConnectionPool.from_url(
         where.url, timeout=REPLY_TIMEOUT_S, **options | {"max_connections": CALLS_MAX}
     )
     return aioredis.Redis.from_pool(pool)
+
+
+def _again(times: int) -> Retry:
+    """After a lost connection; who did not answer in time is not asked again: whoever waits has waited enough."""
+    backoff = ExponentialBackoff(cap=0.5, base=0.02)
+    return Retry(backoff, times, supported_errors=(redis.exceptions.ConnectionError,))
+
+
+def _check(url: SplitResult) -> None:
+    """What redis-py would pass over in silence, or stumble on once it connects."""
+    db = url.path.strip("/")
+    if url.scheme != "unix" and db and not db.isdecimal():
+        raise ValueError(f"its database is {db!r}, wanted a number")
+    for name, _ in parse_qsl(url.query, keep_blank_values=True):
+        if name not in OPTIONS:
+            raise ValueError(f"its option is {name!r}, wanted one of {', '.join(OPTIONS)}")
 
 
 def _cluster(netloc: str, _path: str, options: dict[str, Any]) -> Any:
@@ -104,7 +125,13 @@ def _sentinel(netloc: str, path: str, options: dict[str, Any]) -> Any:
     name, _, db = path.strip("/").partition("/")
     if not name:
         raise ValueError("it names no master: wanted redis+sentinel://host:port/<master>[/<db>]")
-    watch = {"socket_timeout": REPLY_TIMEOUT_S, "socket_connect_timeout": REPLY_TIMEOUT_S}
+    watch = {
+        "socket_timeout": REPLY_TIMEOUT_S,
+        "socket_connect_timeout": REPLY_TIMEOUT_S,
+        "retry": _again(
+            1
+        ),  # a connection that lay idle may be gone; for one that is dead there are others
+    }
     sentinel: Any = Sentinel  # redis-py leaves it untyped
     return sentinel(hosts, sentinel_kwargs=watch).master_for(
         name, db=int(db or 0), **(auth | options)

@@ -330,11 +330,23 @@ class TestCommands:
             ("unix:///nowhere", "No such file"),
             ("redis+sentinel://127.0.0.1:1", "names no master"),
             ("redis+cluster://127.0.0.1:1", "cannot be connected"),
+            ("redis://127.0.0.1:1/0?foo=bar", "its option is 'foo', wanted one of db, ssl_"),
+            ("redis://127.0.0.1:1/zero", "its database is 'zero', wanted a number"),
+            (
+                "redis+sentinel://127.0.0.1:1,127.0.0.1:2/main",
+                "No master found for 'main': not every sentinel answers\n",
+            ),
         ],
     )
     def test_a_wrong_redis_url(self, url, message):
         """What is wrong with it, or who does not answer there."""
         assert message in refused("status", "--redis", url)
+
+    def test_tls_to_a_server_without(self, redis_url):
+        """What to try, since the server only waits for what it can read."""
+        url = redis_url.replace("redis://", "rediss://")
+
+        assert "(does it speak TLS? if not: redis://)" in refused("status", "--redis", url)
 
     @pytest.mark.parametrize(
         "words",

@@ -111,6 +111,13 @@ class TestPipe:
         mine.close()
         await ask(pipe, ("ACL", "DELUSER", "me"))
 
+    async def test_a_password_that_the_server_does_not_want(self, redis_url):
+        """It is let pass, as over redis-py's connections: both kinds agree on who may in."""
+        mine = Pipe(Address.of(Where(url=redis_url, password="idle")))
+
+        assert await ask(mine, ("ECHO", "in")) == [b"in"]
+        mine.close()
+
 
 async def test_what_was_begun_and_lost_is_said_again(redis_url, pool):
     """A call that was under way when its connection went is said over another, like any other call."""

@@ -158,6 +158,15 @@ async def test_without_either_nobody_gets_in(relay, environ, forgotten):
             pass
 
 
+async def test_a_url_without_tls_is_told_of_it(relay, environ):
+    """The server closes on whoever speaks in the clear, and says nothing."""
+    environ["HEADGATE_REDIS_URL"] = relay.url.replace("rediss://", "redis://")
+
+    with pytest.raises(StreamError, match=r"does it want TLS\? if so: rediss://"):
+        async with Client.from_env(environ):
+            pass
+
+
 async def test_half_a_certificate_is_refused(environ):
     """One file of the two is a mistake, and is said before anything connects."""
     del environ["HEADGATE_REDIS_TLS_KEY_FILE"]
