@@ -192,24 +192,19 @@ class _Load:
         self._law, self._limits = law, limits
         self._keep = 1.0 - limits.margin
         self.batch = len(running)
-        columns = np.array(
-            [
-                (
-                    m.context_tokens,
-                    m.remaining_tokens,
-                    m.tpot_s,
-                    m.banked_s,
-                    m.prefill_tokens,
-                    m.cached_tokens,
+        self.prefill_tokens = self._read = self._occupied = 0.0
+        self._promised: list[tuple[float, float, float, float]] = []
+        "Of those who were promised a pace: context, what remains, the promise, and how far they are ahead of it."
+        self._columns: Floats | None = None
+        "The same as columns; None: somebody has joined since."
+        for one in running:
+            self.prefill_tokens += one.prefill_tokens
+            self._read += one.context_tokens
+            self._occupied += one.context_tokens - one.cached_tokens
+            if one.tpot_s < math.inf:
+                self._promised.append(
+                    (one.context_tokens, one.remaining_tokens, one.tpot_s, one.banked_s)
                 )
-                for m in running
-            ],
-            dtype=np.float64,
-        ).reshape(-1, 6)
-        self._context, self._remaining, self._tpot, self._banked, prefill, cached = columns.T
-        self.prefill_tokens = float(prefill.sum())
-        self._read = float(self._context.sum())
-        self._occupied = float((self._context - cached).sum())
 
     def can_join(self, one: Candidate, now: float) -> bool:
         """Whether every promise that can hold at all still holds with this one in the batch."""
@@ -222,15 +217,14 @@ class _Load:
         return read <= kv_budget(allowed_s, batch, self._law)
 
     def join(self, one: Candidate, now: float) -> None:
+        is_bound = one.tpot_s < math.inf and is_feasible(one, self.prefill_tokens, self._law, now)
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
         self._read += one.prompt_tokens
         self._occupied += _own_kv(one)
-        self._context = np.append(self._context, float(one.prompt_tokens))
-        self._remaining = np.append(self._remaining, one.output_tokens)
-        is_lost = not is_feasible(one, self.prefill_tokens - one.uncached_tokens, self._law, now)
-        self._tpot = np.append(self._tpot, math.inf if is_lost else one.tpot_s)
-        self._banked = np.append(self._banked, 0.0)
+        if is_bound:
+            self._promised.append((one.prompt_tokens, one.output_tokens, one.tpot_s, 0.0))
+            self._columns = None
 
     def _own_s(self, one: Candidate, now: float) -> float:
         """The longest step the newcomer itself can stand; `inf` where its promise is lost already."""
@@ -244,17 +238,13 @@ class _Load:
         A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who cannot keep
         it even alone is set aside and binds nobody.
         """
-        if not len(self._tpot):
+        if not self._promised:
             return math.inf
-        law = self._law
+        if self._columns is None:
+            self._columns = np.array(self._promised, dtype=np.float64).T
+        law, (context, remaining, tpot, ahead) = self._law, self._columns
         stall_s = law.prefill_s * (self.prefill_tokens + one.uncached_tokens)
-        rest = np.maximum(self._remaining, 1.0)
-        bound = np.isfinite(self._tpot)
-        if not bound.any():
-            return math.inf
-        tpot, ahead = self._tpot[bound] * self._keep, self._banked[bound]
-        allowed = tpot + (ahead - stall_s) / rest[bound]
-        alone = law.base_s + law.sequence_s + law.kv_s * self._context[bound]
-        lost = tpot + ahead / rest[bound] < alone
-        allowed = allowed[~lost]
+        tpot, rest = tpot * self._keep, np.maximum(remaining, 1.0)
+        alone = law.base_s + law.sequence_s + law.kv_s * context
+        allowed = (tpot + (ahead - stall_s) / rest)[tpot + ahead / rest >= alone]
         return float(allowed.min()) if len(allowed) else math.inf
