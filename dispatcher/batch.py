@@ -41,6 +41,9 @@ LINE_BYTES = 64 * 2**20
 HASHED = 12
 "Bytes of hash in an id."
 
+TORN = b'{"id":"batch_req_'
+"How a line begins that a crash cut short: what else stands at an output's end is somebody's, and not ours to cut."
+
 
 class Line(msgspec.Struct, frozen=True):
     """One line of an OpenAI batch file."""
@@ -102,7 +105,7 @@ class Batch:
         """Hash the file and count its lines; `errors` None writes failures into the sink too.
 
         Raises:
-            SettingsError: the file cannot be read.
+            SettingsError: the file cannot be read, or answers would go into it.
         """
         self._source, self._sink, self._errors = source, sink, errors or sink
         self.tally = Tally()
@@ -115,6 +118,11 @@ class Batch:
         except OSError as error:
             raise SettingsError(f"batch {str(source)!r} cannot be read: {error.strerror}") from None
         self.id = digest.hexdigest()[: 2 * HASHED]
+        for path in (self._sink, self._errors):
+            if path.exists() and path.samefile(source):  # it would be answered for ever
+                raise SettingsError(
+                    f"output {str(path)!r} is the batch itself, wanted another file"
+                )
 
     @property
     def client_name(self) -> str:
@@ -277,13 +285,13 @@ class _Pen:
         body = msgspec.Raw(record.body or b"null")
         response = Response(record.status or 200, record.id, body)
         answer = Answer(f"batch_req_{record.id}", line.custom_id, response, None)
-        self._sink.write(msgspec.json.encode(answer) + b"\n")
+        _append(self._sink, answer)
         self._tally.completed += 1
         self._moved(self._tally)
 
     def fail(self, number: int, custom_id: str | None, request_id: str, fault: Fault) -> None:
         answer = Answer(f"batch_req_{request_id or number}", custom_id, None, fault)
-        self._errors.write(msgspec.json.encode(answer) + b"\n")
+        _append(self._errors, answer)
         self._tally.failed += 1
         self._moved(self._tally)
         self._told(f"{self._source}, line {number}: {fault.code}: {fault.message}")
@@ -320,6 +328,17 @@ def _parsed(raw: bytes) -> Line:
     return line
 
 
+def _append(file: FileIO, answer: Answer) -> None:
+    line = msgspec.json.encode(answer) + b"\n"
+    try:
+        while line:  # a disk that fills up takes a part first; the next run cuts it off
+            line = line[file.write(line) :]
+    except OSError as error:
+        raise SettingsError(
+            f"output {str(file.name)!r} cannot be written: {error.strerror}; run it again to go on"
+        ) from None
+
+
 @contextlib.contextmanager
 def _appended(path: Path) -> Iterator[FileIO]:
     """The file, ours alone, behind its last whole line; each write is out at once."""
@@ -332,8 +351,25 @@ def _appended(path: Path) -> Iterator[FileIO]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SettingsError(f"output {str(path)!r} is being written by another run") from None
-        file.truncate(_whole(file))
+        try:
+            _cut(file)
+        except OSError:
+            raise SettingsError(
+                f"output {str(path)!r} is no file, wanted one to go on in"
+            ) from None
         yield file
+
+
+def _cut(file: FileIO) -> None:
+    """Drop the line at its end that was not written whole."""
+    file.seek(whole := _whole(file))
+    tail = file.read(len(TORN))
+    if not TORN.startswith(tail):
+        raise SettingsError(
+            f"output {str(file.name)!r} ends in {tail!r}, wanted answers of a batch or a new file"
+        )
+    if tail:
+        file.truncate(whole)
 
 
 def _whole(file: FileIO) -> int:

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import resource
 
 import pytest
 from played import Played
@@ -92,7 +94,7 @@ class TestBatch:
         with contextlib.suppress(asyncio.CancelledError):
             await first
         with (tmp_path / "out.jsonl").open("a") as out:
-            out.write('{"id": "half a li')
+            out.write('{"id":"batch_req_half a li')
 
         async with serving(played):
             second = batch_of(lines)
@@ -169,3 +171,51 @@ class TestBatch:
 
         async with serving(played):
             await first
+
+
+class TestItsFiles:
+    @pytest.mark.parametrize("ours", ["out.jsonl", "errors.jsonl"])
+    async def test_a_batch_is_not_answered_into_itself(self, batch_of, tmp_path, ours):
+        """Its lines would be answers, those answers lines, and so on until the disk is full."""
+        batch_of([line("c1")])
+        (tmp_path / ours).symlink_to(tmp_path / "in.jsonl")
+
+        with pytest.raises(SettingsError, match=f"{ours}' is the batch itself"):
+            batch_of([line("c1")], errors=tmp_path / "errors.jsonl")
+
+    @pytest.mark.parametrize(
+        ("before", "message"),
+        [
+            pytest.param("a poem, the last line open", "ends in b'a poem", id="somebody's words"),
+            pytest.param(None, "is no file", id="a pipe"),
+        ],
+    )
+    async def test_what_is_not_ours_is_not_cut(
+        self, batch_of, redis_url, pool, tmp_path, before, message
+    ):
+        """Only half a line of our own, which a crash left, is ever dropped."""
+        out = tmp_path / "out.jsonl"
+        os.mkfifo(out) if before is None else out.write_text(before)
+        with contextlib.ExitStack() as held:
+            if before is None:
+                held.callback(os.close, os.open(out, os.O_RDWR))
+            with pytest.raises(SettingsError, match=message):
+                await carried(batch_of([line("c1")]), redis_url, pool)
+
+        assert before is None or out.read_text() == before
+
+    async def test_a_full_disk_is_said(self, batch_of, redis_url, pool, tmp_path):
+        """It takes half a line and no more; the next run cuts that off and writes what is missing."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (100, limits[1])
+        )  # the disk, as this process sees it
+        try:
+            with pytest.raises(SettingsError, match="File too large; run it again to go on"):
+                await carried(batch_of(["not json"]), redis_url, pool)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        await carried(batch_of(["not json"]), redis_url, pool)
+
+        assert [one["error"]["line"] for one in written(tmp_path / "out.jsonl")] == [1]
