@@ -10,6 +10,9 @@ NAME_CHARS = 256
 TOKENS_MAX = 100_000_000
 "The longest prompt or answer that is believed."
 
+SECONDS_MAX = 1e15
+"What is longer is no promise: thirty million years."
+
 
 def check(request: Request, *, body_bytes: int, reply_root: str) -> None:
     """Refuse what no dispatcher could serve, whatever its fleet.
@@ -45,8 +48,11 @@ def check(request: Request, *, body_bytes: int, reply_root: str) -> None:
 def _check_numbers(request: Request) -> None:
     for name in ("ttft_s", "tpot_s", "deadline_s", "max_queue_s"):
         value = getattr(request, name)
-        if value is not None and value <= 0:
-            _refuse(name.removesuffix("_s") + "_ms", f"{value * 1e3:g}", "more than 0")
+        if value is not None and not 0 < value < SECONDS_MAX:  # also refuses nan
+            _refuse(name.removesuffix("_s") + "_ms", f"{value * 1e3:g}", "more than 0 and finite")
+    at = request.deadline_at
+    if at is not None and not -SECONDS_MAX < at < SECONDS_MAX:
+        _refuse("deadline_at", f"{at * 1e3:g}", "unix milliseconds, a finite number")
     if request.max_attempts is not None and not 1 <= request.max_attempts <= 100:
         _refuse("max_attempts", str(request.max_attempts), "1 to 100")
     for name, least in (("prompt_tokens", 0), ("expected_tokens", 1)):

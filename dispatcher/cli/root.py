@@ -11,6 +11,7 @@ A command that takes a `Settings` parameter is handed the settings, and gains `-
 
 import asyncio
 import contextlib
+import errno
 import gc
 import importlib
 import inspect
@@ -61,6 +62,9 @@ COMMANDS = {
 FAULT = 2
 "The exit code of every error that is not a bug, the same as for a wrong option."
 
+INTERRUPTED = 130
+"The exit code after Ctrl-C, as shells count it."
+
 COLLECT_EVERY = 50_000
 """Objects made between two looks for garbage in cycles, of which there is hardly any: messages are made and dropped.
 
@@ -96,6 +100,13 @@ def main() -> None:
     except* HeadgateError as group:
         for error in _leaves(group):
             print(f"headgate: {error}", file=sys.stderr)  # noqa: T201  stderr is talk
+    except* KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except* OSError as group:
+        if not _is_full(group):
+            raise
+        print("headgate: stdout cannot be written: no space left", file=sys.stderr)  # noqa: T201
+        sys.stdout = None  # Python would write what is left once more at its end, and fail aloud
     sys.exit(FAULT)  # reached only past an error: typer exits by itself
 
 
@@ -226,6 +237,13 @@ def _run_to_end(coroutine: Coroutine[object, object, object]) -> object:
     except ImportError:
         return asyncio.run(coroutine)
     return uvloop.run(coroutine)
+
+
+def _is_full(group: BaseExceptionGroup[OSError]) -> bool:
+    return all(
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        for error in group.exceptions
+    )
 
 
 def _leaves(group: BaseExceptionGroup[HeadgateError]) -> Iterator[HeadgateError]:

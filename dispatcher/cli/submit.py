@@ -1,5 +1,6 @@
 """`headgate submit`: one request by hand."""
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +60,11 @@ async def submit(
         if not wait:
             typer.echo(handle.id)
         else:
-            await _tell(handle, is_stream=stream, as_json=as_json)
+            try:
+                await _tell(handle, is_stream=stream, as_json=as_json)
+            except (asyncio.CancelledError, BrokenPipeError):
+                output.talk(f"{handle.id} goes on: headgate status ID, headgate cancel ID")
+                raise
 
 
 async def _tell(handle: Handle, *, is_stream: bool, as_json: bool) -> None:
@@ -91,6 +96,8 @@ def _body(prompt: str | None, path: str, max_tokens: int | None) -> bytes:
     if (prompt is None) == (not path):
         raise SettingsError("a prompt or --body FILE is wanted, exactly one of them")
     if prompt is None:
+        if max_tokens is not None:
+            raise SettingsError("--max-tokens goes with a prompt, wanted it inside the body")
         return _read(path)
     body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
     if max_tokens is not None:

@@ -37,8 +37,17 @@ def parsed(body: Body) -> dict[str, Any]:
 
 
 def encoded(body: Body) -> bytes:
-    """The body as it travels; bytes are never touched."""
-    return body if isinstance(body, bytes) else msgspec.json.encode(body)
+    """The body as it travels; bytes are never touched.
+
+    Raises:
+        WireError: it holds what JSON cannot say.
+    """
+    if isinstance(body, bytes):
+        return body
+    try:
+        return msgspec.json.encode(body)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WireError(f"field 'body' cannot be written as JSON: {error}") from None
 
 
 def prompt(body: dict[str, Any], tokenizer: Tokenizer | None = None) -> Prompt:
@@ -82,4 +91,9 @@ def _words(content: object) -> str:
     """Text as it is; a list of parts or calls as JSON."""
     if content is None:
         return ""
-    return content if isinstance(content, str) else msgspec.json.encode(content).decode()
+    if isinstance(content, str):
+        return content
+    try:
+        return msgspec.json.encode(content).decode()
+    except (TypeError, ValueError, RecursionError):  # a lone surrogate, or what `encoded` refuses
+        return repr(content)

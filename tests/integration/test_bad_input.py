@@ -374,6 +374,59 @@ class TestCommands:
 
         assert str(taken) in refused(*said, HEADGATE_REDIS_URL=redis_url)
 
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            pytest.param(["hi", "--ttft-s", "nan"], "'ttft_ms' is 'nan'", id="nan"),
+            pytest.param(["hi", "--deadline-s", "inf"], "'deadline_ms' is 'inf'", id="for ever"),
+            pytest.param([b"\xff\xfe"], "cannot be written as JSON", id="no UTF-8"),
+            pytest.param(
+                ["--body", "/dev/null", "--max-tokens", "3"], "goes with a prompt", id="twice said"
+            ),
+        ],
+    )
+    def test_a_request_that_cannot_be(self, redis_url, words, message):
+        """It is refused before it is sent."""
+        said = refused("submit", "--model", "m", *words, HEADGATE_REDIS_URL=redis_url)
+
+        assert message in said
+
+    def test_a_full_disk_behind_stdout(self):
+        """What was asked for cannot be written; that is no reason to show the code."""
+        with Path("/dev/full").open("w") as full:
+            ran = subprocess.run(
+                [HEADGATE, "settings"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                env=ENVIRON,
+            )
+
+        said = "headgate: stdout cannot be written: no space left\n"
+        assert (ran.returncode, ran.stderr) == (2, said)
+
+    async def test_who_stops_waiting_is_told_that_the_request_goes_on(self, system, client):
+        """Ctrl-C ends the command, not the request: how to follow or end it stands in the last line."""
+        process = await asyncio.create_subprocess_exec(
+            *(HEADGATE, "submit", "--stream", "--redis", system["redis"], "--id", "left", "--body"),
+            "/dev/stdin",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=ENVIRON,
+        )
+        process.stdin.write(chat(model=MODEL, max_tokens=2000, ignore_eos=True).encode())
+        process.stdin.write_eof()
+        await process.stdout.read(1)
+
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+
+        assert process.returncode == 130
+        assert err == b"left goes on: headgate status ID, headgate cancel ID\n"
+        await client.cancel("left")  # it could still be
+
     def test_a_setting_nobody_knows(self):
         """With the nearest one that there is."""
         message = refused("status", HEADGATE_LOOP__READ_MX="1")

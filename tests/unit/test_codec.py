@@ -141,6 +141,12 @@ class TestCheck:
             ({"reply_to": "hg:{default}:leader"}, "field 'reply_to'"),
             ({"ttft_s": -0.5}, "field 'ttft_ms' is '-500', wanted more than 0"),
             ({"deadline_s": 0.0}, "field 'deadline_ms' is '0', wanted more than 0"),
+            ({"ttft_s": float("nan")}, "field 'ttft_ms' is 'nan', wanted more than 0 and finite"),
+            ({"tpot_s": float("inf")}, "field 'tpot_ms' is 'inf', wanted more than 0 and finite"),
+            (
+                {"deadline_at": float("nan")},
+                "field 'deadline_at' is 'nan', wanted unix milliseconds",
+            ),
             ({"max_attempts": 0}, "field 'max_attempts' is '0', wanted 1 to 100"),
             ({"prompt_tokens": -1}, "field 'prompt_tokens' is '-1'"),
             ({"tenant": "t" * 257}, "field 'tenant' is '257 characters', wanted at most 256"),
