@@ -71,8 +71,9 @@ class Endpoints:
             endpoint = self._join(beat)
         else:
             self._fleet.hear(endpoint, beat, self._memory.now)
-            self._memory.prefixes.resize(endpoint.slot, beat.kv_tokens)
-            self._memory.sessions.resize(endpoint.slot, beat.kv_tokens)
+            keeps = not beat.no_prefix_cache
+            self._memory.prefixes.resize(endpoint.slot, beat.kv_tokens, keeps=keeps)
+            self._memory.sessions.resize(endpoint.slot, beat.kv_tokens, keeps=keeps)
         self._progress(beat)
         if endpoint.away_at is not None:
             # An engine that does not answer its own worker hands over nothing: better found out here than by others.
@@ -275,8 +276,9 @@ class Endpoints:
         self._fleet.drain(endpoint, is_drained=is_drained)
         self._memory.book.ledger.open(endpoint.slot)
         self._memory.predictor.open(endpoint.slot, beat)
-        self._memory.prefixes.open(endpoint.slot, beat.kv_tokens)
-        self._memory.sessions.open(endpoint.slot, beat.kv_tokens)
+        keeps = not beat.no_prefix_cache
+        self._memory.prefixes.open(endpoint.slot, beat.kv_tokens, keeps=keeps)
+        self._memory.sessions.open(endpoint.slot, beat.kv_tokens, keeps=keeps)
         return endpoint
 
     def _expect(self, event: Recovered) -> Endpoint:

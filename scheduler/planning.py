@@ -1,6 +1,7 @@
 """One step's deciding: what may go is asked of the plan, and what the plan chose is handed over."""
 
 import numpy as np
+from msgspec import structs
 
 from scheduler import assign
 from scheduler.memory import Memory
@@ -264,7 +265,10 @@ class Planning:
         waiting = len(self._book.lines)
         legs = self._book.legs
         kept = legs.kept[ticket.id] if choice.leg == "decode" else None
-        self._book.assign(ticket, endpoint, choice.line, memory.now, choice.leg)
+        line = choice.line
+        if endpoint.beat.no_prefix_cache:  # each has its own KV there, however alike they begin
+            line = structs.replace(line, blocks=())
+        self._book.assign(ticket, endpoint, line, memory.now, choice.leg)
         if choice.pledge is not None:
             legs.pledges[ticket.id] = choice.pledge
         self._unsettled.append((choice, self._book.ledger.load(choice.slot)))

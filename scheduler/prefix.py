@@ -106,19 +106,19 @@ class Index:
         "Another one, and a match may have another result."
         self._caches: list[_Cache] = []
 
-    def open(self, slot: int, kv_tokens: int) -> None:
+    def open(self, slot: int, kv_tokens: int, *, keeps: bool = True) -> None:
         """A new endpoint, whose cache is empty."""
         if slot == len(self._caches):
             self._caches.append(_Cache())
         self.close(slot)
         self._caches[slot] = _Cache()
         self.version += 1
-        self.resize(slot, kv_tokens)
+        self.resize(slot, kv_tokens, keeps=keeps)
 
-    def resize(self, slot: int, kv_tokens: int) -> None:
-        """How much its engine can hold; 0: unknown."""
+    def resize(self, slot: int, kv_tokens: int, *, keeps: bool = True) -> None:
+        """How much its engine can hold, 0: unknown; and whether it keeps anything beyond the request it was for."""
         cache = self._caches[slot]
-        known = min(self._blocks_max, kv_tokens // BLOCK_TOKENS or self._blocks_max)
+        known = min(self._blocks_max, kv_tokens // BLOCK_TOKENS or self._blocks_max) * keeps
         if known != cache.known:
             cache.known, cache.room = known, float(known)
             self._evict(slot)
@@ -155,6 +155,8 @@ class Index:
     def insert(self, slot: int, chain: Sequence[str]) -> None:
         """This prompt goes there: its blocks are the most recent, the first of them most of all."""
         cache = self._caches[slot]
+        if not cache.known:
+            return
         believed, told = cache.believed, cache.told
         for block in reversed(chain):
             if block in believed:

@@ -35,17 +35,18 @@ class Sessions:
         self._caches: list[_Cache] = []
         self._holders: dict[str, dict[int, None]] = {}
 
-    def open(self, slot: int, kv_tokens: int) -> None:
+    def open(self, slot: int, kv_tokens: int, *, keeps: bool = True) -> None:
         """A new endpoint, whose cache is empty."""
         if slot == len(self._caches):
             self._caches.append(_Cache())
         self.close(slot)
         self._caches[slot] = _Cache()
-        self.resize(slot, kv_tokens)
+        self.resize(slot, kv_tokens, keeps=keeps)
 
-    def resize(self, slot: int, kv_tokens: int) -> None:
-        """How much its engine can hold; 0: unknown."""
-        self._caches[slot].room = kv_tokens or TOKENS_MAX
+    def resize(self, slot: int, kv_tokens: int, *, keeps: bool = True) -> None:
+        """How much its engine can hold, 0: unknown; and whether it keeps anything beyond the request it was for."""
+        self._caches[slot].room = (kv_tokens or TOKENS_MAX) * keeps
+        self._evict(slot)
 
     def close(self, slot: int) -> None:
         """It is gone, or its engine began anew."""
@@ -69,8 +70,7 @@ class Sessions:
         cache.total += tokens - cache.tokens.pop(session, 0)
         cache.tokens[session] = tokens
         self._holders.setdefault(session, {})[slot] = None
-        while cache.total > cache.room or len(cache.tokens) > SESSIONS_MAX:
-            self._forget(slot, next(iter(cache.tokens)))
+        self._evict(slot)
 
     def correct(self, slot: int, *, expected_tokens: int, cached_tokens: int) -> None:
         """What the engine says it found, against the most that it could."""
@@ -78,6 +78,11 @@ class Sessions:
             cache = self._caches[slot]
             share = min(1.0, cached_tokens / expected_tokens)
             cache.trust += SMOOTH * (share - cache.trust)
+
+    def _evict(self, slot: int) -> None:
+        cache = self._caches[slot]
+        while cache.total > cache.room or len(cache.tokens) > SESSIONS_MAX:
+            self._forget(slot, next(iter(cache.tokens)))
 
     def _forget(self, slot: int, session: str) -> None:
         cache = self._caches[slot]

@@ -24,6 +24,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     kv_usage: float = 0.0
     block_tokens: int = 0
     kv_tokens: int = 0
+    no_prefix_cache: bool = False
     is_asleep: bool = False
     prefix_queries: float = 0.0
     prefix_hits: float = 0.0
@@ -38,13 +39,14 @@ def parse(page: bytes) -> Load:
     sums: dict[bytes, float] = {}
     counts: dict[bytes, int] = {}
     blocks = size = tokens = 0
-    is_asleep = False
+    is_asleep = no_prefix_cache = False
     for name, labels, value in _WANTED.findall(page.replace(b"\r", b"")):
         if name == b"cache_config_info":
             config = dict(_LABEL.findall(labels))
             blocks += _whole(config.get(b"num_gpu_blocks"))
             size = max(size, _whole(config.get(b"block_size")))
             tokens += _whole(config.get(b"kv_cache_size_tokens"))
+            no_prefix_cache |= config.get(b"enable_prefix_caching") == b"False"
         elif name == b"engine_sleep_state":
             is_awake = dict(_LABEL.findall(labels)).get(b"sleep_state") == b"awake"
             is_asleep = is_asleep or (is_awake and _number(value) == 0.0)
@@ -58,6 +60,7 @@ def parse(page: bytes) -> Load:
         kv_usage=sums.get(usage, 0.0) / counts.get(usage, 1),
         block_tokens=size,
         kv_tokens=tokens or blocks * size,
+        no_prefix_cache=no_prefix_cache,
         is_asleep=is_asleep,
         prefix_queries=_either(sums, b"prefix_cache_queries"),
         prefix_hits=_either(sums, b"prefix_cache_hits"),

@@ -60,6 +60,7 @@ class Telling:
             max_num_seqs=address.max_num_seqs,
             kv_tokens=load.kv_tokens,
             block_tokens=load.block_tokens,
+            no_prefix_cache=load.no_prefix_cache,
             max_model_len=health.max_model_len,
             link_gbps=address.link_gbps,
             kv_token_bytes=address.kv_token_bytes,

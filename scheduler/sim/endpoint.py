@@ -411,6 +411,7 @@ class Endpoint(Party):
             max_num_seqs=settings.max_num_seqs,
             kv_tokens=engine.kv_tokens,
             block_tokens=settings.block_size,
+            no_prefix_cache=not settings.prefix_caching,
             max_model_len=self.machine.tokens_max,
             roles=(self.machine.role,),
             link_gbps=self.machine.link_gbps,

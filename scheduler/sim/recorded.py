@@ -259,6 +259,7 @@ def _engine(beat: Beat) -> EngineSettings:
         max_num_seqs=max(1, min(beat.max_num_seqs, usual.max_num_batched_tokens)),
         block_size=beat.block_tokens or usual.block_size,
         kv_tokens=beat.kv_tokens or None,
+        prefix_caching=not beat.no_prefix_cache,
         step_noise=STEP_NOISE,
     )
 

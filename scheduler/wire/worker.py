@@ -44,6 +44,9 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int = 0
     "The engine's block size; 0: unknown."
 
+    no_prefix_cache: bool = False
+    "Whether the engine forgets a prompt's KV with the request: who begins alike finds and shares nothing there."
+
     max_model_len: int = 0
     "The longest context it serves; 0: unknown."
 

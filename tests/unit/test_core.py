@@ -896,6 +896,39 @@ class TestKvAccounts:
         assert third.job.cached_tokens < 256
 
 
+class TestNoPrefixCache:
+    """An engine that forgets a prompt with its request, as vLLM does with `--no-enable-prefix-caching`."""
+
+    BLOCKS = ("a", "b", "c")
+
+    @pytest.mark.parametrize("prefix", [{"blocks": BLOCKS}, {"session": "talk"}])
+    def test_nothing_is_found_there_again(self, prefix):
+        """Nor what was sent before the worker had read the engine's own word."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r1", prompt_tokens=400, **prefix)
+        [first] = pool.decide()
+        pool.reward(first)
+        pool.beat(no_prefix_cache=True)
+        pool.ask("r2", prompt_tokens=400, **prefix)
+        [second] = pool.decide()
+        pool.reward(second)
+        pool.ask("r3", prompt_tokens=400, **prefix)
+        [third] = pool.decide()
+
+        assert second.job.cached_tokens == third.job.cached_tokens == 0
+
+    @pytest.mark.parametrize(("off", "fit"), [(False, 2), (True, 1)])
+    def test_what_begins_alike_is_held_for_each(self, off, fit):
+        """Two prompts of 400 tokens with 384 in common fit an engine of 600 only where they share their KV."""
+        pool = Pool()
+        pool.beat(kv_tokens=600, no_prefix_cache=off)
+        for name in ("r1", "r2"):
+            pool.ask(name, prompt_tokens=400, expected_tokens=1, blocks=self.BLOCKS)
+
+        assert len(pool.decide()) + len(pool.decide()) == fit
+
+
 class TestSessions:
     def test_a_session_without_blocks_goes_where_it_was(self):
         """Its earlier prompt and answer count as cached there, and nowhere else."""

@@ -56,6 +56,17 @@ def test_the_older_name_will_do():
     assert parse(PAGE.replace(b"vllm:kv_cache", b"vllm:gpu_cache")).kv_usage == 0.25
 
 
+@pytest.mark.parametrize(("said", "expected"), [("True", False), ("False", True), ("None", False)])
+def test_an_engine_without_prefix_cache_is_seen(said, expected):
+    """It says so itself; whoever says nothing is believed to have one, as vLLM does unless told otherwise."""
+    page = PAGE.replace(
+        b'engine="0",num', f'enable_prefix_caching="{said}",engine="0",num'.encode()
+    )
+
+    assert parse(page).no_prefix_cache is expected
+    assert not parse(PAGE).no_prefix_cache
+
+
 def test_asleep_is_seen():
     """/health would not tell."""
     page = PAGE.replace(b'"awake"} 1.0', b'"awake"} 0.0')
