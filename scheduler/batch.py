@@ -4,6 +4,9 @@ A decode step costs every member the same time, and that time grows with the KV 
 request slows all. Held requests may join while the slowest promise in the batch still holds; the bound is a step
 time turned into KV tokens, not a count of seats. The rest wait outside, where their order can still change.
 
+Nobody is kept out for want of KV blocks: that is the dispatcher's account, and whoever it was mistaken about has the
+blocks as soon as they are free if it waits in the engine, and a turn of everybody later if it waits here.
+
 The order among the held: who has waited past patience, then priority, then who can still keep its promise, then
 the most worth for the KV tokens and steps it will hold. The same functions serve the worker and the simulator.
 """
@@ -42,9 +45,6 @@ class Member(msgspec.Struct, frozen=True):
     prefill_tokens: float = 0.0
     "Prompt tokens still to compute; 0 once it decodes."
 
-    cached_tokens: int = 0
-    "Of its prompt, what was in the prefix cache before it came: others may hold it too, so it counts for no room."
-
 
 class Candidate(msgspec.Struct, frozen=True):
     """A request that waits outside the engine."""
@@ -73,9 +73,6 @@ class Candidate(msgspec.Struct, frozen=True):
     priority: int = 0
     "Higher first."
 
-    arriving_tokens: float = 0.0
-    "What of its prompt comes over the link, computed elsewhere: it takes room, but no work."
-
     @property
     def kv_seconds(self) -> float:
         """KV tokens it holds, times the steps for which it holds them: its price, in token steps."""
@@ -88,14 +85,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     seats: int = 256
     "The engine's `max_num_seqs`; never exceeded, whatever is predicted."
-
-    kv_tokens: float = math.inf
-    """
-    The engine's KV capacity: whose prompt does not fit now would wait in the engine, where its order cannot change.
-
-    What answers will need is the dispatcher's account: reserved here as well, space stood empty while those already
-    handed over waited for it. Cached prefixes are too; here, only what each one adds.
-    """
 
     step_s: float = math.inf
     "The operator's own cap on the step: fewer raw tokens a second for more promises kept."
@@ -180,11 +169,6 @@ def kv_budget(allowed_s: float, batch: int, law: Law) -> float:
     return math.inf if law.kv_s == 0.0 else max(left_s, 0.0) / law.kv_s
 
 
-def _own_kv(one: Candidate) -> float:
-    """KV tokens that its prompt adds to those there already."""
-    return one.uncached_tokens + one.arriving_tokens
-
-
 class _Load:
     """The batch as it would be: the running and those who have joined in this call."""
 
@@ -192,7 +176,7 @@ class _Load:
         self._law, self._limits = law, limits
         self._keep = 1.0 - limits.margin
         self.batch = len(running)
-        self.prefill_tokens = self._read = self._occupied = 0.0
+        self.prefill_tokens = self._read = 0.0
         self._promised: list[tuple[float, float, float, float]] = []
         "Of those who were promised a pace: context, what remains, the promise, and how far they are ahead of it."
         self._columns: Floats | None = None
@@ -200,7 +184,6 @@ class _Load:
         for one in running:
             self.prefill_tokens += one.prefill_tokens
             self._read += one.context_tokens
-            self._occupied += one.context_tokens - one.cached_tokens
             if one.tpot_s < math.inf:
                 self._promised.append(
                     (one.context_tokens, one.remaining_tokens, one.tpot_s, one.banked_s)
@@ -208,8 +191,6 @@ class _Load:
 
     def can_join(self, one: Candidate, now: float) -> bool:
         """Whether every promise that can hold at all still holds with this one in the batch."""
-        if self._occupied + _own_kv(one) > self._limits.kv_tokens:
-            return False
         batch = self.batch + 1
         # Contexts grow while the newcomer decodes; half of what it will say is the mean of that.
         read = self._read + one.prompt_tokens + batch * one.output_tokens / 2
@@ -221,7 +202,6 @@ class _Load:
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
         self._read += one.prompt_tokens
-        self._occupied += _own_kv(one)
         if is_bound:
             self._promised.append((one.prompt_tokens, one.output_tokens, one.tpot_s, 0.0))
             self._columns = None

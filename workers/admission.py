@@ -50,7 +50,6 @@ class Admission:
         settings = self._settings
         return Limits(
             seats=self._address.max_num_seqs,
-            kv_tokens=self._health.load.kv_tokens or float("inf"),
             step_s=settings.step_s or float("inf"),
             margin=settings.margin,
             patience_s=settings.patience_s,

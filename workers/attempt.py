@@ -157,11 +157,9 @@ class Attempt:
         due_at = float("inf")
         if job.ttft_s is not None and not self.written.pieces:
             due_at = job.enqueued_at + job.ttft_s
-        prompt = self.prompt_tokens
         return Candidate(
-            prompt_tokens=prompt,
+            prompt_tokens=self.prompt_tokens,
             uncached_tokens=self.uncached_tokens,
-            arriving_tokens=prompt - job.cached_tokens if job.leg == "decode" else 0.0,
             output_tokens=self.expected_tokens,
             tpot_s=job.tpot_s or float("inf"),
             due_at=due_at,
@@ -180,14 +178,12 @@ class Attempt:
         banked = (
             (said - 1) * tpot_s - (tick - self.first_tick) if has_begun and self.job.tpot_s else 0.0
         )
-        prompt = self.prompt_tokens
         return Member(
-            context_tokens=prompt + said,
+            context_tokens=self.prompt_tokens + said,
             remaining_tokens=remaining,
             tpot_s=tpot_s,
             banked_s=banked,
             prefill_tokens=0.0 if has_begun else self.uncached_tokens,
-            cached_tokens=self.job.cached_tokens,
         )
 
     def tear(self, reason: str) -> None:

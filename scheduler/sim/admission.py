@@ -25,13 +25,13 @@ LEARN_EVERY = 8
 class Admission:
     """What decides, and what it learns: the time of a step, and how long answers are."""
 
-    def __init__(self, machine: Machine, kv_tokens: int, *, is_open: bool) -> None:
+    def __init__(self, machine: Machine, *, is_open: bool) -> None:
         """Before anything was seen; where it `is_open`, whoever comes goes in, and nothing is learned."""
         self.usual_tokens = USUAL_TOKENS
         "How long answers are: their median of late."
         self._is_open = is_open
         self._law = StepTime(_prior(machine.hardware))
-        self._limits = Limits(seats=machine.settings.max_num_seqs, kv_tokens=float(kv_tokens))
+        self._limits = Limits(seats=machine.settings.max_num_seqs)
         self._lengths: deque[int] = deque(maxlen=LENGTHS_KEPT)
         self._n_steps = 0
 

@@ -52,7 +52,6 @@ class Attempt:
         return Candidate(
             prompt_tokens=job.prompt_tokens,
             uncached_tokens=self.uncached_tokens,
-            arriving_tokens=job.prompt_tokens - job.cached_tokens if job.leg == "decode" else 0.0,
             output_tokens=self.expected_tokens if job.leg != "prefill" else 1.0,
             tpot_s=job.tpot_s or math.inf,
             due_at=math.inf if job.ttft_s is None else job.enqueued_at + job.ttft_s,
@@ -72,7 +71,6 @@ class Attempt:
             tpot_s=tpot_s,
             banked_s=(said - 1) * tpot_s - (now - first_at) if is_bound and first_at else 0.0,
             prefill_tokens=0.0 if first_at is not None else self.uncached_tokens,
-            cached_tokens=self.job.cached_tokens,
         )
 
     def reward(self, machine: Machine, epoch: int, outcome: str, now: float) -> Reward:

@@ -83,7 +83,7 @@ class Endpoint(Party):
         self.handover: Handover | None = None
         "Set by the world, where KV is handed over."
         self._frontend_s = machine.actual.frontend_s
-        self._admission = Admission(machine, self.engine.kv_tokens, is_open=is_open)
+        self._admission = Admission(machine, is_open=is_open)
         self._leases = Leases(kv_lease_s)
         self._clear()
 
