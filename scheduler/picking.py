@@ -63,9 +63,10 @@ class Picker:
         if self._settings.explore > 0:
             slot, propensity = self._explored(total_s, score_s, cheapest, left_s)
             return slot, propensity, f"{why}, drawn" if propensity < 1 else why
-        near = (score_s <= score_s[cheapest] * self._near).nonzero()[0]
-        if len(near) == 1:
+        is_near = score_s <= score_s.item(cheapest) * self._near
+        if np.count_nonzero(is_near) == 1:
             return cheapest, 1.0, why
+        near = is_near.nonzero()[0]
         drawn = int(self._rng.random() * len(near))
         return near.item(drawn), 1.0 / len(near), f"{why}, one of {len(near)} equals"
 

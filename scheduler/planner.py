@@ -27,7 +27,7 @@ from scheduler.pace import Noise
 from scheduler.picking import Picker
 from scheduler.plan import Choice, PlanSettings, Turn
 from scheduler.policies import Terms
-from scheduler.price import Usual, competes
+from scheduler.price import Usual
 from scheduler.profile.casting import Casting
 from scheduler.room import Room
 from scheduler.state import Floats, Kept, Ticket
@@ -172,7 +172,8 @@ class Planner:
             if left_s <= earliest_s:
                 continue
             offer = self.offers.of(ticket)
-            if np.minimum.reduce(self.room.open_s + offer.service_s) <= left_s:
+            total_s = self.room.open_s + offer.service_s
+            if total_s[total_s.argmin()] <= left_s:
                 found.append(ticket)
                 self._known[ticket.id] = offer
         return found
@@ -354,9 +355,7 @@ class Planner:
         if terms.price <= 0:
             return True
         promised_s = ticket.due_at - ticket.enqueued_at
-        others = self.waits
-        if competes(ticket):
-            others -= self.usual.share(ticket, self.room)
+        others = self.waits - self.usual.share(ticket, self.room)
         asked = terms.price * others * offer.work_s.item(best) / promised_s
         return odds * ticket.promise.weight >= asked
 

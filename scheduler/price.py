@@ -17,15 +17,6 @@ GAIN = 0.01
 "How much of one more request's size the usual size takes over, once it is no longer young."
 
 
-def competes(ticket: Ticket) -> bool:
-    """Whether it waits for an endpoint's time.
-
-    Not those set aside who are tried again: they compete only if they are taken up. Nor those who wait for a better
-    pace, for whom there is time enough.
-    """
-    return ticket.state != "set_aside" and not ticket.waits_for_pace
-
-
 class Usual:
     """Running means over what was handed over: seconds of work, and tokens of prompt."""
 
@@ -43,13 +34,19 @@ class Usual:
         self.tokens += gain * (tokens - self.tokens)
 
     def waits(self, line: Sequence[Ticket], room: Room) -> float:
-        """How much waits for each endpoint, in requests of the usual size: what was handed over, and this line."""
+        """How much waits for each endpoint, in requests of the usual size: what was handed over, and this line.
+
+        Not those set aside who are tried again: they compete only if they are taken up. Nor those who wait for a better
+        pace, for whom there is time enough.
+        """
         if not self.tokens:
             return 0.0
         ahead_s = room.mean(room.backlog_s)
-        tokens = sum([ticket.prompt_tokens for ticket in line if competes(ticket)])
-        return ahead_s / max(self.work_s, 1e-6) + tokens / self.tokens / room.count
+        tokens = [t.prompt_tokens for t in line if t.state != "set_aside" and not t.waits_for_pace]
+        return ahead_s / max(self.work_s, 1e-6) + sum(tokens) / self.tokens / room.count
 
     def share(self, ticket: Ticket, room: Room) -> float:
-        """What one of the line is of that."""
-        return ticket.prompt_tokens / self.tokens / room.count if self.tokens else 0.0
+        """What one of the line is of that; nothing, where it does not compete."""
+        if not self.tokens or ticket.state == "set_aside" or ticket.waits_for_pace:
+            return 0.0
+        return ticket.prompt_tokens / self.tokens / room.count

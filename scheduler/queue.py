@@ -56,7 +56,7 @@ class Queue:
         """Put it in its place."""
         place = self._place(ticket)
         at = bisect.bisect_left(self._places, place, self._start)
-        assert self._places[at : at + 1] != [place], (
+        assert at == len(self._places) or self._places[at] != place, (
             f"request {ticket.id!r} already stands in this line"
         )
         self._places.insert(at, place)
