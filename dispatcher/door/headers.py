@@ -76,6 +76,14 @@ def _lower_first(text: str) -> int:
     return -_whole(text)
 
 
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that are none came as lone surrogates
+        raise ValueError("UTF-8") from None
+    return text
+
+
 def _number(text: str, kind: Callable[[str], T], wanted: str) -> T:
     try:
         return kind(text)
@@ -84,9 +92,9 @@ def _number(text: str, kind: Callable[[str], T], wanted: str) -> T:
 
 
 TABLE: dict[str, tuple[tuple[str, Callable[[str], object]], ...]] = {
-    "objective": (("x-headgate-objective", str), ("x-llm-d-inference-objective", str)),
-    "tenant": (("x-headgate-tenant", str), ("x-llm-d-inference-fairness-id", str)),
-    "session": (("x-headgate-session", str), ("x-session-id", str)),
+    "objective": (("x-headgate-objective", _text), ("x-llm-d-inference-objective", _text)),
+    "tenant": (("x-headgate-tenant", _text), ("x-llm-d-inference-fairness-id", _text)),
+    "session": (("x-headgate-session", _text), ("x-session-id", _text)),
     "ttft_s": (("x-headgate-ttft-ms", _milliseconds), ("x-llm-d-slo-ttft-ms", _milliseconds)),
     "tpot_s": (("x-headgate-tpot-ms", _milliseconds), ("x-llm-d-slo-tpot-ms", _milliseconds)),
     "deadline_s": (("x-headgate-deadline-ms", _milliseconds),),
@@ -97,6 +105,6 @@ TABLE: dict[str, tuple[tuple[str, Callable[[str], object]], ...]] = {
     "priority": (("x-headgate-priority", _whole), ("x-vllm-priority", _lower_first)),
     "expected_tokens": (("x-headgate-expected-tokens", _whole),),
     "max_attempts": (("x-headgate-max-attempts", _whole),),
-    "traceparent": (("traceparent", str),),
+    "traceparent": (("traceparent", _text),),
 }
 "Each wish, and by which headers it is said; the first that is there counts."

@@ -62,10 +62,11 @@ def _digest(key: str) -> bytes:
 
 def _lines_of(path: str) -> list[str]:
     try:
-        return Path(path).read_text().splitlines()
-    except OSError as error:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise SettingsError(
-            f"door.api_keys_file is {path!r}, wanted a readable file: {error.strerror}"
+            f"door.api_keys_file is {path!r}, wanted a readable file: {reason}"
         ) from None
 
 

@@ -9,6 +9,7 @@
 
 import asyncio
 import importlib.metadata
+import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -17,6 +18,7 @@ from time import perf_counter
 import msgspec
 import structlog
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from dispatcher.client.client import Client
 from dispatcher.client.handle import Handle
@@ -42,6 +44,21 @@ MODELS = "/v1/models"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = structlog.get_logger()
+
+
+class _Briefly(logging.Filter):
+    """One line of ours for whoever does not speak HTTP; aiohttp shows where in its parser it noticed."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+            log.info("no_http", reason=" ".join(str(error).split())[:200])
+            return False
+        return True
+
+
+_complaints = logging.getLogger("headgate.door")
+_complaints.addFilter(_Briefly())
 
 
 class Door:
@@ -78,6 +95,7 @@ class Door:
             self._application(),
             handler_cancellation=True,
             access_log=None,
+            logger=_complaints,
             shutdown_timeout=self._settings.drain_s,
         )
         looking = asyncio.create_task(self._roster.run(), name="headgate-roster")
@@ -210,6 +228,11 @@ class Door:
         try:
             async with asyncio.timeout(limit_s):
                 return await request.read()
+        except (
+            web.RequestPayloadError
+        ) as error:  # an encoding that it does not have, chunks that are none
+            reason = " ".join(str(error).split())
+            raise Refusal(400, "invalid", f"the body cannot be read: {reason}") from None
         except TimeoutError:
             raise Refusal(408, "slow_request", f"no whole body within {limit_s:g} s") from None
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+from pathlib import Path
 
 import aiohttp
 import openai
@@ -54,6 +55,10 @@ def completion(text="rivers", output_tokens=8, **more):
 
 def raw(asked):
     return {k: v for k, v in asked.items() if k != "extra_body"} | asked.get("extra_body", {})
+
+
+def logged(system):
+    return Path(system["logs"], "door.log").read_text()
 
 
 async def sse(http, url, body):
@@ -195,6 +200,30 @@ class TestRefused:
             assert (answer.status, (await answer.json())["error"]["type"]) == (404, "NotFoundError")
         async with http.get(f"{url}/v1/completions") as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (405, 405)
+
+    @pytest.mark.parametrize(
+        ("head", "said"),
+        [
+            pytest.param(b"Content-Encoding: gzip", b"cannot be read: ", id="no gzip"),
+            pytest.param(b"x-headgate-tenant: \xe9", b"wanted UTF-8", id="no text"),
+            pytest.param(b"x-request-id: a\x00b", b"Invalid header value", id="no header"),
+        ],
+    )
+    async def test_what_is_no_http_is_the_clients_fault(self, system, head, said):
+        """400 and a reason, and the log holds a line of it at most: no traceback for whoever knocks."""
+        before = logged(system)
+        body = json.dumps(raw(chat())).encode()
+        lines = (b"POST /v1/chat/completions HTTP/1.1", b"Host: door", b"Connection: close", head)
+        length = b"Content-Length: %d" % len(body)
+        reader, writer = await asyncio.open_connection(*system["door"][7:].split(":"))
+
+        writer.write(b"\r\n".join((*lines, length, b"", body)))
+
+        answer = await reader.read()
+        writer.close()
+        assert answer.split(b" ")[1] == b"400"
+        assert said in answer
+        assert logged(system).removeprefix(before).count("\n") <= 1
 
     async def test_expired(self, ai):
         """Before the first word, or without a stream: the status tells."""

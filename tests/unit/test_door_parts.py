@@ -1,6 +1,7 @@
 """The door's pure parts: what a request asks for, how a log becomes chunks, how a refusal is worded."""
 
 import json
+import re
 
 import pytest
 
@@ -58,11 +59,13 @@ class TestHeaders:
             ("x-headgate-deadline-ms", "nan", "more than 0"),
             ("x-llm-d-inference-ttl", "5", "a duration such as"),
             ("x-headgate-priority", "high", "a whole number"),
+            ("x-headgate-tenant", "\udce9", "UTF-8"),
         ],
     )
     def test_a_bad_value_names_its_header(self, name, value, wanted):
         """400, and the message says what was found and what is wanted."""
-        with pytest.raises(Refusal, match=f"header '{name}' is '{value}', wanted.*{wanted}") as no:
+        shown = re.escape(repr(value))
+        with pytest.raises(Refusal, match=f"header '{name}' is {shown}, wanted.*{wanted}") as no:
             headers.wishes({name: value})
 
         assert (no.value.status, no.value.param) == (400, name)
@@ -142,6 +145,9 @@ class TestKeyring:
             Keyring.from_settings(DoorSettings(api_keys_variable="DOOR_KEYS"), {})
         with pytest.raises(SettingsError, match="wanted a readable file"):
             Keyring.from_settings(DoorSettings(api_keys_file=str(tmp_path / "no")), {})
+        (tmp_path / "latin").write_bytes(b"sk-\xe9 a")
+        with pytest.raises(SettingsError, match="not UTF-8"):
+            Keyring.from_settings(DoorSettings(api_keys_file=str(tmp_path / "latin")), {})
 
 
 class TestRefusal:
