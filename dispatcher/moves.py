@@ -15,7 +15,7 @@ from scheduler import slo
 from scheduler.errors import WireError
 from scheduler.events import Abort, Arrived, Assign, Command, Finish, Forget, Note, Reclaim
 from scheduler.keys import Keys
-from scheduler.settings import Objective
+from scheduler.slo import Objective
 from scheduler.wire.dispatcher import Decision
 
 NOTES_MAX = 128

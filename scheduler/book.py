@@ -6,13 +6,12 @@ between two legs (`legs`), or gone. Each move below is one turn of the lifecycle
 
 import heapq
 
-from scheduler.fairness import Accounts
+from scheduler.fairness import Accounts, FairnessSettings
 from scheduler.fleet import Fleet
 from scheduler.ledger import Ledger, Line
 from scheduler.legs import Legs
 from scheduler.lifecycle import Turn
 from scheduler.order import Lines
-from scheduler.settings import FairnessSettings
 from scheduler.state import Endpoint, Kept, Ticket
 from scheduler.wire.words import Leg
 

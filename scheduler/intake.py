@@ -9,7 +9,7 @@ from scheduler.events import Arrived, Recovered
 from scheduler.outbox import Ending
 from scheduler.policies import Policy
 from scheduler.predict import Predictor
-from scheduler.settings import Objective
+from scheduler.slo import Objective
 from scheduler.state import Ticket
 
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0

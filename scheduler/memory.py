@@ -9,6 +9,7 @@ import msgspec
 from scheduler import cost, view
 from scheduler.book import Book
 from scheduler.errors import SettingsError
+from scheduler.fairness import FairnessSettings
 from scheduler.outbox import Outbox
 from scheduler.plan import PlanSettings
 from scheduler.policies import AnyPolicy, Policy, Urgency
@@ -16,7 +17,7 @@ from scheduler.predict import Predictor
 from scheduler.prefix import Index
 from scheduler.profile.profile import Profile
 from scheduler.sessions import Sessions
-from scheduler.settings import FairnessSettings, Objective
+from scheduler.slo import Objective
 from scheduler.state import Ticket
 
 

@@ -14,8 +14,10 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from msgspec import Meta, Struct
 
+from scheduler.fairness import FairnessSettings
+from scheduler.slo import Objective
+
 Seconds = Annotated[float, Meta(gt=0)]
-Milliseconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -157,54 +159,6 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def queued_max(self) -> int:
         """Requests waiting at which a client refuses by itself, whoever asks: nobody may be reading."""
         return self.waiting_max + self.waiting_max // 10
-
-
-class Objective(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A promise with a name, so that clients need not repeat it. In milliseconds, as on the wire."""
-
-    priority: int = 0
-    "Higher first. Below 0 it may be shed: with `waiting_max` requests in line it makes room for one of 0 or more."
-
-    ttft_ms: Milliseconds | None = None
-    "Time to first token, from the enqueue."
-
-    tpot_ms: Milliseconds | None = None
-    "Mean time per output token after the first."
-
-    deadline_ms: Milliseconds | None = None
-    "The whole answer, from the enqueue; past it the request expires."
-
-    weight: Annotated[float, Meta(gt=0)] = 1.0
-    "What keeping this promise is worth beside the others when not all can be kept."
-
-    max_queue_ms: Milliseconds | None = None
-    "A request that still has no endpoint after this long is rejected; absent: it waits."
-
-
-class FairnessSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tenants share a pool that cannot serve them all at once."""
-
-    quantum_tokens: Annotated[int, Meta(ge=0)] = 0
-    """
-    How many tokens of service a tenant may be ahead of another before it stands behind it, however urgent.
-
-    Fewer share more strictly, more leave more to urgency; half a second of the pool's prefill is a good start, 16384
-    for four A100. 0: tenants are not told apart.
-    """
-
-    output_weight: Annotated[float, Meta(ge=0)] = 2.0
-    "What an output token counts beside a prompt token that had to be computed; prices are commonly 2 to 5 times."
-
-    over_worth: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    """
-    What a promise of a tenant beyond its share counts beside one of a tenant within it; 1: the same.
-
-    Seats cannot be taken back, so who goes first is not enough: below 1 those beyond their share also leave the
-    headroom in which the others, who come later, keep their pace.
-    """
-
-    weights: dict[str, Annotated[float, Meta(gt=0)]] = {}
-    "Shares by tenant, as [fairness.weights]; who is not named has 1."
 
 
 class EngineAddress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,18 +6,43 @@ the enqueue and is never wound back: a retry keeps its arrival.
 
 import math
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from scheduler.errors import WireError
-from scheduler.settings import Objective
 from scheduler.wire.client import Request
+
+Milliseconds = Annotated[float, Meta(gt=0)]
 
 BYTES_PER_TOKEN = 4
 "English text in a GPT-like vocabulary: 3.5 to 4.5 bytes a token; the body's JSON makes up for the difference."
 
 NO_PROMISE = math.inf
 "When a request without promise is due."
+
+
+class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A promise with a name, so that clients need not repeat it. In milliseconds, as on the wire."""
+
+    priority: int = 0
+    "Higher first. Below 0 it may be shed: with `waiting_max` requests in line it makes room for one of 0 or more."
+
+    ttft_ms: Milliseconds | None = None
+    "Time to first token, from the enqueue."
+
+    tpot_ms: Milliseconds | None = None
+    "Mean time per output token after the first."
+
+    deadline_ms: Milliseconds | None = None
+    "The whole answer, from the enqueue; past it the request expires."
+
+    weight: Annotated[float, Meta(gt=0)] = 1.0
+    "What keeping this promise is worth beside the others when not all can be kept."
+
+    max_queue_ms: Milliseconds | None = None
+    "A request that still has no endpoint after this long is rejected; absent: it waits."
 
 
 _UNNAMED = Objective()

@@ -21,11 +21,11 @@ import numpy as np
 from msgspec import structs
 
 from scheduler.errors import SettingsError
-from scheduler.settings import Objective
 from scheduler.sim import bounds, profile
 from scheduler.sim.arguments import EngineSettings
 from scheduler.sim.fleet import Machine
 from scheduler.sim.workload import Arrival
+from scheduler.slo import Objective
 
 SHARE_SEED = 0
 

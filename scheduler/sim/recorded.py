@@ -18,14 +18,13 @@ from scheduler import slo
 from scheduler.errors import SettingsError, WireError
 from scheduler.prefix import BLOCK_TOKENS
 from scheduler.recording import Line
-from scheduler.settings import Objective
 from scheduler.sim import profile, refit
 from scheduler.sim.arguments import EngineSettings
 from scheduler.sim.fleet import Chance, Delays, Fault, Fleet, Machine
 from scheduler.sim.lab import Lab
 from scheduler.sim.promise import Promised
 from scheduler.sim.workload import Arrival
-from scheduler.slo import Promise
+from scheduler.slo import Objective, Promise
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat, Reward
 

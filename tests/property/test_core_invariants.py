@@ -21,13 +21,14 @@ from hypothesis.stateful import (
 from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Abort, Arrived, Assign, Command, Finish, Forget, Reclaim
+from scheduler.fairness import FairnessSettings
 from scheduler.plan import PlanSettings
 from scheduler.policies import BUILT_IN
 from scheduler.profile.filters import Pace, Saturation
 from scheduler.profile.pickers import WeightedRandom
 from scheduler.profile.profile import Profile
 from scheduler.profile.scorers import NoHitLru, PredictedLatency, PrefixCache, Queue
-from scheduler.settings import FairnessSettings, Objective
+from scheduler.slo import Objective
 from scheduler.wire.client import Control, Request
 from scheduler.wire.worker import Beat, Reward
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
-from scheduler.fairness import IDLE_MAX, Accounts
+from scheduler.fairness import IDLE_MAX, Accounts, FairnessSettings
 from scheduler.order import Lines
 from scheduler.queue import by_rank
-from scheduler.settings import FairnessSettings
 from scheduler.slo import Promise
 from scheduler.state import Ticket
 from scheduler.wire.client import Request

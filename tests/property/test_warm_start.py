@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from scheduler import fairness
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign, Recovered
-from scheduler.fairness import KEPT_MAX, Accounts, Given
+from scheduler.fairness import KEPT_MAX, Accounts, FairnessSettings, Given
 from scheduler.learned import Learned
 from scheduler.ledger import Ledger
 from scheduler.predict import Predictor
-from scheduler.settings import FairnessSettings
 from scheduler.view import Snapshot
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat, Reward

@@ -20,12 +20,12 @@ from scheduler.errors import SettingsError
 from scheduler.events import Arrived, Assign
 from scheduler.policies import Urgency
 from scheduler.recording import RecordingError
-from scheduler.settings import Objective
 from scheduler.sim import fleet, recorded, refit, workload, world
 from scheduler.sim.fleet import CERTAIN, Delays, EndpointSpec, Fault, Fleet
 from scheduler.sim.refit import Factors
 from scheduler.sim.replay import replayed
 from scheduler.sim.world import World
+from scheduler.slo import Objective
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat
 

@@ -1,7 +1,7 @@
 """What is remembered of requests is bounded by those who live."""
 
 from scheduler.book import ENDS_MIN, Book
-from scheduler.settings import FairnessSettings
+from scheduler.fairness import FairnessSettings
 from scheduler.slo import Promise
 from scheduler.state import Ticket
 from scheduler.wire.client import Request

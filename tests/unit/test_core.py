@@ -20,12 +20,13 @@ from scheduler.events import (
     Recovered,
     Refused,
 )
+from scheduler.fairness import FairnessSettings
 from scheduler.plan import PlanSettings
 from scheduler.policies import Fcfs, Urgency
 from scheduler.profile import profile
 from scheduler.profile.pickers import Random
 from scheduler.profile.profile import Profile
-from scheduler.settings import FairnessSettings, Objective
+from scheduler.slo import Objective
 from scheduler.speed import YOUNG
 from scheduler.view import Snapshot
 from scheduler.wire.client import Control, Request

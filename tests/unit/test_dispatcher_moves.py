@@ -4,7 +4,7 @@ from dispatcher.intake import Intake
 from dispatcher.moves import Moves
 from scheduler.events import Arrived, Finish, Forget, Note
 from scheduler.keys import Keys
-from scheduler.settings import Objective
+from scheduler.slo import Objective
 from scheduler.wire.client import Request
 from scheduler.wire.dispatcher import Decision
 from scheduler.wire.worker import Result

@@ -5,7 +5,7 @@ import pytest
 
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign, Note, Recovered
-from scheduler.settings import FairnessSettings
+from scheduler.fairness import FairnessSettings
 from scheduler.wire.client import Control, Request
 from scheduler.wire.worker import Beat, Reward
 

@@ -12,7 +12,8 @@ from dispatcher.given import Given
 from scheduler import settings as sections
 from scheduler.errors import SettingsError
 from scheduler.parsing import parse
-from scheduler.settings import Objective, RedisSettings, Settings
+from scheduler.settings import RedisSettings, Settings
+from scheduler.slo import Objective
 
 STRUCTS = [
     struct

@@ -7,7 +7,7 @@ from scheduler import slo
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.errors import WireError
 from scheduler.events import Arrived, Assign
-from scheduler.settings import Objective
+from scheduler.slo import Objective
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat
 

@@ -10,9 +10,9 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from scheduler.settings import Objective
 from scheduler.sim.fleet import Delays
 from scheduler.sim.world import Dispatch
+from scheduler.slo import Objective
 
 PREFIX_BLOCKS = 16_384
 "Blocks of 128 tokens that a peer's prefix table holds for an endpoint: two million tokens, as llm-d's default."

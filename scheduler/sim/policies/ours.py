@@ -1,11 +1,11 @@
 """The core that ships: its plan under its own order, and under two plain ones."""
 
 from scheduler.core import CoreSettings, Scheduler
+from scheduler.fairness import FairnessSettings
 from scheduler.plan import PlanSettings
 from scheduler.policies import Edf, Fcfs, Urgency
 from scheduler.policies import Policy as CorePolicy
 from scheduler.profile.profile import Profile
-from scheduler.settings import FairnessSettings
 from scheduler.sim.policies.base import LabPolicy, Stage
 from scheduler.sim.world import Dispatch
 
