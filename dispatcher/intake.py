@@ -12,11 +12,14 @@ from scheduler.events import Arrived, Event, Finish
 from scheduler.keys import Keys
 from scheduler.wire.client import Control, Request
 from scheduler.wire.dispatcher import Dead
-from scheduler.wire.words import ID_PATTERN
+from scheduler.wire.words import ENDPOINT_PATTERN, ID_PATTERN
 from scheduler.wire.worker import Beat, Result, Reward
 
 FIELDS_KEPT = 128
 "Of an entry that cannot be read, so many fields go to `dead`; more could not pass through one XADD in Lua."
+
+AMOUNTS = tuple(field.name for field in msgspec.structs.fields(Beat) if field.type in (int, float))
+"Of a beat: the core counts with them, and none can be less than nothing."
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -60,9 +63,12 @@ class Intake:
         """An entry of `rewards`, `beats` or `controls`."""
         entry_id, fields = entry
         try:
-            return codec.decode(self._kinds[stream], fields)
+            fact = codec.decode(self._kinds[stream], fields)
+            if isinstance(fact, Beat):
+                _check(fact)
         except WireError as error:
             return Unreadable(stream, entry_id, fields, str(error))
+        return fact
 
     def refusal(self, unreadable: Unreadable, now: float) -> Finish:
         """The terminal record of an unreadable request, sent where its client looks if that can be made out."""
@@ -81,6 +87,21 @@ class Intake:
             ),
             is_dead=True,
         )
+
+
+def _check(beat: Beat) -> None:
+    """Refuse an endpoint that nobody could name in a list of words, and amounts that are none.
+
+    Raises:
+        WireError: names the field, the value found and the value wanted.
+    """
+    if not ENDPOINT_PATTERN.fullmatch(beat.endpoint):
+        raise WireError(
+            f"field 'endpoint' is {beat.endpoint[:60]!r}, wanted 1 to 128 characters, none a space or ="
+        )
+    for name in AMOUNTS:
+        if (amount := getattr(beat, name)) < 0:
+            raise WireError(f"field {codec.wire_name(name)!r} is {amount:g}, wanted 0 or more")
 
 
 def stamped_at(entry_id: str) -> float:

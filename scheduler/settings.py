@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 
 from scheduler.fairness import FairnessSettings
 from scheduler.slo import Objective
+from scheduler.wire.words import ENDPOINT_PATTERN
 
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -212,6 +213,10 @@ class EngineAddress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     "A file with the key that the engine was started with (--api-key); empty: none."
 
     def __post_init__(self) -> None:
+        if not ENDPOINT_PATTERN.fullmatch(self.name):
+            raise ValueError(
+                f"name is {self.name[:60]!r}, wanted 1 to 128 characters, none a space or ="
+            )
         if "prefill" in self.roles and len(self.roles) == 1 and not self.link_gbps:
             raise ValueError(
                 f"roles of {self.name!r} is only prefill and link_gbps is 0, wanted a link to hand KV over"

@@ -162,7 +162,9 @@ def address(text: str) -> EngineAddress:
     url, *more = rest.split(",")
     fields: dict[str, object] = {"name": name, "url": url}
     for part in more:
-        key, _, value = part.partition("=")
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise SettingsError(f"engine is {text!r}: {part!r} is no SETTING=VALUE")
         fields[key] = value.split("+") if key in ("roles", "models") else value
     return _converted(fields, text)
 
@@ -186,6 +188,6 @@ def _converted(fields: dict[str, object], text: str) -> EngineAddress:
         raise SettingsError(
             f"engine is {text!r}: {error}; wanted NAME=URL[,SETTING=VALUE]"
         ) from None
-    if not found.name or not found.url:
+    if not found.url:
         raise SettingsError(f"engine is {text!r}, wanted NAME=URL")
     return found

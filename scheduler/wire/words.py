@@ -18,6 +18,9 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 "An id is part of key names and is typed by people: no spaces, no braces, at most 128 characters."
 
+ENDPOINT_PATTERN = re.compile(r"[^\s=\x00-\x1f\x7f]{1,128}")
+"An endpoint's name stands in lists of words, before an `=`."
+
 KV_PARAMS_BYTES = 131_072
 "The longest `kv_transfer_params` that are carried: an engine that names more blocks prefills for nobody."
 

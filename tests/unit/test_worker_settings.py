@@ -46,7 +46,16 @@ def test_the_command_line_replaces_the_files_engines():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a0", "=http://h:1", "a0=http://h:1,seats=4", "a0=http://h:1,max_num_seqs=0"]
+    "text",
+    [
+        "",
+        "a0",
+        "=http://h:1",
+        "a 0=http://h:1",
+        "a0=http://h:1,hardware",
+        "a0=http://h:1,seats=4",
+        "a0=http://h:1,max_num_seqs=0",
+    ],
 )
 def test_what_is_no_engine_is_named(text):
     """The message shows what was said."""
