@@ -1,0 +1,41 @@
+"""What is read of workers: what no core could count with is set aside, not handed on."""
+
+import pytest
+
+from dispatcher.intake import Intake, Unreadable
+from scheduler import codec
+from scheduler.keys import Keys
+from scheduler.wire.worker import Beat
+
+KEYS = Keys()
+INTAKE = Intake(KEYS, body_bytes=100)
+
+
+def beat(**said: str) -> dict[bytes, bytes]:
+    fields = codec.encode(Beat(endpoint="a100-0", epoch=1)) | said
+    return {name.encode(): str(value).encode() for name, value in fields.items()}
+
+
+class TestBeats:
+    @pytest.mark.parametrize(
+        ("said", "reason"),
+        [
+            ({"kv_tokens": "-1"}, "field 'kv_tokens' is -1, wanted 0 or more"),
+            ({"step_ms": "-5"}, "field 'step_ms' is -0.005, wanted 0 or more"),
+            ({"link_gbps": "-2.5"}, "field 'link_gbps' is -2.5, wanted 0 or more"),
+            ({"endpoint": "a b"}, "field 'endpoint' is 'a b', wanted 1 to 128 characters"),
+            ({"endpoint": "a=b"}, "field 'endpoint' is 'a=b', wanted 1 to 128 characters"),
+        ],
+    )
+    def test_no_amount_is_below_nothing_and_no_name_is_two_words(self, said, reason):
+        """Less room than none once ended every dispatcher that read of it."""
+        fact = INTAKE.fact(KEYS.beats, ("1-0", beat(**said)))
+
+        assert isinstance(fact, Unreadable)
+        assert fact.reason.startswith(reason)
+
+    def test_a_name_may_be_a_profiles(self):
+        """Emulated engines are called by theirs."""
+        fact = INTAKE.fact(KEYS.beats, ("1-0", beat(endpoint="h100-80g|llama-3.1-8b|tp1-0")))
+
+        assert fact == Beat(endpoint="h100-80g|llama-3.1-8b|tp1-0", epoch=1)
