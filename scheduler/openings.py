@@ -5,6 +5,7 @@ any of those who wait. Time and KV only become less while a step is planned, so 
 in the step, and to place what is behind the last who can would change nothing that is handed over.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -75,22 +76,23 @@ class Openings:
     def _last_at(self, slot: int, known: int) -> int:
         """The last who fits there, if he stands behind the one already known."""
         room, after = self._room, known + 1
-        wanted, blocks = (sizes[after:] for sizes in self._sizes())
-        wanted = np.minimum(wanted, room.kv_max[slot])
-        short = np.ceil(np.maximum(0.0, wanted - room.kv[slot]) / BLOCK_TOKENS)
+        free, most = room.kv.item(slot), room.kv_max.item(slot)
+        wanted, shared = (np.minimum(sizes[after:], most) for sizes in self._sizes())
+        rows = (wanted - shared <= free).nonzero()[0][::-1]
         held = room.pins.held(slot)
-        rows = (short <= np.minimum(blocks, wanted // BLOCK_TOKENS)).nonzero()[0][::-1]
-        for at, depth in zip(rows.tolist(), short[rows].astype(int).tolist(), strict=True):
-            ticket = self._line[after + at]
-            if depth > 0 and ticket.request.blocks[depth - 1] not in held:
+        for at, size in zip(rows.tolist(), wanted[rows].tolist(), strict=True):
+            request = self._line[after + at].request
+            depth = math.ceil(max(0.0, size - free) / BLOCK_TOKENS)
+            if depth > size // BLOCK_TOKENS or (depth and request.blocks[depth - 1] not in held):
                 continue
-            if self._barrier(ticket.request.model)[slot] == 0:
+            if self._barrier(request.model)[slot] == 0:
                 return int(after + at)
         return -1
 
     def _sizes(self) -> tuple[Floats, Floats]:
-        """The KV tokens that each of the line wants, and its prefix blocks; float64[n_line] both."""
+        """The KV tokens that each of the line wants, and how many of them others may hold; float64[n_line] both."""
         if self._known is None:
+            wanted = self._room.asked_by(self._line)
             blocks = np.array([len(ticket.request.blocks) for ticket in self._line], dtype=float)
-            self._known = self._room.asked_by(self._line), blocks
+            self._known = wanted, BLOCK_TOKENS * np.minimum(blocks, wanted // BLOCK_TOKENS)
         return self._known
