@@ -49,6 +49,9 @@ DECIDE_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 
 PLAN_SIZE = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 "Hand-overs in one turn."
 
+PARTS = tuple(f"{part:g}" for part in forecast.PARTS)
+"The quantiles that are said of every first token."
+
 REMEMBERED_MAX = 200_000
 "Living requests whose named objective is remembered; beyond that the oldest count as unnamed."
 
@@ -210,9 +213,9 @@ class Meter:
         if seen is None:
             return
         band = spread.band(seen.start_s)
-        for part, is_covered in zip(forecast.PARTS, seen.covered, strict=False):
-            self.forecasts[f"{part:g}", band] += 1
-            self.covered[f"{part:g}", band] += is_covered
+        for part, is_covered in zip(PARTS, seen.covered, strict=False):
+            self.forecasts[part, band] += 1
+            self.covered[part, band] += is_covered
 
     def _remember(self, event: Arrived | Recovered) -> None:
         if not event.request.objective:

@@ -1,6 +1,6 @@
 """What one request costs the dispatcher, stage by stage: the loop's own parts in one process, without a network.
 
-    python tests/bench/budget.py [--turn 100] [--endpoints 16] [--passes 5]
+    python tests/bench/budget.py [--turn 100] [--endpoints 16] [--passes 5] [--cold MB]
 
 Each turn reads as many requests and rewards as a busy loop does, from Redis' own bytes, and ends with the bytes it
 would send; the endpoints answer every job before the next turn. CPU time of the median turn in the best pass, in
@@ -85,9 +85,6 @@ class Dispatcher:
         clock.lap("decode requests")
         rewarded = [self.reader.fact(KEYS.rewards, entry) for entry in done.get(KEYS.rewards, ())]
         clock.lap("decode rewards")
-        for event in (*arrived, *rewarded):
-            self.meter.event(event, now)
-        clock.lap("count for /metrics")
         for event in arrived:
             self.core.receive(event, now)
         clock.lap("core: take in the request")
@@ -107,6 +104,8 @@ class Dispatcher:
         clock.lap("core: remember, once it is sent")
         self.reasons = [command.decision for command in assigned]
         clock.lap("say why, once it is sent")
+        for event in (*arrived, *rewarded):
+            self.meter.event(event, now)
         self.meter.commands(commands)
         clock.lap("count for /metrics")
         return assigned
@@ -158,8 +157,9 @@ def _resp(value: bytes | list) -> Iterator[bytes]:
         yield from _resp(part)
 
 
-def one_pass(turn: int, turns: int, endpoints: int) -> dict[str, float]:
-    """Microseconds a request by stage, of the median turn."""
+def one_pass(turn: int, turns: int, endpoints: int, *, cold_mb: int) -> dict[str, float]:
+    """Microseconds a request by stage, of the median turn; before each, others use the caches."""
+    others = np.zeros(cold_mb << 17)
     made, now, number = Dispatcher(endpoints), 1_000.0, 0
     chance = random.Random(0)
     rewards: list[tuple[str, dict[str, str | bytes]]] = []
@@ -169,6 +169,7 @@ def one_pass(turn: int, turns: int, endpoints: int) -> dict[str, float]:
         stamp = round(now * 1e3)
         requests = [(f"{stamp}-{i}", request(number + i)) for i in range(turn)]
         number += turn
+        others += 1.0
         clock = Clock()
         assigned = made.turn(
             reply(KEYS.requests, requests), reply(KEYS.rewards, rewards), now, clock
@@ -193,10 +194,20 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=100, help="in one pass")
     options.add_argument("--endpoints", type=int, default=16)
     options.add_argument("--passes", type=int, default=5)
+    options.add_argument(
+        "--cold",
+        type=int,
+        default=0,
+        metavar="MB",
+        help="write so much between turns, as others do",
+    )
     options.add_argument("--json", type=Path)
     given = options.parse_args()
     gc.set_threshold(COLLECT_EVERY, 10, 10)  # as the dispatcher does
-    passes = [one_pass(given.turn, given.turns, given.endpoints) for _ in range(given.passes)]
+    passes = [
+        one_pass(given.turn, given.turns, given.endpoints, cold_mb=given.cold)
+        for _ in range(given.passes)
+    ]
     found = min(passes, key=lambda one: sum(one.values()))
     total = sum(found.values())
     table = Table(title="One request in the dispatcher, CPU", title_justify="left")
