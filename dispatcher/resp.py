@@ -216,6 +216,13 @@ def encode(*words: str | bytes) -> bytes:
 
     >>> encode("GET", "ä")
     b'*2\r\n$3\r\nGET\r\n$2\r\n\xc3\xa4\r\n'
+
+    What a shell said that is no UTF-8 stays the bytes that it was.
+
+    >>> encode(b"\xff".decode(errors="surrogateescape"))
+    b'*1\r\n$1\r\n\xff\r\n'
     """
-    parts = [word.encode() if isinstance(word, str) else word for word in words]
+    parts = [
+        word.encode(errors="surrogateescape") if isinstance(word, str) else word for word in words
+    ]
     return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(p), p) for p in parts)

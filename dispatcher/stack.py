@@ -4,12 +4,13 @@ Each is a process of its own, started as a sub-command, so that here nothing of 
 """
 
 import asyncio
+import fcntl
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import msgspec
 
@@ -168,14 +169,29 @@ class Stack:
         )
 
     async def __aenter__(self) -> Self:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._server.start()
+        self._held = self._hold()
         try:
+            self._server.start()
             await self._start()
         except BaseException:
             await self._stop()
             raise
         return self
+
+    def _hold(self) -> TextIO:
+        """The directory, ours alone: a second stack would write over our logs and take our endpoints from us."""
+        shown = repr(str(self._directory))
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            held = (self._directory / "up.lock").open("w", encoding="utf-8")
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(
+                f"directory {shown} is in use by another headgate up, wanted one of its own: --directory"
+            ) from None
+        except OSError as error:
+            raise SettingsError(f"directory {shown} cannot be used: {error.strerror}") from None
+        return held
 
     async def __aexit__(
         self,
@@ -344,6 +360,7 @@ class Stack:
         await _together([child.stop(grace_s=GRACE_S) for child in others])
         if self._server.was_started_here:
             await asyncio.to_thread(self._server.stop)
+        self._held.close()
 
 
 async def _together(works: Sequence[Any]) -> None:

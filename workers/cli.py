@@ -127,7 +127,10 @@ def emulate(
 def _kv_transfer(config: str, link_gbps: float, host: str) -> KvTransfer | None:
     if not config:
         return None
-    said = msgspec.json.decode(config, type=KvTransfer)
+    try:
+        said = msgspec.json.decode(config, type=KvTransfer)
+    except msgspec.DecodeError as error:
+        raise SettingsError(f"--kv-transfer-config is {config!r}: {error}") from None
     return msgspec.structs.replace(said, link_gbps=link_gbps, host=host)
 
 
@@ -153,8 +156,13 @@ async def _emulate(settings: EmulatorSettings, ready_file: Path | None) -> None:
 def _write_whole(path: Path, line: str) -> None:
     """Whoever waits for the file must not read half of it."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(f"{line}\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(f"{line}\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise SettingsError(
+            f"--ready-file is {str(path)!r}, wanted one to write: {error.strerror}"
+        ) from None
 
 
 @app.command()
@@ -170,10 +178,11 @@ def worker(
     ] = None,
     name: Annotated[str, typer.Option(help="What the process calls itself.")] = "",
     drain_s: Annotated[
-        float | None, typer.Option(help="Seconds to finish in after SIGTERM.")
+        float | None, typer.Option(min=0, help="Seconds to finish in after SIGTERM.")
     ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="For /metrics, /healthz, /readyz; 0: a free one.")
+        int | None,
+        typer.Option(min=0, max=65535, help="For /metrics, /healthz, /readyz; 0: a free one."),
     ] = None,
 ) -> Coroutine[object, object, None]:
     """Stand beside one or more vLLM engines: take their jobs from Redis and see each to its end.

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from dispatcher import local, node
+from dispatcher.cli import output
 from dispatcher.node import Node
 from dispatcher.streams.connection import Connection, Where
 from scheduler.settings import Settings
@@ -54,17 +55,10 @@ async def dispatcher(
         one = Node(connection, settings, name=own)
         async with one.pages.served(metrics_port) as port:
             running = _ended_by_signals(one)  # before it says so: who is ready may be told to end
-            _say(Ready(node=own, pool=settings.pool, metrics_port=port), ready_file)
+            output.ready(Ready(node=own, pool=settings.pool, metrics_port=port), ready_file)
             await _ended(running)
     finally:
         await connection.close()
-
-
-def _say(ready: Ready, ready_file: Path | None) -> None:
-    line = msgspec.json.encode(ready).decode()
-    typer.echo(line)
-    if ready_file is not None:
-        ready_file.write_text(line + "\n")
 
 
 def _ended_by_signals(one: Node) -> "asyncio.Future[None]":

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from dispatcher.cli import output
 from dispatcher.client import Client
 from dispatcher.door.keyring import Keyring
 from dispatcher.door.server import Door
@@ -74,12 +75,5 @@ async def door(
         scheme = "https" if own.tls_cert_file else "http"
         url = f"{scheme}://{own.host}:{bound}"
         ready = Ready(pool=settings.pool, url=url, metrics_port=shown or bound)
-        _say(ready, ready_file)
+        output.ready(ready, ready_file)
         await told.wait()
-
-
-def _say(ready: Ready, ready_file: Path | None) -> None:
-    line = msgspec.json.encode(ready).decode()
-    typer.echo(line)
-    if ready_file is not None:
-        ready_file.write_text(line + "\n")

@@ -1,12 +1,14 @@
 """How commands speak: results on stdout, talk on stderr, one JSON document a line for machines."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import typer
 from rich.console import Console
 
+from scheduler.errors import SettingsError
 from scheduler.wire.worker import Result
 
 PIPE_COLUMNS = 160
@@ -29,6 +31,23 @@ def talk(line: str) -> None:
 def json_line(value: object) -> None:
     """One line of JSON on stdout."""
     typer.echo(msgspec.json.encode(value).decode())
+
+
+def ready(value: object, file: Path | None) -> None:
+    """The line that says a service runs: on stdout, and in a file for whoever waits for one.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
+    json_line(value)
+    if file is None:
+        return
+    try:
+        file.write_bytes(msgspec.json.encode(value) + b"\n")
+    except OSError as error:
+        raise SettingsError(
+            f"--ready-file is {str(file)!r}, wanted one to write: {error.strerror}"
+        ) from None
 
 
 def record(result: Result) -> dict[str, Any]:

@@ -47,7 +47,7 @@ async def up(
     door_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Of the HTTP door; 0: a free one.")
     ] = 0,
-    drain_s: Annotated[float, typer.Option(help="For running requests at the end.")] = 5.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="For running requests at the end.")] = 5.0,
     directory: Annotated[
         Path | None,
         typer.Option(

@@ -391,6 +391,42 @@ class TestCommands:
 
         assert message in said
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            pytest.param(["emulate"], id="emulate"),
+            pytest.param(["door", "--port", "0"], id="door"),
+            pytest.param(["dispatcher"], id="dispatcher"),
+        ],
+    )
+    def test_a_ready_file_that_cannot_be(self, redis_url, pool, words):
+        """Who waits for it would wait for ever: the service ends and says which."""
+        ran = subprocess.run(
+            [HEADGATE, *words, "--ready-file", "/proc/nobody/ready"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env=ENVIRON | {"HEADGATE_REDIS_URL": redis_url, "HEADGATE_POOL": pool},
+        )
+
+        wanted = "headgate: --ready-file is '/proc/nobody/ready', wanted one to write: "
+        assert ran.returncode == 2
+        assert ran.stderr.splitlines()[-1].startswith(wanted)
+        assert "Traceback" not in ran.stderr
+
+    def test_a_directory_that_another_up_holds(self, system):
+        """Two of them would write one log, and take each other's endpoints away for good."""
+        said = refused("up", "--emulate", "1", "--directory", system["logs"])
+
+        assert "is in use by another headgate up" in said
+
+    def test_a_directory_that_cannot_be(self):
+        """Why."""
+        said = refused("up", "--emulate", "1", "--directory", "/proc/nobody")
+
+        assert "directory '/proc/nobody' cannot be used: " in said
+
     def test_a_full_disk_behind_stdout(self):
         """What was asked for cannot be written; that is no reason to show the code."""
         with Path("/dev/full").open("w") as full:
