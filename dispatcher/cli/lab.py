@@ -76,7 +76,10 @@ BlockTokensOption = Annotated[
 ]
 PromptMaxOption = Annotated[int | None, typer.Option(min=1, help="Cut longer prompts.")]
 OutputScaleOption = Annotated[
-    float, typer.Option(min=0.0, help="Times every output; 0 leaves one token, for prefill alone.")
+    float,
+    typer.Option(
+        min=0.0, max=1e6, help="Times every output; 0 leaves one token, for prefill alone."
+    ),
 ]
 LengthsOption = Annotated[
     Lengths,
@@ -144,14 +147,20 @@ def load_fleet(name: str) -> Fleet:
     return catalogue.named(name)
 
 
+LEAST, MOST = 1e-6, 1e9
+"Of loads, rates and shares: beyond them a run ends after nobody is left to see it, or is one instant."
+
+
 def numbers(text: str, what: str) -> list[float]:
     """Positive numbers from a comma-separated list."""
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(0 < number < float("inf") for number in found):
-        raise typer.BadParameter(f"{what} is {text!r}, wanted positive numbers such as 0.5,0.9")
+    if not found or not all(LEAST <= number <= MOST for number in found):
+        raise typer.BadParameter(
+            f"{what} is {text!r}, wanted positive numbers such as 0.5,0.9, from {LEAST:g} to {MOST:g}"
+        )
     return found
 
 

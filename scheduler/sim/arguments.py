@@ -1,5 +1,6 @@
 """An engine's arguments, under vLLM's names."""
 
+from math import inf
 from typing import Literal
 
 import msgspec
@@ -52,6 +53,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, at least 1 wanted")
+        if self.kv_tokens is not None and self.kv_tokens < self.block_size:
+            raise ValueError(
+                f"kv_tokens is {self.kv_tokens}, at least a block ({self.block_size}) wanted"
+            )
+        for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}, at least 1 or none wanted")
+        if not 0 <= self.stall_probability <= 1:
+            raise ValueError(f"stall_probability is {self.stall_probability}, 0 to 1 wanted")
+        for name in ("step_noise", "stall_s"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, at least 0 wanted")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, "

@@ -25,11 +25,11 @@ factor = 3.0
 
 import tomllib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
-from msgspec import structs
+from msgspec import Meta, structs
 
 from scheduler.errors import SettingsError
 from scheduler.sim import profile
@@ -42,6 +42,12 @@ ENDPOINTS_MAX = 1000
 
 LINK_MAX_GBPS = 100_000.0
 "Ten times what any NVLink carries."
+
+LONG_S = 1e9
+"Thirty years: what takes longer than any run is a slip of the pen."
+
+Delay = Annotated[float, Meta(ge=0, le=LONG_S)]
+Interval = Annotated[float, Meta(gt=0, le=LONG_S)]
 
 
 class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,14 +79,14 @@ class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Chance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far endpoints differ from their profile and steps from each other, drawn by each seed."""
 
-    jitter: float = 0.3
+    jitter: Annotated[float, Meta(ge=0, lt=1)] = 0.3
     "Each coefficient of each endpoint is multiplied by 1 - jitter ... 1 + jitter."
 
-    step_noise: float = 0.07
+    step_noise: Annotated[float, Meta(ge=0, le=10)] = 0.07
     "Sigma of the log-normal factor on each step."
 
-    stall_probability: float = 0.01
-    stall_s: float = 0.2
+    stall_probability: Annotated[float, Meta(ge=0, le=1)] = 0.01
+    stall_s: Delay = 0.2
 
 
 CERTAIN = Chance(jitter=0.0, step_noise=0.0, stall_probability=0.0)
@@ -90,22 +96,22 @@ CERTAIN = Chance(jitter=0.0, step_noise=0.0, stall_probability=0.0)
 class Delays(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What lies between a fact and whoever decides on it, in seconds."""
 
-    hop_s: float = 0.0005
+    hop_s: Delay = 0.0005
     "One append to a stream until its reader has it."
 
-    turn_s: float = 0.001
+    turn_s: Delay = 0.001
     "One turn of a dispatcher: facts that come within it are decided on together."
 
-    news_s: float = 0.02
+    news_s: Delay = 0.02
     "How long a worker gathers what has started and what has given its first token."
 
-    beat_s: float = 1.0
+    beat_s: Interval = 1.0
     "Between two heartbeats of a worker."
 
-    scrape_s: float = 0.1
+    scrape_s: Interval = 0.1
     "Between two looks at an engine's own figures, for policies that read them."
 
-    lease_s: float = 3.0
+    lease_s: Interval = 3.0
     "Silence after which an endpoint counts as lost."
 
 
@@ -129,7 +135,7 @@ NO_DELAYS = Delays(hop_s=0.0, turn_s=0.0, news_s=0.0, beat_s=1.0, scrape_s=0.02)
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One thing that befalls one endpoint."""
 
-    at_s: float
+    at_s: Delay
     endpoint: str
     "As the fleet numbers them: `a30-0`."
 
@@ -139,7 +145,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     it held; `join` is the moment it starts, again or for the first time.
     """
 
-    factor: float = 1.0
+    factor: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -233,6 +233,27 @@ class TestDelays:
             assert other.ttft_s == pytest.approx(one.ttft_s + 1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("key", "more"),
+    [
+        ("kv_tokens", "[endpoints.engine]\nkv_tokens = 1"),
+        ("stall_probability", "[endpoints.engine]\nstall_probability = 7"),
+        ("max_num_queued_reqs", "[endpoints.engine]\nmax_num_queued_reqs = -1"),
+        ("jitter", "[chance]\njitter = 2.0"),
+        ("jitter", "[chance]\njitter = nan"),
+        ("hop_s", "[delays]\nhop_s = -1"),
+        ("beat_s", "[delays]\nbeat_s = 0"),
+        ("turn_s", "[delays]\nturn_s = inf"),
+        ("at_s", "[[faults]]\nat_s = -1\nendpoint = 'a30-0'\nkind = 'die'"),
+        ("factor", "[[faults]]\nat_s = 1\nendpoint = 'a30-0'\nkind = 'slow'\nfactor = 0"),
+    ],
+)
+def test_no_figure_of_a_fleet_is_of_another_world(key, more):
+    """It is refused before it runs: such a run hung, crashed, or gave figures."""
+    with pytest.raises(fleet.SettingsError, match=key):
+        fleet.parse(f'[[endpoints]]\nprofile = "a30"\n{more}', "f.toml")
+
+
 def test_a_fleet_that_cannot_be_says_so():
     """Fleets name what is wrong and what there is."""
     with pytest.raises(fleet.SettingsError, match="profile 'a31' is not one of"):
@@ -242,7 +263,7 @@ def test_a_fleet_that_cannot_be_says_so():
     ):
         fleet.parse('[[endpoints]]\nprofil = "a30"', "f.toml")
     with pytest.raises(fleet.SettingsError, match="does not fit"):
-        fleet.parse('[[endpoints]]\nprofile = "a30"\n[endpoints.engine]\nkv_tokens = 8', "f.toml")
+        fleet.parse('[[endpoints]]\nprofile = "a30"\n[endpoints.engine]\nkv_tokens = 100', "f.toml")
     text = '[[endpoints]]\nprofile = "a30"\n[[faults]]\nat_s = 1.0\nendpoint = "b-0"\nkind = "die"'
     with pytest.raises(fleet.SettingsError, match="fault on endpoint 'b-0', wanted one of: a30-0"):
         fleet.parse(text, "f.toml")

@@ -102,6 +102,10 @@ class EmulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     "Whether `POST /emulator/fault` exists."
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model is empty, a name wanted")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ValueError(f"max_model_len is {self.max_model_len}, at least 1 wanted")
         for name in ("time_scale", "slowdown"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, more than 0 wanted")
