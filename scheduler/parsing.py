@@ -205,5 +205,7 @@ def _type_name(wanted: object) -> str:
         return {"float": "number", "str": "text", "NoneType": "nothing"}.get(name, name)
     base, meta = get_args(wanted)[:2]
     bounds = {">=": meta.ge, ">": meta.gt, "<=": meta.le, "<": meta.lt}
-    limits = "".join(f" {sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
+    limits = " and".join(
+        f" {sign} {bound:g}" for sign, bound in bounds.items() if bound is not None
+    )
     return _type_name(base) + limits

@@ -18,7 +18,11 @@ from scheduler.fairness import FairnessSettings
 from scheduler.slo import Objective
 from scheduler.wire.words import ENDPOINT_PATTERN
 
-Seconds = Annotated[float, Meta(gt=0)]
+LONG_S = 1e9
+"Thirty years; what is longer no timer takes."
+
+Seconds = Annotated[float, Meta(gt=0, le=LONG_S)]
+SecondsOrNone = Annotated[float, Meta(ge=0, le=LONG_S)]
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -92,7 +96,7 @@ class LoopSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     snapshot_every_s: Seconds = 5.0
     "How often the learnt state is saved for a warm start; a crash re-reads at most this much of the log."
 
-    retention_s: Annotated[float, Meta(ge=0)] = 3600.0
+    retention_s: SecondsOrNone = 3600.0
     "How long finished entries stay readable for replay and explanation."
 
     journal: str = ""
@@ -232,7 +236,7 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     engines: tuple[EngineAddress, ...] = ()
     "The engines it stands beside, as [[worker.engines]] tables."
 
-    drain_s: Annotated[float, Meta(ge=0)] = 30.0
+    drain_s: SecondsOrNone = 30.0
     "After SIGTERM, how long running requests may finish before they are handed back."
 
     connect_s: Seconds = 5.0
@@ -328,13 +332,13 @@ class DoorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     write_s: Seconds = 60.0
     "A client that takes nothing of its answer for so long is cut off."
 
-    keepalive_s: Annotated[float, Meta(ge=0)] = 15.0
+    keepalive_s: SecondsOrNone = 15.0
     """
     A stream that has had nothing to say for so long gets a comment line, and its status with the first: proxies cut
     off who is silent, most after 60 s. 0: never.
     """
 
-    drain_s: Annotated[float, Meta(ge=0)] = 30.0
+    drain_s: SecondsOrNone = 30.0
     "After SIGTERM, how long open requests may finish before they are cancelled."
 
     def __post_init__(self) -> None:

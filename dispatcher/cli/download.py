@@ -60,17 +60,29 @@ def download(url: str, file: IO[bytes]) -> int:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that becomes `path` when the block ends well, and nothing when it fails.
 
+    A link stays one; a pipe or a device (`/dev/stdout`) is written as it comes.
+
     Raises:
-        FileError: the folder cannot be written to.
+        FileError: it cannot be written.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        try:
+            with path.open("wb") as file:
+                yield file
+        except OSError as error:
+            raise FileError(f"cannot write {str(path)!r}: {error.strerror}") from None
+        return
     try:
-        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115  closed below
+        scratched = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed below
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        )
     except OSError as error:
         raise FileError(f"cannot write {str(path)!r}: {error.strerror}") from None
-    scratch = Path(file.name)
+    scratch = Path(scratched.name)
     try:
-        with file:
-            yield file.file
+        with scratched:
+            yield scratched.file
         scratch.chmod(0o644)  # a temporary file is its owner's only; a trace is anybody's
         scratch.replace(path)
     except OSError as error:

@@ -32,6 +32,7 @@ import numpy as np
 from msgspec import Meta, structs
 
 from scheduler.errors import SettingsError
+from scheduler.settings import Seconds, SecondsOrNone
 from scheduler.sim import profile
 from scheduler.sim.arguments import EngineSettings
 from scheduler.sim.engine import Engine
@@ -42,12 +43,6 @@ ENDPOINTS_MAX = 1000
 
 LINK_MAX_GBPS = 100_000.0
 "Ten times what any NVLink carries."
-
-LONG_S = 1e9
-"Thirty years: what takes longer than any run is a slip of the pen."
-
-Delay = Annotated[float, Meta(ge=0, le=LONG_S)]
-Interval = Annotated[float, Meta(gt=0, le=LONG_S)]
 
 
 class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,7 +81,7 @@ class Chance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     "Sigma of the log-normal factor on each step."
 
     stall_probability: Annotated[float, Meta(ge=0, le=1)] = 0.01
-    stall_s: Delay = 0.2
+    stall_s: SecondsOrNone = 0.2
 
 
 CERTAIN = Chance(jitter=0.0, step_noise=0.0, stall_probability=0.0)
@@ -96,22 +91,22 @@ CERTAIN = Chance(jitter=0.0, step_noise=0.0, stall_probability=0.0)
 class Delays(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What lies between a fact and whoever decides on it, in seconds."""
 
-    hop_s: Delay = 0.0005
+    hop_s: SecondsOrNone = 0.0005
     "One append to a stream until its reader has it."
 
-    turn_s: Delay = 0.001
+    turn_s: SecondsOrNone = 0.001
     "One turn of a dispatcher: facts that come within it are decided on together."
 
-    news_s: Delay = 0.02
+    news_s: SecondsOrNone = 0.02
     "How long a worker gathers what has started and what has given its first token."
 
-    beat_s: Interval = 1.0
+    beat_s: Seconds = 1.0
     "Between two heartbeats of a worker."
 
-    scrape_s: Interval = 0.1
+    scrape_s: Seconds = 0.1
     "Between two looks at an engine's own figures, for policies that read them."
 
-    lease_s: Interval = 3.0
+    lease_s: Seconds = 3.0
     "Silence after which an endpoint counts as lost."
 
 
@@ -135,7 +130,7 @@ NO_DELAYS = Delays(hop_s=0.0, turn_s=0.0, news_s=0.0, beat_s=1.0, scrape_s=0.02)
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One thing that befalls one endpoint."""
 
-    at_s: Delay
+    at_s: SecondsOrNone
     endpoint: str
     "As the fleet numbers them: `a30-0`."
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -149,6 +150,22 @@ def test_a_failure_while_writing_leaves_no_scraps(tmp_path):
         file.writelines([b"half", "no bytes"])
 
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    """A link goes on pointing where it did; a pipe gets what is written, and stays a pipe."""
+    here, there, pipe = (tmp_path / name for name in ("here", "there", "pipe"))
+    here.symlink_to(there)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)
+
+    for path in (here, pipe):
+        with download.replacing(path) as file:
+            file.write(b"figures")
+
+    assert (here.is_symlink(), there.read_bytes()) == (True, b"figures")
+    assert (pipe.is_fifo(), os.read(reader, 100)) == (True, b"figures")
+    os.close(reader)
 
 
 class TestMake:

@@ -93,6 +93,12 @@ class TestParse:
                 id="below its bound",
             ),
             pytest.param(
+                "[loop]\nretention_s = inf",
+                {},
+                "loop.retention_s is inf, wanted number >= 0 and <= 1e+09",
+                id="for ever",
+            ),
+            pytest.param(
                 "[lease]\nbeat_s = 2",
                 {},
                 "lease: beat_s is 2, wanted at most half",
