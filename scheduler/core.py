@@ -72,11 +72,12 @@ class Scheduler:
         return self._memory.outbox.take()
 
     def settle(self) -> None:
-        """Remember what the last `decide` handed over. Else the next call does: whoever has time before it saves that.
+        """Remember what the last `decide` handed over, and make out what was learned, while nobody waits.
 
-        Says nothing, and changes nothing that is said.
+        Else the next calls do: this says nothing, and changes nothing that is said.
         """
         self._planning.settle()
+        self._memory.predictor.refresh()
 
     def wakeup_at(self) -> float | None:
         """When `decide` could say something new without a new fact; None: not before one."""

@@ -56,6 +56,8 @@ class Planning:
         self._assembly = None if profile is None else Assembly(profile)
         self._usual = Usual()
         self._works = Works(memory.prefixes, memory.sessions, self._fleet.by_slot)
+        self._room: Room | None = None
+        "Of the last step, until it is settled."
         self._unsettled: list[tuple[Choice, tuple[float, float]]] = []
         "What was handed over, and what its endpoint held then."
         self._aside_credit_s = 0.0
@@ -99,7 +101,9 @@ class Planning:
 
     def settle(self) -> None:
         """Remember what the last step handed over: for that no worker need wait. Due before any time passes."""
-        memory = self._memory
+        memory, room, self._room = self._memory, self._room, None
+        if room is not None:
+            memory.token_s = room.mean(room.rates.token_s)
         for choice, load in self._unsettled:
             ticket, slot = choice.ticket, choice.slot
             ticket.cached_tokens = choice.cached_tokens
@@ -163,7 +167,7 @@ class Planning:
         )
         if self._settings.explore > 0:
             room.probe(self._memory.predictor.is_new(), ledger.seats > 0)
-        self._memory.token_s = room.mean(rates.token_s)
+        self._room = room
         onward = None
         if fleet.prefilling:
             legs, predictor = self._book.legs, self._memory.predictor

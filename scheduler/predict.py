@@ -109,10 +109,7 @@ class Predictor:
 
     def rates(self, decode_kv: Floats) -> Rates:
         """What prefilling costs on every slot now, given what decodes there."""
-        weighed = self._weighed
-        if weighed is None or weighed.weights is not self._regression.weights:
-            weighed, self._sped = self._weigh(), None
-        speed, pair_s = self._sped or self._speed_up(weighed.weights[2])
+        weighed, (speed, pair_s) = self._believed()
         decode_s = self._prior[3] * decode_kv
         rates = Rates(
             overhead_s=speed * (weighed.overhead_s + weighed.decode * decode_s),
@@ -122,6 +119,11 @@ class Predictor:
             pair_s=pair_s,
         )
         return self._guarded(rates, decode_s) if self.guard.is_on else rates
+
+    def refresh(self) -> None:
+        """Make out what the last lessons say, as the next who asks would."""
+        self._believed()
+        self._spread.refresh()
 
     def features(
         self, slot: int, *, tokens: float, pairs: float, decode_kv: float, start_s: float
@@ -259,6 +261,12 @@ class Predictor:
         log_ratio, covered = math.log(seen.seconds / then_s), seen.covered
         speed.judge(log_ratio, is_covered=covered[-1])
         self._spread.add(seen.start_s, log_ratio, covered)
+
+    def _believed(self) -> tuple[_Weighed, _Sped]:
+        weighed = self._weighed
+        if weighed is None or weighed.weights is not self._regression.weights:
+            weighed, self._sped = self._weigh(), None
+        return weighed, self._sped or self._speed_up(weighed.weights[2])
 
     def _weigh(self) -> _Weighed:
         overhead_s, token_s, _, _ = self._prior

@@ -55,11 +55,12 @@ class Spread:
 
     def ratios(self, start_s: float) -> tuple[float, ...]:
         """For each of `PARTS` the actual over the predicted seconds that this part of such requests does not exceed."""
-        at = _bucket(start_s)
-        told = self._told[at]
-        if told is None:
-            told = self._told[at] = self._ratios(at)
-        return told
+        return self._tell(_bucket(start_s))
+
+    def refresh(self) -> None:
+        """Make them out, as the next who asks would."""
+        for at in range(len(BANDS)):
+            self._tell(at)
 
     def odds(self, start_s: float, log_ratio: float) -> float:
         """The part of completions behind so many predicted seconds whose log(actual / predicted) is no more."""
@@ -82,6 +83,12 @@ class Spread:
             own = windows.get(f"correction:{i}", ())
             if len(own) == len(PARTS) and all(abs(one) <= CORRECTION_MAX for one in own):
                 self._corrections[i] = list(own)
+
+    def _tell(self, at: int) -> tuple[float, ...]:
+        told = self._told[at]
+        if told is None:
+            told = self._told[at] = self._ratios(at)
+        return told
 
     def _ratios(self, at: int) -> tuple[float, ...]:
         least, found = -math.inf, []

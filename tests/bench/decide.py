@@ -83,6 +83,7 @@ def flow(endpoints: int, rate: float, requests: int) -> dict[str, list[float]]:
                 ),
                 now,
             )
+            core.settle()
             took["learn"].append(time.perf_counter() - started)
         started = time.perf_counter()
         arrive(core, number, now, rng)
