@@ -96,6 +96,10 @@ class Pipe:
             async with asyncio.timeout(limit_s):
                 return await begun
         except TimeoutError:
+            if begun.done() and not begun.cancelled():
+                return (
+                    begun.result()
+                )  # in the very turn in which its time ran out: whoever is told first was told
             self.close()  # a frozen server's late replies would be the next asker's
             raise
 

@@ -1,6 +1,7 @@
 """Our own connection to a plain server: everybody gets the replies to what they asked, or learns that they will not."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -98,6 +99,19 @@ class TestPipe:
             await pipe.ask([("BLPOP", "nothing", "0.1")], limit_s=0.01)
 
         assert await ask(pipe, ("ECHO", "mine")) == [b"mine"]
+
+    async def test_a_reply_in_the_turn_of_its_limit_counts(self, pipe):
+        """It was told already to who is told first: to say then that nothing came would tell it twice, or never."""
+        await ask(pipe, ("PING",))
+        told = []
+        begun = pipe.begin([("ECHO", "late")], told.append)
+        waiting = asyncio.ensure_future(pipe.replies(begun, limit_s=0.01))
+        await asyncio.sleep(0)
+
+        time.sleep(0.1)  # noqa: ASYNC251  the loop is held up: reply and limit come in one turn
+
+        assert await waiting == [b"late"]
+        assert told == [[b"late"]]
 
     async def test_it_logs_in_and_selects(self, redis_url, pipe):
         """User, password and database of the URL hold for every new connection."""
