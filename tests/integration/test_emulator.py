@@ -268,6 +268,13 @@ class TestFaults:
 
         assert (status, "gremlin" in text) == (400, True)
 
+    async def test_a_sleep_of_no_depth_is_refused(self, server):
+        """As a pause of no mode; nobody falls asleep of it."""
+        status, text = await server.post("/sleep?level=x", {})
+
+        assert (status, "level is 'x'" in text) == (400, True)
+        assert '"is_sleeping":false' in (await server.get("/is_sleeping"))[1]
+
     async def test_faults_must_be_allowed(self):
         """Otherwise the route does not exist."""
         async with Emulator(EmulatorSettings()) as emulator, Client(emulator.url) as client:

@@ -53,7 +53,11 @@ class Controls:
         return json_reply(b'{"status":"resumed"}')
 
     async def _sleep(self, request: web.Request) -> web.Response:
-        level = int(request.query.get("level", "1"))
+        said = request.query.get("level", "1")
+        if said not in ("0", "1", "2"):
+            message = f"level is {said!r}, one of 0, 1, 2 wanted"
+            return json_reply(error_body(400, message, kind="BadRequestError"), status=400)
+        level = int(said)
         self._service.sleep(level)
         return json_reply(msgspec.json.encode({"status": "sleeping", "level": level}))
 
