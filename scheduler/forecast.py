@@ -5,7 +5,6 @@ answer to it comes: the features it was made from, the wait that stood before it
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import msgspec
 
@@ -63,7 +62,7 @@ def read(reward: Reward) -> Forecast | None:
 
 
 def held(
-    features: tuple[str, ...], predicted_s: float | None, seconds: float | None
+    features: Sequence[str], predicted_s: float | None, seconds: float | None
 ) -> Forecast | None:
     """What was said against what came of it; None where either is no sane measurement."""
     row = _parsed(features)
@@ -89,18 +88,14 @@ def measured_s(reward: Reward) -> float | None:
     return seconds
 
 
-def ratios(features: tuple[str, ...]) -> tuple[float, ...]:
+def ratios(features: Sequence[str]) -> tuple[float, ...]:
     """The two quantiles alone, for people; empty where the features do not say them."""
     row = _parsed(features)
     return () if row is None else tuple(row[-len(PARTS) :])
 
 
-@lru_cache(maxsize=1024)
-def _parsed(features: tuple[str, ...]) -> list[float] | None:
-    """All as a row, never written to; None unless all are there as they were sent, each a sane number.
-
-    Remembered for a turn: who counts asks for the same as who learns.
-    """
+def _parsed(features: Sequence[str]) -> list[float] | None:
+    """All as a row; None unless all are there as they were sent, each a sane number."""
     named = zip(features, _PREFIXES, strict=True)
     try:
         row = [float(feature.removeprefix(prefix)) for feature, prefix in named]
