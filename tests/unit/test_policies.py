@@ -51,9 +51,22 @@ def test_edf_takes_the_earliest_due():
 
 def test_a_level_of_priority_is_worth_a_band():
     """Two levels, two bands: no wall."""
-    urgency = Urgency(band_s=5.0)
+    urgency = Urgency(band_s=5.0, head_start=0.0)
 
     assert urgency.rank(enqueued_at=0.0, due_at=20.0, priority=2, work_s=0.1) == 10.0
+
+
+def test_who_takes_most_of_its_promise_goes_ahead():
+    """3 of 5 s come before who is due 1.5 s sooner and takes little; with a minute to spare it is due when it is due."""
+    urgency = Urgency()
+
+    def rank(promised_s, work_s):
+        return urgency.rank(enqueued_at=0.0, due_at=promised_s, priority=0, work_s=work_s)
+
+    assert rank(5.0, 3.0) < rank(3.5, 0.1)
+    assert rank(60.0, 3.0) > 59.0
+    assert rank(5.0, 1e9) == rank(5.0, 5.0), "a hopeless one goes no further ahead"
+    assert Urgency(head_start=0.0).rank(enqueued_at=0.0, due_at=5.0, priority=0, work_s=3.0) == 5.0
 
 
 def test_fcfs_asks_the_plan_for_nothing():

@@ -76,6 +76,7 @@ class Plan(_Core, frozen=True, tag="plan"):
     odds_min: float = Urgency().odds_min
     price: float = Urgency().price
     stretch: float = Urgency().stretch
+    head_start: float = Urgency().head_start
     aside_share: float = Urgency().aside_share
 
     def order(self) -> CorePolicy:
@@ -83,6 +84,7 @@ class Plan(_Core, frozen=True, tag="plan"):
             odds_min=self.odds_min,
             price=self.price,
             stretch=self.stretch,
+            head_start=self.head_start,
             aside_share=self.aside_share,
         )
 
