@@ -33,7 +33,9 @@ def capacity(
     rate: Annotated[
         float | None,
         typer.Option(
-            help="Find the smallest fleet for this rate: the given one, scaled in proportion."
+            min=lab.LEAST,
+            max=lab.MOST,
+            help="Find the smallest fleet for this rate: the given one, scaled in proportion.",
         ),
     ] = None,
     seeds: lab.SeedsOption = 3,
@@ -45,6 +47,9 @@ def capacity(
     jobs: lab.JobsOption = None,
 ) -> None:
     """The highest rate that keeps promises, or with --rate the smallest fleet for it."""
+    shares = lab.numbers(keep, "keep")
+    if max(shares) > 1:
+        raise typer.BadParameter(f"keep is {keep!r}, wanted shares of at most 1")
     stage = lab.stage(
         trace,
         fleet,
@@ -55,7 +60,6 @@ def capacity(
         prompt_max=prompt_max,
         output_scale=output_scale,
     )
-    shares = lab.numbers(keep, "keep")
     table = Table("policy", "on time", "requests a second" if rate is None else "endpoints")
     for name in lab.labels(policy):
         for share in shares:

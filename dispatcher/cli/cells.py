@@ -71,7 +71,10 @@ def run(
     chosen = _chosen(names, file)
     labels = None if policies is None else lab.labels(policies)
     loads = None if load is None else lab.numbers(load, "load")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot write {str(out)!r}: {error.strerror}") from None
     for name, cell in chosen.items():
         wanted = structs.replace(
             cell,

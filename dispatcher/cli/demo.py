@@ -1,6 +1,7 @@
 """`headgate demo`: the whole system on this machine, under a load it can just carry, shown while it happens."""
 
 import asyncio
+import contextlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dispatcher import demo as demos
-from dispatcher.cli import output
+from dispatcher.cli import download, output
 from dispatcher.cli.output import seconds
 from dispatcher.cli.status import share
 from dispatcher.cli.up import fleet
@@ -69,12 +70,19 @@ async def demo(
     duration_s: Annotated[
         float, typer.Option("--seconds", min=5, max=60, help="Of arrivals, by the wall.")
     ] = 35.0,
-    load: Annotated[float, typer.Option(help="Part of the fleet's capacity.")] = LOAD,
-    rate: Annotated[float | None, typer.Option(help="Requests a second instead.")] = None,
+    load: Annotated[
+        float, typer.Option(min=0.001, max=100, help="Part of the fleet's capacity.")
+    ] = LOAD,
+    rate: Annotated[
+        float | None, typer.Option(min=0.01, max=100_000, help="Requests a second instead.")
+    ] = None,
     endpoints: Annotated[int, typer.Option(min=1, help="Emulated engines.")] = 4,
     profiles: Annotated[str, typer.Option(metavar="A,B,...")] = ",".join(PROFILES),
     time_scale: Annotated[
-        float, typer.Option(help="Arrivals and engines, times faster than the wall clock.")
+        float,
+        typer.Option(
+            min=0.001, max=1000, help="Arrivals and engines, times faster than the wall clock."
+        ),
     ] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     svg: Annotated[Path | None, typer.Option(help="The last picture as a file.")] = None,
@@ -85,9 +93,11 @@ async def demo(
     arrivals, what = _chosen(
         hardware, trace, duration_s=duration_s * time_scale, load=load, rate=rate, seed=seed
     )
-    output.talk(what)
     wanted = Wanted(profiles=hardware, time_scale=time_scale, seed=seed, jitter=JITTER)
-    with tempfile.TemporaryDirectory(prefix="headgate-demo-") as scratch:
+    with contextlib.ExitStack() as open_:
+        drawing = open_.enter_context(download.replacing(svg)) if svg is not None else None
+        output.talk(what)
+        scratch = open_.enter_context(tempfile.TemporaryDirectory(prefix="headgate-demo-"))
         # A private Redis and pool, also where the settings name one: a demo must not touch what runs.
         alone = msgspec.structs.replace(
             settings, pool="demo", redis=msgspec.structs.replace(settings.redis, url="")
@@ -98,12 +108,12 @@ async def demo(
             output.talk(f"ready: {len(running.endpoints)} endpoints, redis {running.redis}")
             play = Demo(client, arrivals, model=running.models[0], time_scale=time_scale)
             report = await _shown(play)
+        if drawing is not None:
+            drawing.write(_drawn(report).encode())
     if as_json:
         output.json_line(report)
     else:
         output.console().print(picture(report))
-    if svg is not None:
-        _draw(report, svg)
     judge(report)
 
 
@@ -251,8 +261,8 @@ def _cells(spread: Spread | None) -> tuple[str, str, str, str]:
     )
 
 
-def _draw(report: Report, path: Path) -> None:
+def _drawn(report: Report) -> str:
     with Path("/dev/null").open("w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=120, file=nowhere)
         console.print(picture(report))
-        console.save_svg(str(path), title="headgate demo")
+        return console.export_svg(title="headgate demo")

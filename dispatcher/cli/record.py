@@ -8,7 +8,7 @@ import typer
 from dispatcher import node
 from dispatcher.cli import download, output, recordings
 from dispatcher.client import Client
-from scheduler.settings import Settings
+from scheduler.settings import LONG_S, Settings
 
 app = typer.Typer()
 
@@ -19,7 +19,10 @@ async def record(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
     *,
     last: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Only so far back; else all there is.")
+        float | None,
+        typer.Option(
+            metavar="SECONDS", min=0, max=LONG_S, help="Only so far back; else all there is."
+        ),
     ] = None,
 ) -> None:
     """Copy a pool's streams into a recording, to ask later what others would have done.

@@ -415,6 +415,37 @@ class TestCommands:
         assert ran.stderr.splitlines()[-1].startswith(wanted)
         assert "Traceback" not in ran.stderr
 
+    @pytest.mark.parametrize(
+        ("words", "wanted"),
+        [
+            (["demo", "--load", "nan"], "less than or equal to 100"),
+            (["demo", "--rate", "-1"], "greater than or equal to 0.01"),
+            (["record", "x", "--last", "inf"], "less than or equal to 1000000000"),
+            (["capacity", "--trace", "x", "--rate", "-1"], "greater than or equal to"),
+            (["capacity", "--trace", "x", "--keep", "2"], "shares of at most 1"),
+            (["worker", "--metrics-port", "-1"], "greater than or equal to 0"),
+        ],
+    )
+    def test_a_number_of_no_use(self, words, wanted):
+        """It is refused as a wrong option, before anything starts."""
+        ran = subprocess.run(
+            [HEADGATE, *words], capture_output=True, text=True, check=False, env=ENVIRON
+        )
+
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert wanted in " ".join(ran.stderr.replace("│", " ").split())
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            pytest.param(["demo", "--svg", "/proc/nobody/x.svg"], id="demo"),
+            pytest.param(["cells", "run", "K3-small", "--out", "/proc/nobody/x"], id="cells"),
+        ],
+    )
+    def test_a_result_that_cannot_be_written(self, words):
+        """It is said before the run, not after it."""
+        assert "cannot write '/proc/nobody/x" in refused(*words)
+
     def test_a_directory_that_another_up_holds(self, system):
         """Two of them would write one log, and take each other's endpoints away for good."""
         said = refused("up", "--emulate", "1", "--directory", system["logs"])

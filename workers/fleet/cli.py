@@ -85,6 +85,8 @@ def up(
     except msgspec.ValidationError as error:
         raise SettingsError(str(error)) from error
     hardware = [*in_turn(count, profiles), *[""] * compute]
+    if not hardware:
+        raise SettingsError("N is 0, wanted at least one server, here or with --compute")
     return _up(settings, hardware, stays=stay, as_json=as_json)
 
 
