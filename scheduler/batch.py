@@ -181,6 +181,8 @@ class _Load:
         "Of those who were promised a pace: context, what remains, the promise, and how far they are ahead of it."
         self._columns: Floats | None = None
         "The same as columns; None: somebody has joined since."
+        self._stays = [(one.context_tokens, one.remaining_tokens) for one in running]
+        "Of all: context, and what remains."
         for one in running:
             self.prefill_tokens += one.prefill_tokens
             self._read += one.context_tokens
@@ -191,17 +193,28 @@ class _Load:
 
     def can_join(self, one: Candidate, now: float) -> bool:
         """Whether every promise that can hold at all still holds with this one in the batch."""
-        batch = self.batch + 1
-        # Contexts grow while the newcomer decodes; half of what it will say is the mean of that.
-        read = self._read + one.prompt_tokens + batch * one.output_tokens / 2
         allowed_s = min(self._limits.step_s, self._own_s(one, now), self._members_s(one))
-        return read <= kv_budget(allowed_s, batch, self._law)
+        if allowed_s == math.inf:
+            return True
+        return self._read_beside(one) <= kv_budget(allowed_s, self.batch + 1, self._law)
+
+    def _read_beside(self, one: Candidate) -> float:
+        """KV tokens that a step reads with the newcomer: now, or in the mean over its stay if that is more.
+
+        Contexts grow while it decodes, until their answers end; who takes those places is judged when he comes.
+        """
+        context, remaining = np.array(self._stays, dtype=np.float64).reshape(-1, 2).T
+        stay = max(one.output_tokens, 1.0)
+        beside = np.minimum(remaining, stay)
+        mean = float(((context + beside / 2) * beside).sum()) / stay + stay / 2
+        return one.prompt_tokens + max(self._read, mean)
 
     def join(self, one: Candidate, now: float) -> None:
         is_bound = one.tpot_s < math.inf and is_feasible(one, self.prefill_tokens, self._law, now)
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
         self._read += one.prompt_tokens
+        self._stays.append((one.prompt_tokens, one.output_tokens))
         if is_bound:
             self._promised.append((one.prompt_tokens, one.output_tokens, one.tpot_s, 0.0))
             self._columns = None

@@ -23,7 +23,7 @@ class Fleet:
         self.by_slot: list[Endpoint | None] = []
         self.names: tuple[str, ...] = ()
         "The same by name; empty where nobody is."
-        self._limits: Floats = np.zeros((4, 0))
+        self._limits: Floats = np.zeros((5, 0))
         self._name_rows()
         self._barriers: dict[str, Floats] = {}
         self._longest: dict[str, float | None] = {}
@@ -53,7 +53,7 @@ class Fleet:
         slot = self.by_slot.index(None) if None in self.by_slot else len(self.by_slot)
         if slot == len(self.by_slot):
             self.by_slot.append(None)
-            self._limits = np.column_stack([self._limits, np.zeros(4)])
+            self._limits = np.column_stack([self._limits, np.zeros(5)])
             self._name_rows()
         endpoint = Endpoint(name=beat.endpoint, slot=slot, beat=beat, seen_at=now, held={})
         self.endpoints[endpoint.name] = endpoint
@@ -65,6 +65,7 @@ class Fleet:
         """Take over what it says of itself."""
         before, endpoint.beat = endpoint.beat, beat
         endpoint.seen_at = now
+        self.kv_used[endpoint.slot] = min(1.0, max(0.0, beat.kv_usage)) * max(0, beat.kv_tokens)
         endpoint.away_at = None if beat.state != "away" else endpoint.away_at or now
         if before is not beat and _terms(before) == _terms(beat):
             return  # most beats say nothing that eligibility follows from
@@ -93,7 +94,7 @@ class Fleet:
         )
         del self.endpoints[endpoint.name]
         self._seat(endpoint.slot, None)
-        self._limits[:, endpoint.slot] = 0.0, 0.0, 0.0, np.inf
+        self._limits[:, endpoint.slot] = 0.0, 0.0, 0.0, np.inf, 0.0
         self.prefilling.pop(endpoint.name, None)
         self._forget()
 
@@ -131,10 +132,10 @@ class Fleet:
         self.names = tuple([e.name if e else "" for e in self.by_slot])
 
     def _name_rows(self) -> None:
-        self.seats_max, self.kv_max, self.length_max, self.ready_s = self._limits
+        self.seats_max, self.kv_max, self.length_max, self.ready_s, self.kv_used = self._limits
         """
-        Of each slot: its engine's seats and KV tokens, the longest context it serves (both `inf` where unknown), and
-        0 where it takes work, `inf` where not.
+        Of each slot: its engine's seats and KV tokens, the longest context it serves (both `inf` where unknown), 0
+        where it takes work, `inf` where not, and the KV tokens in use when the engine was last asked (0: it never was).
         """
 
     def _all(self) -> Iterable[Endpoint]:

@@ -199,10 +199,10 @@ class Planner:
             if not idle.any():
                 return
             offer = self.offers.of(ticket)
-            worthy = self.worth.allows(offer, idle, part=self.settings.late_worth)
-            if worthy is not None:
-                idle &= worthy
             total_s = np.where(idle, self.offers.total_s(offer), np.inf)
+            worthy = self.worth.allows(offer, total_s, part=self.settings.late_worth)
+            if worthy is not None:
+                total_s = np.where(worthy, total_s, np.inf)
             slot = int(total_s.argmin())
             if total_s[slot] == math.inf:
                 return
@@ -228,7 +228,7 @@ class Planner:
         best = int(total_s.argmin())
         if total_s[best] == math.inf:
             return
-        worthy = self.worth.allows(offer)
+        worthy = self.worth.allows(offer, total_s)
         if worthy is not None and not worthy.all():
             worthy_s = np.where(worthy, total_s, np.inf)
             kept_slot = int(worthy_s.argmin())
@@ -251,7 +251,7 @@ class Planner:
             self._wait_for_room(offer)
             return
         can_make_it = self._can_make_it(offer, total_s, best)
-        worthy = self.worth.allows(offer)
+        worthy = self.worth.allows(offer, total_s)
         if worthy is not None and not worthy[worthy.argmin()]:
             worthy_s = np.where(worthy, total_s, np.inf)
             kept = int(worthy_s.argmin())

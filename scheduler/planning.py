@@ -148,11 +148,15 @@ class Planning:
     def _planner(self, wanted_s: Floats) -> Planner:
         ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now
         rates = self._memory.predictor.rates(ledger.decode_kv)
+        # Answers longer than expected take more than the ledger gave away: then the engine knows better what is left,
+        # but for what has come since.
+        coming = ledger.read_kv - ledger.decode_kv
+        kv_given = np.maximum(ledger.kv, fleet.kv_used + coming)
         room = Room(
             rates=rates,
             backlog=ledger.backlog(rates, now),
             seats=fleet.seats_max - ledger.seats,
-            kv=fleet.kv_max - ledger.kv,
+            kv=fleet.kv_max - kv_given,
             kv_max=fleet.kv_max,
             pins=ledger.pins,
             decodes=Decodes(

@@ -89,26 +89,26 @@ class Worth:
         """Seconds per token that nobody falls below, even alone on the quickest."""
         return float(self._room.decodes.load.alone_s.min())
 
-    def allows(
-        self, offer: Offer, candidates: Bools | None = None, *, part: float = 1.0
-    ) -> Bools | None:
+    def allows(self, offer: Offer, total_s: Floats, *, part: float = 1.0) -> Bools | None:
         """Where it gains more than it breaks, and nearly as much as anywhere; None: nobody asks, or everywhere.
 
-        The earliest first token decides among them. A profile says so itself of these candidates, or of all.
-        `part` is what is left of its own gain.
+        The earliest first token decides among them. A profile says so itself.
+
+        Args:
+            offer: what is to be put somewhere.
+            total_s: seconds to its first token; `inf` where it cannot go now. A better pace where that would be late is
+                none, if there is a place where it would not.
+            part: what is left of its own gain.
         """
+        candidates = total_s < math.inf
         if self._casting is not None:
-            open_ = self._offers.total_s(offer) < math.inf
-            return self._casting.wishes(offer, open_ if candidates is None else open_ & candidates)
+            return self._casting.wishes(offer, candidates)
         value = self.of(offer, part)
         if value is None:
             return None
-        at = value.argmax()
-        best = value.item(at)
-        if offer.service_s[at] == math.inf:
-            may_go = offer.service_s < math.inf
-            best = float(np.maximum.reduce(value, where=may_go, initial=0.0))
-        least = max(best, 0.0) - PACE_TIE
+        in_time = total_s <= offer.ticket.due_at - self._now
+        value[~(in_time & candidates if in_time.any() else candidates)] = 0.0
+        least = value.item(value.argmax()) - PACE_TIE
         if value[value.argmin()] > max(least, 0.0):
             return None
         worthy: Bools = (value > 0) & (value >= least)

@@ -98,15 +98,19 @@ class PrefixAffinity(Filter, frozen=True, tag="prefix-cache-affinity-filter"):
 
 
 class Pace(Filter, frozen=True, tag="pace-filter"):
-    """Endpoints where it keeps more promises per token than it breaks, and nearly as many as anywhere."""
+    """Endpoints where it keeps more promises per token than it breaks, and nearly as many as at the best of them."""
 
     is_wish: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = (WORTH,)
+    needs: ClassVar[tuple[str, ...]] = (WORTH, LATENCY)
 
-    def keep(self, scene: Scene, candidates: Bools) -> Bools:  # noqa: ARG002
-        """Against the best of all that it may go to, now or later: one that is worth more is worth waiting for."""
+    def keep(self, scene: Scene, candidates: Bools) -> Bools:
+        """Of those with room now, and of those in time if any is: no better pace is waited for into lateness."""
         worth = scene.data[WORTH]
-        kept: Bools = (worth > 0) & (worth >= worth[scene.eligible].max(initial=0.0) - WORTH_TIE)
+        in_time = candidates & (scene.data[LATENCY] <= scene.left_s)
+        if in_time.any():
+            candidates = in_time
+        least = worth[candidates].max(initial=0.0) - WORTH_TIE
+        kept: Bools = candidates & (worth > 0) & (worth >= least)
         return kept
 
 

@@ -66,7 +66,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     "Jobs the worker holds and has not yet admitted."
 
     kv_usage: float = 0.0
-    "0 to 1, as scraped."
+    "0 to 1, as scraped: no more of its KV is given away than this leaves, whatever was expected."
 
     step_s: float = 0.0
     "Decode step time as the worker measures it now; 0: nothing decoding."

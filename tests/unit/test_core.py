@@ -464,6 +464,21 @@ class TestFleet:
 
         assert [c.job.id for c in pool.decide()] == ["b"]
 
+    def test_no_more_kv_is_given_away_than_the_engine_has_left(self):
+        """Who says more than was expected fills it: the account has room, the engine has not, and so it waits."""
+        pool = Pool()
+        pool.beat(kv_tokens=10_000)
+        pool.ask("long", prompt_tokens=1000)
+        [first] = pool.decide()
+        told = f"long:{first.job.attempt}"
+        pool.beat(kv_tokens=10_000, started=(told,), first_tokens=(f"{told}:50",), kv_usage=0.95)
+
+        pool.ask("next", prompt_tokens=1000)
+        assert pool.decide() == []
+
+        pool.beat(kv_tokens=10_000, kv_usage=0.2)
+        assert [command.job.id for command in pool.decide()] == ["next"]
+
     def test_a_large_request_is_not_starved_by_small_ones(self):
         """KV for it is never free while small ones keep coming: its endpoint is kept from them until it fits."""
         pool = Pool(policy=Fcfs())

@@ -59,6 +59,22 @@ class TestPromises:
         assert admit([member(tpot_s=0.02)], [newcomer], law, EXACT, now=0.0) == []
         assert admit([member(tpot_s=0.02, banked_s=2.0)], [newcomer], law, EXACT, now=0.0) == [0]
 
+    @pytest.mark.parametrize(
+        ("remaining", "n_joined"),
+        [
+            pytest.param(10.0, 1, id="they leave before they grow"),
+            pytest.param(1000.0, 0, id="they grow as long as it decodes"),
+        ],
+    )
+    def test_members_grow_until_they_leave(self, remaining, n_joined):
+        """A thousand tokens more each would be too many for the promise, and who leaves soon says no thousand."""
+        running = [
+            Member(context_tokens=1000, remaining_tokens=remaining, tpot_s=0.014) for _ in range(2)
+        ]
+        newcomer = held(output=1000.0, tpot_s=0.014)
+
+        assert len(admit(running, [newcomer], LAW, EXACT, now=0.0)) == n_joined
+
     def test_the_margin_is_kept_back(self):
         """A tenth held back of a 15 ms promise leaves room for three thousand tokens of five."""
         chosen = admit([], [held(tpot_s=0.0151)] * 9, LAW, Limits(margin=0.1), now=0.0)

@@ -372,6 +372,33 @@ class TestPace:
         assert served(made) == [("r", 1)]
         assert made.choices[0].line.tpot_s == 0.05
 
+    @pytest.mark.parametrize(
+        ("due_at", "slot"),
+        [
+            pytest.param(0.4, 0, id="the better pace begins too late"),
+            pytest.param(math.inf, 1, id="it may come when it likes"),
+        ],
+    )
+    def test_no_better_pace_is_waited_for_into_lateness(self, due_at, slot):
+        """A place that gains more is none where the first token would be late and here it would not."""
+        made = decoding([10.0, 0.0], [0.03, 0.02])
+        made.room.start_s[1] = made.room.open_s[1] = 0.5
+        one = paced("r")
+        one.due_at, one.output_tokens = due_at, 24
+
+        made.serve([one])
+
+        assert served(made) == [("r", slot)]
+
+    def test_a_better_pace_where_there_is_no_room_is_none(self):
+        """Who gains most on an endpoint without a seat goes where there is one."""
+        made = decoding([10.0, 0.0], [0.03, 0.02])
+        made.room.shut(1)
+
+        made.serve([paced("r")])
+
+        assert served(made) == [("r", 0)]
+
     def test_nobody_is_put_where_it_would_break_more_than_it_gains(self):
         """Forty members at the edge of their promise: one more waits; it is not set aside."""
         made = decoding([40.0, 40.0], [0.05, 0.05])

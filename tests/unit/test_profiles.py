@@ -103,11 +103,23 @@ class TestFilters:
         assert kept(InTime(), scene(left_s=2.0, **seconds)) == [1, 1, 0, 0]
         assert kept(InTime(), scene(left_s=0.5, **seconds)) == [1, 0, 0, 0]
 
-    def test_pace_wants_the_best_even_where_it_is_full(self):
-        """A place worth much more is worth waiting for."""
-        seen = structs.replace(scene(), data={"pace-worth": np.array([0.9, 0.85, 0.2, -0.1])})
+    @pytest.mark.parametrize(
+        ("left_s", "expected"),
+        [
+            pytest.param(math.inf, [0, 1, 1, 0], id="the best of those with room"),
+            pytest.param(2.0, [0, 0, 0, 1], id="and in time"),
+            pytest.param(0.1, [0, 1, 1, 0], id="whose first token is late everywhere loses no more"),
+        ],
+    )
+    def test_no_better_pace_is_waited_for(self, left_s, expected):
+        """Not where it is full, and not where the first token would be late while elsewhere it would not."""
+        data = {
+            "pace-worth": np.array([1.9, 0.85, 0.8, 0.1]),
+            "predicted-latency": np.array([0.5, 3.0, 4.0, 1.0]),
+        }
+        seen = structs.replace(scene(), left_s=left_s, data=data)
 
-        assert kept(Pace(), seen, np.array([False, True, True, True])) == [1, 1, 0, 0]
+        assert kept(Pace(), seen, np.array([False, True, True, True])) == expected
 
 
 class TestScorers:
