@@ -3,6 +3,8 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 import tomlkit
@@ -14,23 +16,31 @@ from scheduler.settings import RedisSettings, Settings
 app = typer.Typer()
 
 MASK = "***"
-WRAP_COLUMNS = 98
+WRAP_COLUMNS = 118
 
 
 @app.command()
 def settings(settings: Settings) -> None:
     """Every setting as it stands here, with what it means, as TOML."""
-    typer.echo(effective_toml(settings), nl=False)
+    from dispatcher import node  # noqa: PLC0415  the core, which nothing else here needs
+
+    core = node.core_settings(settings)
+    shown = effective_toml(settings, {"policy": core.policy, "plan": core.plan})
+    typer.echo(shown, nl=False)
 
 
-def effective_toml(settings: Settings) -> str:
+def effective_toml(settings: Settings, tables: Mapping[str, msgspec.Struct] | None = None) -> str:
     """The settings as TOML: each field under its docstring, passwords masked.
 
     Reading it back gives the same settings, but for a masked password: that line is a comment, because the
     file must not hold one.
+
+    Args:
+        settings: all of them.
+        tables: what the tables of the core's own mean that stand in the settings as they were written.
     """
     document = tomlkit.document()
-    _fill(document, settings)
+    _fill(document, settings, tables or {})
     return tomlkit.dumps(document).lstrip("\n")
 
 
@@ -53,10 +63,14 @@ def field_docs(struct: type[msgspec.Struct]) -> dict[str, str]:
     return docs
 
 
-def _fill(table: Table | tomlkit.TOMLDocument, struct: msgspec.Struct) -> None:
+def _fill(
+    table: Table | tomlkit.TOMLDocument,
+    struct: msgspec.Struct,
+    tables: Mapping[str, msgspec.Struct] = MappingProxyType({}),
+) -> None:
     """Plain fields first: TOML gives whatever follows a table's head to that table."""
     docs = field_docs(type(struct))
-    fields = {name: getattr(struct, name) for name in struct.__struct_fields__}
+    fields = {name: getattr(struct, name) for name in struct.__struct_fields__} | dict(tables)
     config = struct.__struct_config__
     if config.tag_field:
         table.add(config.tag_field, config.tag)

@@ -6,7 +6,7 @@ import sys
 import msgspec
 import pytest
 
-from dispatcher import given
+from dispatcher import given, node
 from dispatcher.cli.settings import effective_toml, field_docs
 from dispatcher.given import Given
 from scheduler import settings as sections
@@ -187,6 +187,19 @@ class TestPrinted:
         )
 
         assert parse(effective_toml(settings), {}) == settings
+
+    def test_the_tables_of_the_core_are_spelt_out(self):
+        """What was not said stands there too, with what it means; and read back it is the same core."""
+        settings = parse("[plan]\nfill = 0.2\n[policy]\nname = 'urgency'\nprice = 0.25", {})
+        core = node.core_settings(settings)
+
+        printed = effective_toml(settings, {"policy": core.policy, "plan": core.plan})
+
+        assert node.core_settings(parse(printed, {})) == core
+        for struct in (core.plan, core.policy):
+            for name, doc in field_docs(type(struct)).items():
+                assert f"\n{name} = {getattr(struct, name)}" in printed
+                assert doc.split(".")[0][:60] in printed
 
     def test_never_prints_a_password(self):
         """Neither the password field nor one inside the URL; and what is printed is still readable."""
