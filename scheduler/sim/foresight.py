@@ -7,7 +7,7 @@ A class means as many tokens as its members' median, which a service knows from 
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from msgspec import structs
@@ -15,7 +15,6 @@ from msgspec import structs
 from scheduler.sim.workload import Arrival, Workload
 
 Lengths = Literal["unknown", "predicted", "known"]
-LENGTHS: tuple[str, ...] = get_args(Lengths)
 
 SEED = 0
 "Of the errors: every policy and every run meets the same guesses."

@@ -112,18 +112,13 @@ class BlockPool:
         holders, idle = self._holders, self._idle
         for key in reversed(held):
             if key == ANONYMOUS:
-                self._append_anonymous(1)
+                self._append_anonymous()
                 continue
             n_holders = holders[key] - 1
             holders[key] = n_holders
             if n_holders == 0:
                 idle[key] = 1
                 self.free += 1
-
-    def release_anonymous(self, n_blocks: int) -> None:
-        """Put blocks back that never got a key: a request's unsealed tail."""
-        if n_blocks:
-            self._append_anonymous(n_blocks)
 
     def reset(self) -> bool:
         """Forget every cached block; refused, as in vLLM, while any block is held."""
@@ -134,11 +129,11 @@ class BlockPool:
         self._next_run -= 1
         return True
 
-    def _append_anonymous(self, n_blocks: int) -> None:
-        self.free += n_blocks
+    def _append_anonymous(self) -> None:
+        self.free += 1
         last = next(reversed(self._idle), 0)
         if last < 0:
-            self._idle[last] += n_blocks
+            self._idle[last] += 1
             return
-        self._idle[self._next_run] = n_blocks
+        self._idle[self._next_run] = 1
         self._next_run -= 1

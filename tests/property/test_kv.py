@@ -83,11 +83,6 @@ class PoolMachine(RuleBasedStateMachine):
         """Any request may end first."""
         index = data.draw(st.integers(0, len(self.requests) - 1))
         held, blocks = self.requests.pop(index)
-        n_tail = 0
-        while data.draw(st.booleans()) and held and held[-1] == ANONYMOUS:
-            held.pop()
-            n_tail += 1
-        self.pool.release_anonymous(n_tail)
         self.pool.release(held)
         self.plain.release(blocks)
 
