@@ -18,7 +18,7 @@ from dispatcher.delivery import Delivery, wait_out
 from dispatcher.intake import Intake, Unreadable
 from dispatcher.journal import Core
 from dispatcher.metrics import Meter
-from dispatcher.moves import Move, Moves
+from dispatcher.moves import Move, Moves, whose
 from dispatcher.recovery import FORMAT, Recovery, Saved
 from dispatcher.streams.connection import Begun, Connection, Read
 from scheduler.errors import FencedError, StreamError
@@ -324,7 +324,7 @@ class Loop:
                     [self._moves.refuse(subject, self._connection.now(), own_id=True)]
                 )
                 continue
-            request_id, entry = _whose(subject)
+            request_id, entry = whose(subject)
             reason = f"redis refused to {move.call.function} it"
             self._receive([Refused(id=request_id, entry=entry, reason=reason)])
             self._meter.refusals[move.call.function] += 1
@@ -400,16 +400,3 @@ def _say(command: Command) -> None:
             )
         case _:
             pass
-
-
-def _whose(subject: Arrived | Assign | Reclaim | Finish | Forget | None) -> tuple[str, str]:
-    match subject:
-        case Arrived():
-            return subject.request.id, subject.entry
-        case Assign():
-            return subject.job.id, subject.job.entry
-        case Reclaim() | Forget():
-            return subject.id, subject.entry
-        case Finish():
-            return subject.result.id, subject.entry
-    raise AssertionError(f"nobody is behind {subject!r}")

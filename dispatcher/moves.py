@@ -147,6 +147,20 @@ class Moves:
         )
 
 
+def whose(subject: Subject) -> tuple[str, str]:
+    """The request that somebody is behind, and its entry."""
+    match subject:
+        case Arrived():
+            return subject.request.id, subject.entry
+        case Assign():
+            return subject.job.id, subject.job.entry
+        case Reclaim() | Forget():
+            return subject.id, subject.entry
+        case Finish():
+            return subject.result.id, subject.entry
+    raise AssertionError(f"nobody is behind {subject!r}")
+
+
 def _parts(decisions: Sequence[Decision], size: int) -> Iterator[Sequence[Decision]]:
     for at in range(0, len(decisions), size):
         yield decisions[at : at + size]
