@@ -118,7 +118,8 @@ def _variables(environ: Mapping[str, str]) -> Iterable[tuple[tuple[str, ...], ob
     """Path and value of each variable that is a setting, in the order of their names.
 
     An unknown name with a single `_` is left alone: Kubernetes sets HEADGATE_SERVICE_HOST and its like for a
-    Service of our name. One with `__` can only be meant for us, and is checked like a line of the file.
+    Service of our name, and for one called headgate-door HEADGATE_DOOR_PORT to `tcp://…`, which is no port. One with
+    `__` can only be meant for us, and is checked like a line of the file.
     """
     known = {"_".join(path).upper(): path for path in _paths(Settings)}
     for name in sorted(environ):
@@ -127,7 +128,7 @@ def _variables(environ: Mapping[str, str]) -> Iterable[tuple[tuple[str, ...], ob
             continue
         if "__" in rest:
             path = tuple(part.lower() for part in rest.split("__"))
-        elif rest in known:
+        elif rest in known and not (rest.endswith("_PORT") and "://" in environ[name]):
             path = known[rest]
         else:
             continue

@@ -55,11 +55,15 @@ class TestParse:
         assert found.objectives == {"chat": Objective(ttft_ms=500.0, priority=2)}
 
     def test_kubernetes_service_variables_are_not_ours(self):
-        """A Service called headgate sets these in every pod of its namespace."""
-        assert (
-            parse("", {"HEADGATE_SERVICE_HOST": "10.0.0.1", "HEADGATE_PORT": "tcp://x"})
-            == Settings()
-        )
+        """A Service called headgate, or headgate-door, sets these in every pod of its namespace."""
+        links = {
+            "HEADGATE_SERVICE_HOST": "10.0.0.1",
+            "HEADGATE_PORT": "tcp://10.0.0.1:80",
+            "HEADGATE_DOOR_PORT": "tcp://10.0.0.1:80",
+        }
+
+        assert parse("", links) == Settings()
+        assert parse("", {"HEADGATE_DOOR_PORT": "81"}).door.port == 81
 
     @pytest.mark.parametrize(
         ("text", "environ", "message"),
