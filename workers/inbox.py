@@ -199,7 +199,9 @@ class Inbox:
             try:
                 job = codec.decode(Job, fields)
             except WireError as error:
-                odd.extend(self._odd(entry, fields, str(error)))
+                named = self._odd(entry, fields, str(error))
+                odd.extend(named)
+                done.extend([] if named else [entry])  # nobody's: no drain would ever end for it
                 continue
             if job.epoch < epoch:
                 done.append(entry)

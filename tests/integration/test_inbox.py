@@ -95,6 +95,21 @@ async def test_what_was_in_a_lost_reply_is_read_again(redis, pool):
     assert inbox.read_at is None or inbox.read_at <= int(entry.partition("-")[0]) / 1e3
 
 
+async def test_what_names_no_job_does_not_stay(redis, pool):
+    """Nobody could end it: the endpoint would never be empty, and a drain wait for ever."""
+    keys = Keys("hg", pool)
+    inbox = Inbox(redis, keys, "e0", "w0")
+    await inbox.open()
+    await redis.add(keys.jobs("e0"), {"by": "hand"})
+
+    await inbox.read(10)
+    arrivals = await inbox.take(1, lambda *_: None, lambda *_: False)
+
+    assert arrivals == []
+    assert await redis.command("XLEN", keys.jobs("e0")) == 0
+    assert await redis.oldest_pending(keys.jobs("e0"), WORKER_GROUP) == ""
+
+
 async def test_how_far_it_has_read_goes_on_while_nothing_comes(redis, pool):
     """Each empty wait says that there was nothing; a job says when it was written."""
     keys = Keys("hg", pool)
