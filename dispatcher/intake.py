@@ -3,6 +3,8 @@
 Pure: entries in, facts out. Nothing is dropped: every entry comes out as an event or as `Unreadable`.
 """
 
+from typing import get_args
+
 import msgspec
 
 from dispatcher.streams.connection import Entry
@@ -12,11 +14,14 @@ from scheduler.events import Arrived, Event, Finish
 from scheduler.keys import Keys
 from scheduler.wire.client import Control, Request
 from scheduler.wire.dispatcher import Dead
-from scheduler.wire.words import ENDPOINT_PATTERN, ID_PATTERN
+from scheduler.wire.words import ENDPOINT_PATTERN, ID_PATTERN, Outcome
 from scheduler.wire.worker import Beat, Result, Reward
 
 FIELDS_KEPT = 128
 "Of an entry that cannot be read, so many fields go to `dead`; more could not pass through one XADD in Lua."
+
+ENDS = (*get_args(Outcome), "returned", "prefilled")
+"Of an attempt: each is counted, and strange ones would be counted without end."
 
 AMOUNTS = tuple(field.name for field in msgspec.structs.fields(Beat) if field.type in (int, float))
 "Of a beat: the core counts with them, and none can be less than nothing."
@@ -66,6 +71,10 @@ class Intake:
             fact = codec.decode(self._kinds[stream], fields)
             if isinstance(fact, Beat):
                 _check(fact)
+            elif isinstance(fact, Reward) and fact.outcome not in ENDS:
+                raise WireError(
+                    f"field 'outcome' is {fact.outcome[:60]!r}, wanted one of {', '.join(ENDS)}"
+                )
         except WireError as error:
             return Unreadable(stream, entry_id, fields, str(error))
         return fact

@@ -16,7 +16,7 @@ def beat(**said: str) -> dict[bytes, bytes]:
     return {name.encode(): str(value).encode() for name, value in fields.items()}
 
 
-class TestBeats:
+class TestFacts:
     @pytest.mark.parametrize(
         ("said", "reason"),
         [
@@ -33,6 +33,19 @@ class TestBeats:
 
         assert isinstance(fact, Unreadable)
         assert fact.reason.startswith(reason)
+
+    def test_an_attempt_ends_in_a_word_that_is_counted(self):
+        """Any other would be a label of its own in every metric of outcomes."""
+        said = {b"id": b"r", b"endpoint": b"e", b"epoch": b"1", b"attempt": b"1"}
+
+        ends = [
+            INTAKE.fact(KEYS.rewards, ("1-0", said | {b"outcome": word}))
+            for word in (b"frob", b"returned")
+        ]
+
+        assert isinstance(ends[0], Unreadable)
+        assert ends[0].reason.startswith("field 'outcome' is 'frob', wanted one of completed, ")
+        assert not isinstance(ends[1], Unreadable)
 
     def test_a_name_may_be_a_profiles(self):
         """Emulated engines are called by theirs."""
