@@ -70,11 +70,9 @@ class Intake:
         try:
             fact = codec.decode(self._kinds[stream], fields)
             if isinstance(fact, Beat):
-                _check(fact)
-            elif isinstance(fact, Reward) and fact.outcome not in ENDS:
-                raise WireError(
-                    f"field 'outcome' is {fact.outcome[:60]!r}, wanted one of {', '.join(ENDS)}"
-                )
+                _check_beat(fact)
+            elif isinstance(fact, Reward):
+                _check_reward(fact)
         except WireError as error:
             return Unreadable(stream, entry_id, fields, str(error))
         return fact
@@ -98,7 +96,14 @@ class Intake:
         )
 
 
-def _check(beat: Beat) -> None:
+def _check_reward(reward: Reward) -> None:
+    if reward.outcome not in ENDS:
+        raise WireError(
+            f"field 'outcome' is {reward.outcome[:60]!r}, wanted one of {', '.join(ENDS)}"
+        )
+
+
+def _check_beat(beat: Beat) -> None:
     """Refuse an endpoint that nobody could name in a list of words, and amounts that are none.
 
     Raises:
