@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 
-import msgspec
 import numpy as np
 import structlog
 
@@ -31,9 +30,9 @@ from dispatcher.recovery import Recovery
 from dispatcher.streams.connection import Connection
 from dispatcher.upkeep import Upkeep
 from dispatcher.web import Pages
-from scheduler import policies
+from scheduler import parsing, policies
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.errors import FencedError, SettingsError, StreamError
+from scheduler.errors import FencedError, StreamError
 from scheduler.keys import Keys
 from scheduler.plan import PlanSettings
 from scheduler.policies import Policy, Urgency
@@ -267,17 +266,15 @@ def core_settings(settings: Settings) -> CoreSettings:
 def _policy(table: dict[str, object], plug_ins: Sequence[type[Policy]]) -> Policy:
     if not table:
         return Urgency()
-    try:
-        return msgspec.convert(table, policies.union(tuple(plug_ins)))
-    except msgspec.ValidationError as error:
-        raise SettingsError(f"policy is {table!r}: {error}") from None
+    found = parsing.build(table, policies.union(tuple(plug_ins)), ("policy",))
+    assert isinstance(found, Policy)
+    return found
 
 
 def _plan(table: dict[str, object]) -> PlanSettings:
-    try:
-        return msgspec.convert(table, PlanSettings)
-    except msgspec.ValidationError as error:
-        raise SettingsError(f"plan is {table!r}: {error}") from None
+    found = parsing.build(table, PlanSettings, ("plan",))
+    assert isinstance(found, PlanSettings)
+    return found
 
 
 def _leaves(group: BaseExceptionGroup[Exception]) -> list[BaseException]:

@@ -41,7 +41,7 @@ def parse(text: str, environ: Mapping[str, str]) -> Settings:
     _refuse_secrets(table)
     for path, value in _variables(environ):
         _put(table, path, value)
-    built = _build(table, Settings, ())
+    built = build(table, Settings, ())
     assert isinstance(built, Settings)
     return built
 
@@ -62,7 +62,7 @@ def _refuse_secrets(table: Mapping[str, object]) -> None:
         )
 
 
-def _build(value: object, wanted: object, path: tuple[str, ...]) -> object:
+def build(value: object, wanted: object, path: tuple[str, ...]) -> object:
     """The value as the wanted type; the path is for the error's sake."""
     if get_origin(wanted) in {Union, types.UnionType}:
         wanted = _member(value, wanted, path)
@@ -70,7 +70,7 @@ def _build(value: object, wanted: object, path: tuple[str, ...]) -> object:
         return _build_struct(value, wanted, path)
     if get_origin(wanted) is dict:
         inner = get_args(wanted)[1]
-        return {name: _build(v, inner, (*path, name)) for name, v in _table(value, path).items()}
+        return {name: build(v, inner, (*path, name)) for name, v in _table(value, path).items()}
     try:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError:
@@ -84,7 +84,7 @@ def _build_struct(value: object, wanted: type[msgspec.Struct], path: tuple[str, 
     for name in parts:
         if name not in hints:
             raise SettingsError(f"{_dotted((*path, name))} is not a setting{_nearest(name, hints)}")
-    built = {name: _build(part, hints[name], (*path, name)) for name, part in parts.items()}
+    built = {name: build(part, hints[name], (*path, name)) for name, part in parts.items()}
     try:
         return wanted(**built)
     except (TypeError, ValueError) as error:
@@ -144,7 +144,7 @@ def _paths(of: type[msgspec.Struct]) -> Iterable[tuple[str, ...]]:
 
 
 def _type_at(wanted: object, path: tuple[str, ...]) -> object:
-    """The type of the setting at this path; `object` where there is none, for `_build` to complain about."""
+    """The type of the setting at this path; `object` where there is none, for `build` to complain about."""
     for name in path:
         if _is_struct(wanted):
             wanted = _hints(wanted).get(name, object)

@@ -9,7 +9,7 @@ from dispatcher.cli import output
 from dispatcher.client import Client
 from scheduler import codec
 from scheduler.errors import SettingsError
-from scheduler.settings import Settings
+from scheduler.settings import LONG_S, Settings
 from scheduler.wire.client import Control
 
 app = typer.Typer()
@@ -24,7 +24,9 @@ async def drain(
     endpoint: Annotated[str, typer.Argument()],
     *,
     wait: Annotated[bool, typer.Option(help="--no-wait leaves at once.")] = True,
-    timeout_s: Annotated[float, typer.Option(help="Stop waiting; exit code 1.")] = 600.0,
+    timeout_s: Annotated[
+        float, typer.Option(min=0, max=LONG_S, help="Stop waiting; exit code 1.")
+    ] = 600.0,
     reason: Annotated[str, typer.Option(help="For the record.")] = "by hand",
 ) -> None:
     """Give an endpoint no new work and wait until it has none."""

@@ -34,15 +34,15 @@ async def status(
     """The pool at one glance, or where one request stands."""
     async with Client.from_settings(settings) as client:
         with contextlib.ExitStack() as stack:
-            live = None
-            if watch and not as_json:
-                live = stack.enter_context(Live(console=output.console(), auto_refresh=False))
+            live, console = None, output.console()
+            if watch and not as_json and console.is_terminal:
+                live = stack.enter_context(Live(console=console, auto_refresh=False))
             while True:
                 shown = await _look(client, request_id, as_json=as_json)
                 if live is not None and shown is not None:
                     live.update(shown, refresh=True)
                 elif shown is not None:
-                    output.console().print(shown)
+                    console.print(shown)
                 if not watch:
                     return
                 await asyncio.sleep(WATCH_S)

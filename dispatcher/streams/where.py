@@ -1,5 +1,7 @@
 """Where a Redis is and how redis-py reaches it: one server, TLS, a unix socket, Sentinel or a Cluster."""
 
+import os
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
@@ -75,6 +77,7 @@ def client(where: Where, *, is_reader: bool = False) -> Any:
         options["password"] = where.password
     is_secure = url.scheme.startswith("rediss")
     if is_secure:
+        _check_files(where)
         files = {
             "ssl_ca_certs": where.tls_ca_file,
             "ssl_certfile": where.tls_cert_file,
@@ -102,6 +105,16 @@ def _again(times: int) -> Retry:
     """After a lost connection; who did not answer in time is not asked again: whoever waits has waited enough."""
     backoff = ExponentialBackoff(cap=0.5, base=0.02)
     return Retry(backoff, times, supported_errors=(redis.exceptions.ConnectionError,))
+
+
+def _check_files(where: Where) -> None:
+    """OpenSSL does not say which of them it misses."""
+    for name in ("tls_ca_file", "tls_cert_file", "tls_key_file"):
+        path = getattr(where, name)
+        try:
+            Path(path or os.devnull).open("rb").close()
+        except OSError as error:
+            raise ValueError(f"redis.{name} {path!r} cannot be read: {error.strerror}") from None
 
 
 def _check(url: SplitResult) -> None:

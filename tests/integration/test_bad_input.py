@@ -5,6 +5,7 @@ One pool for all: two emulated engines that `headgate up` starts, and four more 
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -423,6 +424,7 @@ class TestCommands:
             (["record", "x", "--last", "inf"], "less than or equal to 1000000000"),
             (["capacity", "--trace", "x", "--rate", "-1"], "greater than or equal to"),
             (["capacity", "--trace", "x", "--keep", "2"], "shares of at most 1"),
+            (["drain", "x", "--timeout-s", "nan"], "less than or equal to 1000000000"),
             (["worker", "--metrics-port", "-1"], "greater than or equal to 0"),
         ],
     )
@@ -457,6 +459,24 @@ class TestCommands:
         said = refused("up", "--emulate", "1", "--directory", "/proc/nobody")
 
         assert "directory '/proc/nobody' cannot be used: " in said
+
+    def test_a_look_again_and_again_into_a_pipe(self, system):
+        """A picture that is drawn over and over is for terminals; a pipe gets one look after another."""
+        words = [HEADGATE, "status", "--watch", "--redis", system["redis"]]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENVIRON) as process:
+            looks = (line.split()[0] for line in process.stdout if "led by" in line)
+            seen = list(itertools.islice(looks, 2))
+            process.terminate()
+
+        assert seen == ["pool", "pool"]
+
+    def test_a_certificate_that_is_not_there(self):
+        """Which one: OpenSSL does not say."""
+        said = refused(
+            *("status", "--redis", "rediss://127.0.0.1:1"), HEADGATE_REDIS_TLS_CA_FILE="/nobody"
+        )
+
+        assert "redis.tls_ca_file '/nobody' cannot be read: No such file" in said
 
     def test_a_full_disk_behind_stdout(self):
         """What was asked for cannot be written; that is no reason to show the code."""

@@ -162,19 +162,19 @@ class TestTaggedUnion:
 
     def test_the_name_chooses_the_shape(self):
         """Fields are then checked against the chosen one."""
-        from scheduler.parsing import _build  # noqa: PLC0415
+        from scheduler.parsing import build  # noqa: PLC0415
 
-        assert _build({"policy": {"name": "greedy", "depth": 3}}, Choosing, ()) == Choosing(
+        assert build({"policy": {"name": "greedy", "depth": 3}}, Choosing, ()) == Choosing(
             Greedy(3)
         )
         with pytest.raises(
             SettingsError, match=r"policy.name is 'lazy', wanted 'greedy' or 'patient'"
         ):
-            _build({"policy": {"name": "lazy"}}, Choosing, ())
+            build({"policy": {"name": "lazy"}}, Choosing, ())
         with pytest.raises(
             SettingsError, match=r"policy.dept is not a setting; did you mean depth"
         ):
-            _build({"policy": {"name": "greedy", "dept": 3}}, Choosing, ())
+            build({"policy": {"name": "greedy", "dept": 3}}, Choosing, ())
 
     def test_it_is_printed_with_its_name(self):
         """Reading the printed table chooses the same shape."""
