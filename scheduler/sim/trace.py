@@ -223,6 +223,10 @@ def _faults(row: Arrival, header: Header, before: Sequence[Arrival]) -> Iterable
         yield f"p is {row.parent}", f"an earlier row, 0 to {len(before) - 1}"
     if row.gap_s is not None and not row.gap_s >= 0:
         yield f"g is {row.gap_s}", "a gap of at least 0 seconds"
+    for name in ("ttft", "tpot", "deadline"):
+        promised_s = getattr(row, f"{name}_s")
+        if promised_s is not None and not promised_s > 0:
+            yield f"{name} is {promised_s}", "more than 0 seconds"
     if row.blocks and not header.block:
         yield "h without a block size", "'block' in the header"
     if row.blocks and len(row.blocks) * header.block >= row.prompt_tokens + header.block:

@@ -99,6 +99,7 @@ HEAD = b'{"trace":"x","format":1,"block":4}\n'
         ),
         pytest.param(HEAD + b'{"t":0,"i":1,"o":1,"p":0}\n', "line 2: p is 0, wanted", id="parent"),
         pytest.param(HEAD + b'{"t":0,"i":1,"o":1,"g":-2}\n', r"line 2: g is -2\.0", id="gap"),
+        pytest.param(HEAD + b'{"t":0,"i":1,"o":1,"ttft":0}\n', r"2: ttft is 0\.0", id="promise"),
         pytest.param(
             HEAD + b'{"t":0,"i":4,"o":1,"h":[1,2]}\n', "line 2: 2 blocks of 4 for 4", id="blocks"
         ),
