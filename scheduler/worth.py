@@ -134,8 +134,9 @@ class Worth:
         if left_s < math.inf and self._patience > 0 and not offer.is_second:
             # Waiting costs it nothing but time, as long as it has more than its stay is long. Load comes and goes
             # within a few stays, so who may wait for several finds a place that costs others less.
-            stay_s = pace_s * max(1, offer.ticket.output_tokens)
-            gain *= np.minimum(1.0, self._patience * stay_s / max(left_s, 1e-6))
+            # The same for all: where it would stay longer is no better place.
+            stay_s = room.mean(pace_s) * max(1, offer.ticket.output_tokens)
+            gain *= min(1.0, self._patience * stay_s / max(left_s, 1e-6))
         added_s = decodes.load.sequence_s + read_s
         work_s = offer.work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
         value: Floats = gain - self._harm(others, (added_s + work_s) / pace_s)

@@ -431,6 +431,17 @@ class TestPace:
                 assert ([name] if served(made) else []) == [name] * (name in starting)
                 assert made.turns == []
 
+    def test_where_it_would_stay_longer_is_no_better_place(self):
+        """Who has time to spare goes where it is served soonest, and not where its answer would take four times as long."""
+        made = decoding([1.0, 1.0], [0.01, 0.04])
+        made.room.start_s[1] = made.room.open_s[1] = 0.1
+        one = ticket("r", 100, due_at=10.0)
+        one.output_tokens = 100
+
+        made.serve([one])
+
+        assert served(made) == [("r", 0)]
+
     def test_who_is_late_already_breaks_less_for_a_place(self):
         """The same place is worth breaking something for one in time; worth nothing late, it is left empty (I10)."""
         for late_worth, n_served in ((1.0, 1), (0.0, 0)):
