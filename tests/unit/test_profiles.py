@@ -108,7 +108,9 @@ class TestFilters:
         [
             pytest.param(math.inf, [0, 1, 1, 0], id="the best of those with room"),
             pytest.param(2.0, [0, 0, 0, 1], id="and in time"),
-            pytest.param(0.1, [0, 1, 1, 0], id="whose first token is late everywhere loses no more"),
+            pytest.param(
+                0.1, [0, 1, 1, 0], id="whose first token is late everywhere loses no more"
+            ),
         ],
     )
     def test_no_better_pace_is_waited_for(self, left_s, expected):
