@@ -12,6 +12,7 @@ from typing import Self, TypeVar, Unpack
 
 from dispatcher import given, local
 from dispatcher.client import prompt as prompts
+from dispatcher.client.awaited import Awaited
 from dispatcher.client.follower import Follower
 from dispatcher.client.handle import Handle
 from dispatcher.client.prompt import Body, Tokenizer
@@ -311,16 +312,13 @@ class Client:
             raise
 
     def _turned_away(self, request: Request, error: RequestRejected) -> Handle:
-        ended: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        ended.set_result(
-            Result(
-                id=request.id,
-                outcome="rejected",
-                reason=error.reason,
-                retry_after_s=error.retry_after_s,
-            )
+        record = Result(
+            id=request.id,
+            outcome="rejected",
+            reason=error.reason,
+            retry_after_s=error.retry_after_s,
         )
-        return Handle(self, request.id, ended, is_turned_away=True)
+        return Handle(self, request.id, Awaited(record), is_turned_away=True)
 
     def _next_id(self) -> str:
         self._sent += 1

@@ -61,9 +61,9 @@ class Following:
         self.is_over = self.is_over or self._is_last(fields)
         if len(self._entries) >= AHEAD_MAX:
             self.room.clear()
-        self.news.set()
         if self._told is not None:
             self._told(self)
+        self.news.set()
 
     def take(self) -> list[Entry]:
         """All that has come since the last call."""

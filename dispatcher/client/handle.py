@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from dispatcher.client.awaited import Awaited
 from dispatcher.client.completion import Completion, completion
 from dispatcher.client.standing import Standing
 from dispatcher.streams.connection import Entry
@@ -44,7 +45,7 @@ class Handle:
         self,
         client: "Client",
         request_id: str,
-        ended: "asyncio.Future[Result]",
+        ended: Awaited,
         *,
         is_turned_away: bool = False,
     ) -> None:
@@ -65,22 +66,20 @@ class Handle:
     @property
     def is_done(self) -> bool:
         """Whether its terminal record is here."""
-        return self._ended.done()
+        return self._ended.is_over
 
     @property
     def known(self) -> Result | None:
         """Its terminal record, if that is here."""
-        if not self._ended.done() or self._ended.exception() is not None:
-            return None
-        return self._ended.result()
+        return self._ended.record
 
     def when_done(self, tell: Callable[["Handle"], None]) -> None:
         """Call this when its terminal record is here, or the client is closed."""
-        self._ended.add_done_callback(lambda _: tell(self))
+        self._ended.tell(lambda: tell(self))
 
     async def record(self) -> Result:
         """Its terminal record, whatever the outcome."""
-        return await asyncio.shield(self._ended)  # one waiter's cancellation is not the others'
+        return await self._ended.wait()
 
     async def cancel(self, reason: str = "") -> bool:
         """Ask for its end; whether there was still something to end."""
@@ -101,7 +100,7 @@ class Handle:
         """
         stream = self._client.keys.tokens(self.id)
         following = self._client.follower.follow(stream, after, is_last=_is_last)
-        self._ended.add_done_callback(lambda _: following.news.set())
+        self._ended.tell(following.news.set)
         try:
             while True:
                 for entry in following.take():
@@ -110,8 +109,11 @@ class Handle:
                         yield Piece(after, tokens.text, tokens.chunks)
                     if tokens.end:
                         return
-                if self._ended.done():
+                if self._ended.is_over:
                     break
+                if quiet_s is None:
+                    await following.news.wait()
+                    continue
                 try:
                     async with asyncio.timeout(quiet_s):
                         await following.news.wait()

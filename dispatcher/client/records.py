@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 
+from dispatcher.client.awaited import Awaited
 from dispatcher.client.follower import Follower, Following, ended
 from dispatcher.client.handle import BEGINNING
 from dispatcher.client.standing import Standing
@@ -40,7 +41,7 @@ class Records:
         self._keys = keys
         self._own = own
         self._follower = follower
-        self._expected: dict[str, asyncio.Future[Result]] = {}
+        self._expected: dict[str, Awaited] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._foreign: dict[str, set[str]] = {}
         self._kept_s = kept_s
@@ -55,22 +56,18 @@ class Records:
         try:
             await ended(self._readers.values())
         finally:
-            for record in self._expected.values():
-                if not record.done():
-                    record.set_exception(
-                        StreamError("the client was closed before the request ended")
-                    )
-                    record.exception()  # nobody need be waiting
+            for awaited in self._expected.values():
+                awaited.give_up(StreamError("the client was closed before the request ended"))
             self._expected.clear()
 
     def is_expected(self, request_id: str) -> bool:
         """Whether somebody waits for it."""
         return request_id in self._expected
 
-    def expect(self, request_id: str) -> asyncio.Future[Result]:
+    def expect(self, request_id: str) -> Awaited:
         """What will hold the record of this request."""
         if request_id not in self._expected:
-            self._expected[request_id] = asyncio.get_running_loop().create_future()
+            self._expected[request_id] = Awaited()
         return self._expected[request_id]
 
     def forget(self, request_id: str) -> None:
@@ -79,9 +76,9 @@ class Records:
 
     def arrived(self, record: Result) -> None:
         """The record is here; nothing happens when nobody waits for it."""
-        ended = self._expected.pop(record.id, None)
-        if ended is not None and not ended.done():
-            ended.set_result(record)
+        awaited = self._expected.pop(record.id, None)
+        if awaited is not None:
+            awaited.bring(record)
 
     async def seek(self, standing: Standing) -> None:
         """Bring the record of a request that was sent before, now or when it comes.
