@@ -139,7 +139,9 @@ def test_a_mistake_in_the_settings_is_a_line(lines, said):
 )  # fmt: skip
 def test_a_plan_out_of_bounds_is_refused(line):
     """What would plan nobody, or room for sixty answers, is told by name before anything starts."""
-    with pytest.raises(SettingsError, match=rf"plan\.{line.split()[0]} is {line.split()[2]}, wanted "):
+    with pytest.raises(
+        SettingsError, match=rf"plan\.{line.split()[0]} is {line.split()[2]}, wanted "
+    ):
         node.core_settings(parse(f"[plan]\n{line}", {}))
 
 
