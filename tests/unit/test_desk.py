@@ -1,9 +1,8 @@
 """What the door takes a request for that has ended by the time it was handed in."""
 
-import asyncio
-
 import pytest
 
+from dispatcher.client.awaited import Awaited
 from dispatcher.client.handle import Handle
 from dispatcher.door.desk import _is_spent
 from scheduler.wire.worker import Result
@@ -17,11 +16,9 @@ from scheduler.wire.worker import Result
         pytest.param(False, "failed", False, id="ours failed at once"),
     ],
 )
-async def test_only_an_earlier_try_can_be_spent(is_found, outcome, is_spent):
+def test_only_an_earlier_try_can_be_spent(is_found, outcome, is_spent):
     """What we sent ourselves is answered with its own refusal, however soon that is here."""
-    ended = asyncio.get_running_loop().create_future()
-    ended.set_result(Result(id="r1", outcome=outcome))
-    handle = Handle(None, "r1", ended)
+    handle = Handle(None, "r1", Awaited(Result(id="r1", outcome=outcome)))
     handle.is_found = is_found
 
     assert _is_spent(handle) == is_spent
