@@ -177,19 +177,15 @@ class _Load:
         self._keep = 1.0 - limits.margin
         self.batch = len(running)
         self.prefill_tokens = self._read = 0.0
-        self._promised: list[tuple[float, float, float, float]] = []
-        "Of those who were promised a pace: context, what remains, the promise, and how far they are ahead of it."
+        self._members: list[tuple[float, float, float, float]] = []
+        "Of each: context, what remains, its promise (`inf`: none), and how far it is ahead of that."
         self._columns: Floats | None = None
-        "The same as columns; None: somebody has joined since."
-        self._stays = [(one.context_tokens, one.remaining_tokens) for one in running]
-        "Of all: context, and what remains."
+        "The same as columns; None: nobody asked, or somebody has joined since."
+        self._is_bound = False
+        "Whether anybody was promised a pace."
         for one in running:
             self.prefill_tokens += one.prefill_tokens
-            self._read += one.context_tokens
-            if one.tpot_s < math.inf:
-                self._promised.append(
-                    (one.context_tokens, one.remaining_tokens, one.tpot_s, one.banked_s)
-                )
+            self._enter(one.context_tokens, one.remaining_tokens, one.tpot_s, one.banked_s)
 
     def can_join(self, one: Candidate, now: float) -> bool:
         """Whether every promise that can hold at all still holds with this one in the batch."""
@@ -203,21 +199,28 @@ class _Load:
 
         Contexts grow while it decodes, until their answers end; who takes those places is judged when he comes.
         """
-        context, remaining = np.array(self._stays, dtype=np.float64).reshape(-1, 2).T
+        context, remaining = self._by_column()[:2]
         stay = max(one.output_tokens, 1.0)
         beside = np.minimum(remaining, stay)
         mean = float(((context + beside / 2) * beside).sum()) / stay + stay / 2
         return one.prompt_tokens + max(self._read, mean)
 
     def join(self, one: Candidate, now: float) -> None:
-        is_bound = one.tpot_s < math.inf and is_feasible(one, self.prefill_tokens, self._law, now)
+        is_lost = not is_feasible(one, self.prefill_tokens, self._law, now)
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
-        self._read += one.prompt_tokens
-        self._stays.append((one.prompt_tokens, one.output_tokens))
-        if is_bound:
-            self._promised.append((one.prompt_tokens, one.output_tokens, one.tpot_s, 0.0))
-            self._columns = None
+        self._enter(one.prompt_tokens, one.output_tokens, math.inf if is_lost else one.tpot_s)
+
+    def _enter(self, context: float, remaining: float, tpot_s: float, ahead_s: float = 0.0) -> None:
+        self._read += context
+        self._members.append((context, remaining, tpot_s, ahead_s))
+        self._columns = None
+        self._is_bound = self._is_bound or tpot_s < math.inf
+
+    def _by_column(self) -> Floats:
+        if self._columns is None:
+            self._columns = np.array(self._members, dtype=np.float64).reshape(-1, 4).T
+        return self._columns
 
     def _own_s(self, one: Candidate, now: float) -> float:
         """The longest step the newcomer itself can stand; `inf` where its promise is lost already."""
@@ -231,11 +234,9 @@ class _Load:
         A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who cannot keep
         it even alone is set aside and binds nobody.
         """
-        if not self._promised:
+        if not self._is_bound:
             return math.inf
-        if self._columns is None:
-            self._columns = np.array(self._promised, dtype=np.float64).T
-        law, (context, remaining, tpot, ahead) = self._law, self._columns
+        law, (context, remaining, tpot, ahead) = self._law, self._by_column()
         stall_s = law.prefill_s * (self.prefill_tokens + one.uncached_tokens)
         tpot, rest = tpot * self._keep, np.maximum(remaining, 1.0)
         alone = law.base_s + law.sequence_s + law.kv_s * context

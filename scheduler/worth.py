@@ -106,8 +106,8 @@ class Worth:
         value = self.of(offer, part)
         if value is None:
             return None
-        in_time = total_s <= offer.ticket.due_at - self._now
-        value[~(in_time & candidates if in_time.any() else candidates)] = 0.0
+        in_time = candidates & (total_s <= offer.ticket.due_at - self._now)
+        value[~(in_time if in_time.any() else candidates)] = 0.0
         least = value.item(value.argmax()) - PACE_TIE
         if value[value.argmin()] > max(least, 0.0):
             return None

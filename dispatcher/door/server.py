@@ -228,9 +228,8 @@ class Door:
         try:
             async with asyncio.timeout(limit_s):
                 return await request.read()
-        except (
-            web.RequestPayloadError
-        ) as error:  # an encoding that it does not have, chunks that are none
+        except web.RequestPayloadError as error:
+            # An encoding that it does not have, chunks that are none.
             reason = " ".join(str(error).split())
             raise Refusal(400, "invalid", f"the body cannot be read: {reason}") from None
         except TimeoutError:

@@ -96,10 +96,9 @@ class Pipe:
             async with asyncio.timeout(limit_s):
                 return await begun
         except TimeoutError:
+            # They came in the very turn in which the time ran out: whoever is told first was told.
             if begun.done() and not begun.cancelled():
-                return (
-                    begun.result()
-                )  # in the very turn in which its time ran out: whoever is told first was told
+                return begun.result()
             self.close()  # a frozen server's late replies would be the next asker's
             raise
 

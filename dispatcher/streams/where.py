@@ -141,9 +141,8 @@ def _sentinel(netloc: str, path: str, options: dict[str, Any]) -> Any:
     watch = {
         "socket_timeout": REPLY_TIMEOUT_S,
         "socket_connect_timeout": REPLY_TIMEOUT_S,
-        "retry": _again(
-            1
-        ),  # a connection that lay idle may be gone; for one that is dead there are others
+        # A connection that lay idle may be gone; for a sentinel that is dead there are others.
+        "retry": _again(1),
     }
     sentinel: Any = Sentinel  # redis-py leaves it untyped
     return sentinel(hosts, sentinel_kwargs=watch).master_for(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
+from test_bounds import fits
 from test_instrument import PAIR, crowd, lab
 
 from scheduler.sim import apart, bounds
@@ -16,16 +17,6 @@ JOBS = st.lists(
 )
 
 
-def is_on_time(jobs, allowed):
-    """Whether one endpoint ends them all within `allowed` of their arrival: in order of arrival, which is best."""
-    now = 0
-    for at, work in jobs:
-        now = max(now, at) + work
-        if now > at + allowed:
-            return False
-    return True
-
-
 def most(jobs, allowed):
     """The most on time, by trying every request on every endpoint and on none."""
     n_endpoints = len(jobs[0]) - 1
@@ -33,7 +24,7 @@ def most(jobs, allowed):
         sum(slot < n_endpoints for slot in slots)
         for slots in product(range(n_endpoints + 1), repeat=len(jobs))
         if all(
-            is_on_time(
+            fits(
                 [
                     (job[0], job[1 + one])
                     for job, slot in zip(jobs, slots, strict=True)
