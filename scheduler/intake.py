@@ -11,6 +11,7 @@ from scheduler.policies import Policy
 from scheduler.predict import Predictor
 from scheduler.slo import Objective
 from scheduler.state import Ticket
+from scheduler.wire.client import Request
 
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
 "When a rejected request may come back: the backlog's seconds, between these."
@@ -79,15 +80,27 @@ def shed(whose: str, count: int, *, backlog_s: float) -> Ending:
 
 
 def too_long(asked: Ticket, book: Book) -> Ending | None:
-    """How it ends where no endpoint can ever hold a prompt of the length its client says."""
-    said = asked.request.prompt_tokens
+    """How it ends where no endpoint can ever hold a prompt of the length its client counted."""
     longest = book.fleet.longest(asked.request.model)
-    if said is None or longest is None or said <= longest:
+    if _is_guessed(asked.request) or longest is None or asked.prompt_tokens <= longest:
         return None
     return Ending(
         outcome="invalid",
-        reason=f"field 'prompt_tokens' is {said}, wanted at most {longest:.0f}, the longest context served",
+        reason=f"field 'prompt_tokens' is {asked.prompt_tokens}, wanted at most {longest:.0f}, "
+        "the longest context served",
     )
+
+
+def believed(asked: Ticket, book: Book) -> int:
+    """Its prompt's length; of a guess no more than anybody serves, or it would wait for ever to be judged."""
+    longest = book.fleet.longest(asked.request.model)
+    if not _is_guessed(asked.request) or longest is None or asked.prompt_tokens <= longest:
+        return asked.prompt_tokens
+    return int(longest)
+
+
+def _is_guessed(request: Request) -> bool:
+    return request.prompt_tokens is None or request.prompt_estimated
 
 
 def out_of_time(late: Ticket, *, backlog_s: float, now: float) -> Ending:

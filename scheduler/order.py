@@ -170,6 +170,16 @@ class Lines:
         self.tokens -= ticket.prompt_tokens
         self._count -= 1
 
+    def resize(self, ticket: Ticket, prompt_tokens: int) -> None:
+        """Its prompt is believed to be so long from now on."""
+        is_aside = ticket.state == "set_aside"
+        if is_aside:
+            self.aside_by_size.remove(ticket)
+        self.tokens += prompt_tokens - ticket.prompt_tokens
+        ticket.prompt_tokens = prompt_tokens
+        if is_aside:
+            self.aside_by_size.add(ticket)
+
     def charge(self, ticket: Ticket, prompt_tokens: float, output_tokens: float) -> None:
         """Its tenant is given this much, in place of what was charged for the same request before."""
         if self.turns is not None:

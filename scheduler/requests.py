@@ -187,7 +187,7 @@ class Requests:
                 self._refuse_model(model)
 
     def refuse_the_too_long(self) -> None:
-        """End what came before its model's endpoints and is longer than any of them serves."""
+        """End what came before its model's endpoints and is longer than any of them serves; shorten what only looks so."""
         if not self._unmeasured:
             return
         book, now = self._memory.book, self._memory.now
@@ -198,12 +198,16 @@ class Requests:
                 self._refuse_long(model)
 
     def _refuse_long(self, model: str) -> None:
-        early = self._unmeasured[model]
+        book, early = self._memory.book, self._unmeasured[model]
         for ticket in list(itertools.islice(early.values(), self._memory.settings.step_max)):
             del early[ticket.id]
-            ending = None if ticket.is_held else intake.too_long(ticket, self._memory.book)
+            if ticket.state not in ("waiting", "set_aside"):
+                continue
+            ending = intake.too_long(ticket, book)
             if ending is not None:
                 self.finish(ticket, ending)
+            else:
+                book.lines.resize(ticket, intake.believed(ticket, book))
         if not early:
             del self._unmeasured[model], self._served_since[model]
 
@@ -246,6 +250,7 @@ class Requests:
             max_attempts=settings.max_attempts,
         )
         if isinstance(made, Ticket):
+            made.prompt_tokens = intake.believed(made, self._memory.book)
             return made
         self._refuse(event, made)
         return None

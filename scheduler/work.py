@@ -101,6 +101,8 @@ class Works:
     def _by_blocks(self, ticket: Ticket) -> Work:
         n_slots, version = len(self._by_slot), self._prefixes.version
         known = self._known.get(ticket.id)
+        if known is not None and known.work.prompt != max(1, ticket.prompt_tokens):
+            known = None  # a guess that was corrected
         if known is not None and known.version == version:
             return known.work
         held = self._prefixes.held(ticket.request.blocks)

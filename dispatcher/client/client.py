@@ -167,6 +167,7 @@ class Client:
             body=prompts.encoded(body),
             reply_to=self.keys.reply(self.name),
             prompt_tokens=prompts.length(prompt),
+            prompt_estimated=isinstance(prompt, str),
             blocks=prefix.blocks(prompt, limit=BLOCKS_MAX),
             **(guessed | wishes),
         )

@@ -1,5 +1,6 @@
 """What a body says about itself: its model, its prompt, whether it streams. The dispatcher never reads it."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,18 @@ Prompt = str | list[int]
 
 Tokenizer = Callable[[str], Sequence[int]]
 "Text to token ids, for who wants the count exact; the estimate is 4 bytes a token."
+
+MEDIA = (
+    *("image_url", "image_embeds", "image_pil"),
+    *("audio_url", "audio_embeds", "input_audio", "video_url", "file"),
+)
+"Under which names a message's part holds what is no text, as vLLM reads them."
+
+MEDIA_TOKENS = 1024
+"""What one of them becomes in the prompt, by guess: 576 for a picture in LLaVA 1.5, 1,369 for a megapixel in Qwen2.5-VL.
+
+Its bytes say nothing of that: a photograph of 3 MB would count as a million tokens.
+"""
 
 Body = dict[str, Any] | bytes
 
@@ -54,7 +67,8 @@ def prompt(body: dict[str, Any], tokenizer: Tokenizer | None = None) -> Prompt:
     """All that the engine will read, as one text or one list of token ids.
 
     A chat is its tools and messages in a fixed template: not the engine's own, but equal where the engine's is
-    equal, which is what prefix hashes need.
+    equal, which is what prefix hashes need. A picture or a sound is its digest, over and over, `MEDIA_TOKENS` long,
+    and no tokenizer is asked how long what holds one is.
     """
     given = body.get("prompt", "")
     if isinstance(given, list) and given and isinstance(given[0], str | list):
@@ -64,7 +78,7 @@ def prompt(body: dict[str, Any], tokenizer: Tokenizer | None = None) -> Prompt:
     text = str(given) if given else _chat(body)
     # A lone surrogate is legal JSON and no UTF-8; it must not cost the request.
     text = text.encode(errors="replace").decode()
-    return text if tokenizer is None else list(tokenizer(text))
+    return text if tokenizer is None or _shows(body) else list(tokenizer(text))
 
 
 def length(prompt: Prompt) -> int:
@@ -79,12 +93,39 @@ def length(prompt: Prompt) -> int:
 
 def _chat(body: dict[str, Any]) -> str:
     parts = [_words(body["tools"])] if body.get("tools") else []
-    for message in body.get("messages") or ():
-        if isinstance(message, dict):
-            called = message.get("tool_calls")
-            parts.append(f"<{message.get('role', '')}>{_words(message.get('content'))}")
-            parts += [_words(called)] if called else []
+    for message in _messages(body):
+        called = message.get("tool_calls")
+        parts.append(f"<{message.get('role', '')}>{_words(_said(message.get('content')))}")
+        parts += [_words(called)] if called else []
     return "\n".join(parts)
+
+
+def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that are some; what is wrong with the others the engine says."""
+    found = body.get("messages")
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _shows(body: dict[str, Any]) -> bool:
+    """Whether a message holds what is no text."""
+    contents = [message.get("content") for message in _messages(body)]
+    return any(isinstance(c, list) and any(map(_is_media, c)) for c in contents)
+
+
+def _said(content: object) -> object:
+    """A message's content with a stand-in for each part that is no text."""
+    if not isinstance(content, list):
+        return content
+    return [_stand_in(part) if _is_media(part) else part for part in content]
+
+
+def _is_media(part: object) -> bool:
+    return isinstance(part, dict) and any(name in part for name in MEDIA)
+
+
+def _stand_in(part: object) -> str:
+    digest = hashlib.sha256(_words(part).encode(errors="replace")).hexdigest()
+    return digest * (MEDIA_TOKENS * TEXT_BYTES // len(digest))
 
 
 def _words(content: object) -> str:

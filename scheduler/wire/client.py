@@ -61,6 +61,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int | None = None
     "Length of the prompt; estimated from the body's bytes where absent."
 
+    prompt_estimated: bool = False
+    "That length is a guess: where it is above every context served, the request is tried and its engine judges."
+
     expected_tokens: int | None = None
     """
     How long the answer will be, as the application or its predictor thinks; what is usual of the model where absent.

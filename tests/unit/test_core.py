@@ -277,7 +277,7 @@ class TestArrival:
         assert finish.result.outcome == "rejected"
 
     def test_a_prompt_longer_than_every_context_is_invalid(self):
-        """Only what the client itself said counts; an estimate may be wrong and is tried."""
+        """Where the client itself counted it."""
         pool = Pool()
         pool.beat(max_model_len=1000)
         pool.ask("said", prompt_tokens=1001)
@@ -287,6 +287,38 @@ class TestArrival:
         assert finish.result.outcome == "invalid"
         assert "1001" in finish.result.reason
         assert "1000" in finish.result.reason
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            pytest.param({"prompt_tokens": None, "body": b"x" * 8000}, id="by its bytes"),
+            pytest.param({"prompt_tokens": 2000, "prompt_estimated": True}, id="by its client"),
+        ],
+    )
+    @pytest.mark.parametrize("is_early", [False, True])
+    def test_a_guess_longer_than_every_context_is_tried(self, fields, is_early):
+        """It may be wrong, and its engine judges: it neither ends unheard nor waits for ever."""
+        pool = Pool(unknown_model_grace_s=2.0)
+        if is_early:
+            pool.ask("guessed", blocks=("b1", "b2"), **fields)
+            assert pool.decide() == []
+        pool.beat("short", max_model_len=500, kv_tokens=4000)
+        pool.beat("long", max_model_len=1000, kv_tokens=4000)
+        if not is_early:
+            pool.ask("guessed", blocks=("b1", "b2"), **fields)
+
+        commands = pool.decide()
+        if is_early:
+            assert commands == []
+            for name, length in (("short", 500), ("long", 1000)):
+                pool.beat(name, max_model_len=length, kv_tokens=4000)
+            commands = pool.decide(after_s=2.0) or pool.decide()
+
+        [assign] = commands
+        assert isinstance(assign, Assign)
+        assert assign.endpoint == "long"
+        assert assign.job.prompt_tokens == 1000
+        assert pool.core.view(pool.now).waiting == 0
 
     def test_a_model_nobody_ever_served_is_invalid_after_the_grace(self):
         """A typo is answered; the reason names the models served."""
