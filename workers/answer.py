@@ -1,7 +1,7 @@
 """An engine's streamed answer: parsed chunk by chunk, judged at its end, put together as one response.
 
-A success has a finish reason of `stop`, `length` or `tool_calls` and tokens by the engine's own count. A 200 proves
-nothing: errors, aborts and empty answers of draining engines all come inside one.
+A success has a finish reason of an engine that has ended, and tokens by the engine's own count. A 200 proves nothing:
+errors, aborts and empty answers of draining engines all come inside one.
 """
 
 from http import HTTPStatus
@@ -13,8 +13,8 @@ from scheduler.wire.dispatcher import Job
 from workers.body import CHAT, NOTHING, Written
 from workers.halves import NO_KV
 
-GOOD = frozenset({"stop", "length", "tool_calls"})
-"Finish reasons of an answer that is one."
+GOOD = frozenset({"stop", "length", "tool_calls", "repetition"})
+"Finish reasons of an answer that is one; the last where `repetition_detection` was asked for."
 
 EVENT_BYTES = 16 * 2**20
 "The longest event; an engine that sends more without an end has lost its wits."
@@ -42,6 +42,8 @@ class Choice(msgspec.Struct):
     stop_reason: int | str | None = None
     logprobs: Fields | None = None
     token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    "Of a completion; a chat's stand beside its choices."
 
 
 class Details(msgspec.Struct):
@@ -52,6 +54,7 @@ class Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: Details | None = None
+    completion_tokens_details: Fields | None = None
 
 
 class Fault(msgspec.Struct):
@@ -82,6 +85,7 @@ class Chunk(msgspec.Struct):
     usage: Usage | None = None
     error: Fault | str | None = None
     metrics: Times | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 _decode = msgspec.json.Decoder(Chunk).decode
@@ -189,6 +193,7 @@ class Answer:
     def response(self, job: Job, written: Written = NOTHING) -> bytes:
         """The answer as the engine would have sent it whole, what earlier attempts wrote included."""
         head = self._head or Chunk()
+        prompt_ids = None if self._keeps_news else head.prompt_token_ids
         is_chat = job.path == CHAT
         prompt_tokens = self.prompt_tokens(written)
         output_tokens = self.output_tokens + written.output_tokens
@@ -200,6 +205,9 @@ class Answer:
         spared_tokens = self.spared_tokens(job)
         if spared_tokens is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": min(spared_tokens, prompt_tokens)}
+        details = self.usage.completion_tokens_details if self.usage else None
+        if details is not None and not written.pieces:  # of the whole answer, or of nothing
+            usage["completion_tokens_details"] = details
         self._choices = self._choices or {0: _Said("length")}
         return msgspec.json.encode(
             {
@@ -213,6 +221,7 @@ class Answer:
                 ],
                 "usage": usage,
             }
+            | ({"prompt_token_ids": prompt_ids} if prompt_ids else {})
         )
 
     def _event(self, payload: bytes) -> None:
@@ -262,6 +271,8 @@ class Answer:
             said.finish_reason = choice.finish_reason
             said.stop_reason = choice.stop_reason
             self.finish_reason = choice.finish_reason
+        if not self._keeps_news:  # a log holds them, and may have been begun by an earlier attempt
+            said.add_ids(choice)
         return said.add(choice) or choice.index > 0
 
     def _refusal(self, error: Fault) -> EngineError:
@@ -274,10 +285,12 @@ class _Said:
     __slots__ = (
         "finish_reason",
         "logprobs",
+        "prompt_token_ids",
         "reasoning",
         "refusal",
         "stop_reason",
         "text",
+        "token_ids",
         "tools",
     )
 
@@ -287,6 +300,8 @@ class _Said:
         self.refusal: list[str] = []
         self.tools: dict[object, Fields] = {}
         self.logprobs: Fields = {}
+        self.token_ids: list[int] = []
+        self.prompt_token_ids: list[int] | None = None
         self.finish_reason = finish_reason
         self.stop_reason: int | str | None = None
 
@@ -310,6 +325,11 @@ class _Said:
             is_rich = True
         return is_rich
 
+    def add_ids(self, choice: Choice) -> None:
+        """Take in tokens as numbers, which an answer has where they were asked for."""
+        self.token_ids += choice.token_ids or ()
+        self.prompt_token_ids = self.prompt_token_ids or choice.prompt_token_ids
+
     def choice(self, index: int, before: str, *, is_chat: bool) -> Fields:
         text = before + "".join(self.text)
         content: Fields = {"message": self._message(text)} if is_chat else {"text": text}
@@ -319,6 +339,8 @@ class _Said:
             "logprobs": self.logprobs or None,
             "finish_reason": self.finish_reason or None,
             "stop_reason": self.stop_reason,
+            **({"token_ids": self.token_ids} if self.token_ids else {}),
+            **({"prompt_token_ids": self.prompt_token_ids} if self.prompt_token_ids else {}),
         }
 
     def _message(self, text: str) -> Fields:

@@ -164,7 +164,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     "Which attempt ended it; 0: never assigned."
 
     finish_reason: str = ""
-    "`stop` or `length`, as the engine says."
+    "`stop`, `length`, `tool_calls` or `repetition`, as the engine says."
 
     prompt_tokens: int = 0
     "As the engine counts."

@@ -85,6 +85,45 @@ class TestSuccess:
             },
         }
 
+    @pytest.mark.parametrize("reason", ["stop", "length", "tool_calls", "repetition"])
+    def test_an_engine_ends_for_its_own_reasons(self, reason):
+        """`repetition`: of vLLM's `repetition_detection`, for whom the answer is one."""
+        answer = fed(said("Hello", reason), usage(3), DONE)
+
+        answer.check()
+
+        assert msgspec.json.decode(answer.response(JOB))["choices"][0]["finish_reason"] == reason
+
+    def test_tokens_as_numbers_are_in_it_where_they_were_asked_for(self):
+        """`return_token_ids`: a chat's prompt stands beside the choices, a completion's in each, as vLLM has it."""
+        answer = Answer(keeps_news=False)
+        first = {"index": 0, "delta": {"role": "assistant", "content": ""}}
+        answer.feed(event(choices=[first], prompt_token_ids=[7, 8]))
+        answer.feed(said("Hel") + event(choices=[{"index": 0, "text": "", "token_ids": [1]}]))
+        answer.feed(
+            event(choices=[{"index": 1, "text": "x", "token_ids": [2], "prompt_token_ids": [7]}])
+        )
+
+        response = msgspec.json.decode(answer.response(JOB))
+
+        assert response["prompt_token_ids"] == [7, 8]
+        assert [choice["token_ids"] for choice in response["choices"]] == [[1], [2]]
+        assert response["choices"][1]["prompt_token_ids"] == [7]
+
+    def test_tokens_spent_on_reasoning_are_told(self):
+        """As the engine counts them, of an answer that nobody had begun before."""
+        counts = {"prompt_tokens": 1, "completion_tokens": 3}
+        details = {"completion_tokens_details": {"reasoning_tokens": 2}}
+        answer = fed(said("Hello", "stop"), event(choices=[], usage=counts | details), DONE)
+
+        usage = msgspec.json.decode(answer.response(JOB))["usage"]
+        continued = msgspec.json.decode(answer.response(JOB, Written(text="Oh. ", pieces=2)))[
+            "usage"
+        ]
+
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": 2}
+        assert "completion_tokens_details" not in continued
+
     def test_what_earlier_attempts_wrote_is_part_of_it(self):
         """Text and tokens of all attempts; what was continued is output, not prompt."""
         written = Written(text="Oh. ", pieces=2, output_tokens=2)
