@@ -115,7 +115,8 @@ def _check_beat(beat: Beat) -> None:
         )
     for name in AMOUNTS:
         if (amount := getattr(beat, name)) < 0:
-            raise WireError(f"field {codec.wire_name(name)!r} is {amount:g}, wanted 0 or more")
+            said = codec.milliseconds(amount) if name.endswith("_s") else f"{amount:g}"
+            raise WireError(f"field {codec.wire_name(name)!r} is {said}, wanted 0 or more")
 
 
 def stamped_at(entry_id: str) -> float:

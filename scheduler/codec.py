@@ -191,7 +191,7 @@ def _read_ms(raw: bytes) -> float:
     except ValueError:
         raise ValueError("milliseconds, a number") from None
     if not -1e15 < value < 1e15:  # also refuses nan and the infinities
-        raise ValueError("milliseconds, a finite number")
+        raise ValueError("milliseconds, a finite number below 1e18")
     return value
 
 
@@ -205,7 +205,7 @@ def _read_float(raw: bytes) -> float:
     except ValueError:
         raise ValueError("a number") from None
     if not -1e300 < value < 1e300:
-        raise ValueError("a finite number")
+        raise ValueError("a finite number below 1e300")
     return value
 
 
@@ -216,7 +216,7 @@ def _read_int(raw: bytes) -> int:
             return int(raw)
     except ValueError:
         pass
-    raise ValueError("a whole number")
+    raise ValueError(f"a whole number of at most {INT_DIGITS} digits")
 
 
 def _read_bool(raw: bytes) -> bool:

@@ -34,14 +34,14 @@ def check(request: Request, *, body_bytes: int, reply_root: str) -> None:
     if request.path not in PATHS:
         _refuse("path", request.path, " or ".join(PATHS))
     if len(request.body) > body_bytes:
-        _refuse("body", f"{len(request.body)} bytes", f"at most {body_bytes}")
+        _refuse_long("body", f"{len(request.body)} bytes", body_bytes)
     if request.reply_to and not request.reply_to.startswith(reply_root):
         _refuse("reply_to", request.reply_to, f"a stream that begins with {reply_root}")
     for name in ("model", "objective", "tenant", "session", "reply_to", "traceparent"):
         if len(getattr(request, name)) > NAME_CHARS:
-            _refuse(name, f"{len(getattr(request, name))} characters", f"at most {NAME_CHARS}")
+            _refuse_long(name, f"{len(getattr(request, name))} characters", NAME_CHARS)
     if len(request.blocks) > BLOCKS_MAX:
-        _refuse("blocks", f"{len(request.blocks)} hashes", f"at most {BLOCKS_MAX}")
+        _refuse_long("blocks", f"{len(request.blocks)} hashes", BLOCKS_MAX)
     _check_numbers(request)
 
 
@@ -65,3 +65,7 @@ def _check_numbers(request: Request) -> None:
 
 def _refuse(field: str, found: str, wanted: str) -> None:
     raise WireError(f"field {field!r} is {found[:60]!r}, wanted {wanted}")
+
+
+def _refuse_long(field: str, length: str, most: int) -> None:
+    raise WireError(f"field {field!r} is {length} long, wanted at most {most}")

@@ -298,7 +298,10 @@ class Endpoint:
             self._ending.give_back(attempt, arrival.trouble)
             return
         if not arrival.raw_body:
-            trouble = "its body is gone: the claim check has run out"
+            trouble = (
+                "it has no body: the field 'body' is empty, and its claim check "
+                f"{self._keys.body(job.id)} was never written or has run out"
+            )
         if trouble:
             self._ending.finish(attempt, "invalid", trouble, is_dead=True)
         elif self._draining or self.health.away:

@@ -163,6 +163,7 @@ class TestRequests:
             pytest.param(
                 {"model": "nobody"}, "invalid", "'nobody', wanted one served here", id="model"
             ),
+            pytest.param({"body": ""}, "invalid", "field 'body' is empty", id="no body"),
             pytest.param({"body": "{"}, "invalid", "body is not JSON", id="unreadable body"),
             pytest.param({"body": b"\xff\xfe"}, "invalid", "not JSON", id="body of no text"),
             pytest.param({"body": "[" * 10_000}, "invalid", "not JSON", id="bottomless body"),

@@ -99,7 +99,7 @@ class TestByHand:
                 "field 'deadline_ms' is '1e999', wanted milliseconds",
             ),
             ({"model": "m", "priority": "1.5"}, "field 'priority' is '1.5', wanted a whole number"),
-            ({"model": "m", "priority": "9" * 5000}, "wanted a whole number"),
+            ({"model": "m", "priority": "9" * 5000}, "wanted a whole number of at most 20 digits"),
             ({"model": "m", "stream": "maybe"}, "field 'stream' is 'maybe', wanted 1 or 0"),
         ],
     )
@@ -137,7 +137,7 @@ class TestCheck:
             ({"id": "two words"}, "field 'id' is 'two words', wanted 1 to 128 letters"),
             ({"id": "{tag}"}, "field 'id'"),
             ({"path": "/admin"}, "field 'path' is '/admin', wanted /v1/chat/completions or"),
-            ({"body": b"x" * 101}, "field 'body' is '101 bytes', wanted at most 100"),
+            ({"body": b"x" * 101}, "field 'body' is 101 bytes long, wanted at most 100"),
             ({"reply_to": "hg:{default}:leader"}, "field 'reply_to'"),
             ({"ttft_s": -0.5}, "field 'ttft_ms' is '-500', wanted more than 0"),
             ({"deadline_s": 0.0}, "field 'deadline_ms' is '0', wanted more than 0"),
@@ -149,8 +149,8 @@ class TestCheck:
             ),
             ({"max_attempts": 0}, "field 'max_attempts' is '0', wanted 1 to 100"),
             ({"prompt_tokens": -1}, "field 'prompt_tokens' is '-1'"),
-            ({"tenant": "t" * 257}, "field 'tenant' is '257 characters', wanted at most 256"),
-            ({"blocks": ("0",) * 513}, "field 'blocks' is '513 hashes', wanted at most 512"),
+            ({"tenant": "t" * 257}, "field 'tenant' is 257 characters long, wanted at most 256"),
+            ({"blocks": ("0",) * 513}, "field 'blocks' is 513 hashes long, wanted at most 512"),
         ],
     )
     def test_each_limit_is_named(self, changes, message):

@@ -21,7 +21,7 @@ class TestFacts:
         ("said", "reason"),
         [
             ({"kv_tokens": "-1"}, "field 'kv_tokens' is -1, wanted 0 or more"),
-            ({"step_ms": "-5"}, "field 'step_ms' is -0.005, wanted 0 or more"),
+            ({"step_ms": "-5"}, "field 'step_ms' is -5, wanted 0 or more"),
             ({"link_gbps": "-2.5"}, "field 'link_gbps' is -2.5, wanted 0 or more"),
             ({"endpoint": "a b"}, "field 'endpoint' is 'a b', wanted 1 to 128 characters"),
             ({"endpoint": "a=b"}, "field 'endpoint' is 'a=b', wanted 1 to 128 characters"),
