@@ -8,12 +8,13 @@ from typing import TypeVar
 
 import msgspec
 
-from dispatcher.recovery import Saved
+from dispatcher.recovery import CONTROLS_KEPT, Saved
 from dispatcher.streams.connection import Connection, Entry
 from scheduler import codec, forecast
 from scheduler.errors import WireError
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.view import Believed, EndpointView
+from scheduler.wire.client import Control
 from scheduler.wire.dispatcher import Decision
 from scheduler.wire.worker import Beat, Reward
 
@@ -25,6 +26,9 @@ BEATS_READ = 3000
 REWARDS_READ = 1000
 DECISIONS_READ = 3000
 "The newest rewards and decisions, from which the counts and errors are made."
+
+OVERLAP_S = 10.0
+"Wishes so much older than the snapshot may have been read after it; said twice they are the same."
 
 RATE_OVER_S = 60.0
 "The stretch over which the present rate of completions is measured."
@@ -52,6 +56,9 @@ class EndpointGlance(msgspec.Struct, frozen=True, kw_only=True):
     within_q50: float | None = None
     within_q90: float | None = None
     "Share of its newest first tokens that came no later than these quantiles had said; None: none was predicted."
+
+    is_drained: bool = False
+    "Somebody asked that it get no new work, and nobody has resumed it."
 
     speed: float | None = None
     "Times its declared hardware's time, as learned; this and the rest as of the last snapshot, None without one."
@@ -103,6 +110,9 @@ class PoolGlance(msgspec.Struct, frozen=True, kw_only=True):
     "Of the newest rewards and of what the dispatcher ended itself."
 
     dead: int
+    drained: list[str]
+    "Endpoints that somebody drained and nobody resumed, here or not."
+
     endpoints: list[EndpointGlance]
     within_q50: float | None = None
     within_q90: float | None = None
@@ -131,10 +141,18 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
     decisions = _decoded(
         Decision, await connection.newest(keys.decisions, after="0", count=DECISIONS_READ)
     )
-    learned = _learned(saved)
+    last = _read(saved)
+    learned = {view.name: view for view in last.core.endpoints} if last else {}
+    drained = await _drained(connection, keys, last)
     endpoints = [
         _endpoint(
-            raw, beat, int(jobs), rewards, silent_s=now - beaten_at[name], learned=learned.get(name)
+            raw,
+            beat,
+            int(jobs),
+            rewards,
+            silent_s=now - beaten_at[name],
+            is_drained=name in drained,
+            learned=learned.get(name),
         )
         for name, jobs, raw in zip(names, rest[: len(names)], rest[len(names) :], strict=True)
         for beat in _decoded(Beat, [(name, raw)])
@@ -157,6 +175,7 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
         completed_per_s=rate,
         outcomes=_outcomes(rewards, decisions),
         dead=int(dead),
+        drained=sorted(drained),
         endpoints=sorted(endpoints, key=lambda e: e.beat.endpoint),
         **_within(rewards),
     )
@@ -197,6 +216,7 @@ def _endpoint(
     rewards: Sequence[Reward],
     *,
     silent_s: float,
+    is_drained: bool,
     learned: EndpointView | None,
 ) -> EndpointGlance:
     lease_s = float(raw.get(b"seen_lease_ms") or 3000) / 1e3
@@ -206,6 +226,7 @@ def _endpoint(
         beat=beat,
         silent_s=max(0.0, silent_s),
         is_alive=silent_s < lease_s,
+        is_drained=is_drained,
         jobs=jobs,
         prediction_error=error(own),
         on_time=sum(promised) / len(promised) if promised else None,
@@ -227,13 +248,25 @@ def _within(rewards: Sequence[Reward]) -> dict[str, float]:
     }
 
 
-def _learned(saved: bytes | None) -> dict[str, EndpointView]:
-    """Each endpoint as the leader's last snapshot has it; empty where there is none that can be read."""
+def _read(saved: bytes | None) -> Saved | None:
+    """The leader's last snapshot; None where there is none that can be read."""
     try:
-        core = msgspec.json.decode(saved or b"", type=Saved).core
+        return msgspec.json.decode(saved or b"", type=Saved)
     except msgspec.DecodeError:
-        return {}
-    return {view.name: view for view in core.endpoints}
+        return None
+
+
+async def _drained(connection: Connection, keys: Keys, last: Saved | None) -> set[str]:
+    """Whom people have drained: as the last snapshot has it, and by the wishes that may not be in it."""
+    found = set(last.core.drained) if last else set()
+    after = f"{round((last.at - OVERLAP_S) * 1e3)}-0" if last else "0-0"
+    wishes = await connection.newest(keys.controls, after=after, count=CONTROLS_KEPT)
+    for wish in _decoded(Control, wishes):
+        if wish.action == "drain":
+            found.add(wish.endpoint)
+        elif wish.action == "resume":
+            found.discard(wish.endpoint)
+    return found
 
 
 def error(rewards: Sequence[Reward]) -> float | None:

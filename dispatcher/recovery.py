@@ -96,7 +96,7 @@ class Recovery:
         keys, newest = self._keys, self._connection.newest
         beats_after = f"{round(max(0.0, beats_since) * 1e3)}-0"
         read = {
-            # Endpoints first: a reward teaches, and a wish reaches, only whom the core knows.
+            # Endpoints first: a reward teaches only whom the core knows.
             keys.beats: await newest(keys.beats, after=beats_after, count=REPLAY_MAX),
             keys.rewards: await newest(
                 keys.rewards, after=saved.rewards if saved else "0-0", count=REPLAY_MAX

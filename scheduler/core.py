@@ -114,8 +114,11 @@ class Scheduler:
     def restore(self, snapshot: Snapshot) -> bool:
         """Start warm from what another leader learned; False: it was unusable and the start stays cold.
 
-        Only what was learned is taken, and what tenants have had. Who waits and who runs is told by `Recovered`.
+        Only what was learned is taken, what tenants have had and what people have drained. Who waits and who runs is
+        told by `Recovered`.
         """
+        for name in snapshot.drained:
+            self._memory.book.fleet.drain(name, is_drained=True)
         turns = self._memory.book.lines.turns
         if turns is not None and snapshot.given.is_sound():
             turns.accounts.restore(snapshot.given)

@@ -109,9 +109,7 @@ class Endpoints:
 
     def drain(self, event: Control) -> None:
         """A person's wish: no new work, or work again."""
-        endpoint = self._fleet.endpoints.get(event.endpoint)
-        if endpoint is not None:
-            self._fleet.drain(endpoint, is_drained=event.action == "drain")
+        self._fleet.drain(event.endpoint, is_drained=event.action == "drain")
 
     def recovered(self, ticket: Ticket, event: Recovered) -> None:
         """Put it where an earlier leader's commands had left it."""
@@ -271,9 +269,8 @@ class Endpoints:
             return None
         return ticket if words[1] == str(ticket.attempt) else None
 
-    def _join(self, beat: Beat, *, is_drained: bool = False) -> Endpoint:
+    def _join(self, beat: Beat) -> Endpoint:
         endpoint = self._fleet.join(beat, self._memory.now)
-        self._fleet.drain(endpoint, is_drained=is_drained)
         self._memory.book.ledger.open(endpoint.slot)
         self._memory.predictor.open(endpoint.slot, beat)
         keeps = not beat.no_prefix_cache
@@ -311,7 +308,7 @@ class Endpoints:
         for name, beat in self._reborn.items():
             endpoint = self._fleet.endpoints[name]
             self._lose(endpoint, f"{name} began a new life")
-            self._join(beat, is_drained=endpoint.is_drained)
+            self._join(beat)
         self._reborn.clear()
 
     def _lose_the_silent(self) -> None:

@@ -12,7 +12,7 @@ from scheduler.state import Bools, Endpoint, Floats
 from scheduler.wire.worker import Beat
 
 EPOCHS_MAX = 10_000
-"Names of endpoints whose last epoch is remembered after they left."
+"Names of endpoints whose last epoch, and that they were drained, is remembered after they left."
 
 
 class Fleet:
@@ -29,6 +29,8 @@ class Fleet:
         self._longest: dict[str, float | None] = {}
         self.epochs: dict[str, int] = {}
         "The newest epoch heard of each name; an older one is a worker that was replaced and still talks."
+        self.drained: dict[str, None] = {}
+        "Who is to get no new work until somebody says so, here or not: coming back from a repair is no resuming."
         self.resting: list[Endpoint] = []
         "Those that handed something back a moment ago."
         self.prefilling: dict[str, None] = {}
@@ -55,7 +57,14 @@ class Fleet:
             self.by_slot.append(None)
             self._limits = np.column_stack([self._limits, np.zeros(5)])
             self._name_rows()
-        endpoint = Endpoint(name=beat.endpoint, slot=slot, beat=beat, seen_at=now, held={})
+        endpoint = Endpoint(
+            name=beat.endpoint,
+            slot=slot,
+            beat=beat,
+            seen_at=now,
+            is_drained=beat.endpoint in self.drained,
+            held={},
+        )
         self.endpoints[endpoint.name] = endpoint
         self._seat(slot, endpoint)
         self.hear(endpoint, beat, now)
@@ -82,10 +91,17 @@ class Fleet:
             del self.epochs[next(iter(self.epochs))]
         self._reopen(endpoint)
 
-    def drain(self, endpoint: Endpoint, *, is_drained: bool) -> None:
-        """A person's wish: no new work, or work again."""
-        endpoint.is_drained = is_drained
-        self._reopen(endpoint)
+    def drain(self, name: str, *, is_drained: bool) -> None:
+        """A person's wish: no new work, or work again, for whoever is called so."""
+        self.drained.pop(name, None)
+        if is_drained:
+            self.drained[name] = None
+            if len(self.drained) > EPOCHS_MAX:
+                del self.drained[next(iter(self.drained))]
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None:
+            endpoint.is_drained = is_drained
+            self._reopen(endpoint)
 
     def leave(self, endpoint: Endpoint) -> None:
         """It is gone; its slot is free."""

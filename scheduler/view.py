@@ -86,6 +86,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     learned: Learned
     given: Given = Given()
     "What tenants have been given, where they share."
+    drained: tuple[str, ...] = ()
+    "Endpoints that people have drained, here or not."
 
 
 def of(book: Book, predictor: Predictor, now: float) -> View:
@@ -135,6 +137,7 @@ def snapshot(
         endpoints=_endpoints(book, predictor, now),
         learned=learned,
         given=_given(book),
+        drained=tuple(book.fleet.drained),
     )
 
 

@@ -99,6 +99,8 @@ def _pool(name: str, found: PoolGlance) -> RenderableType:
     if prior:
         names = ", ".join(f"{one.beat.endpoint} ({one.switches} switches)" for one in prior)
         table.add_row("guard", f"{names}: declared hardware believed, what was learned is worse")
+    if found.drained:
+        table.add_row("drained", f"{', '.join(found.drained)}; headgate resume NAME ends it")
     table.add_row("dead", str(found.dead))
     return Group(table, endpoints(found.endpoints), *engines(found.endpoints))
 
@@ -121,7 +123,9 @@ def endpoints(found: list[EndpointGlance]) -> Table:
     table = Table(*head, "step", "speed", "believed", "off by", "in q90", "on time", box=None)
     for one in found:
         beat = one.beat
-        state = beat.state if one.is_alive else "silent"
+        state: str = beat.state if one.is_alive else "silent"
+        if one.is_drained:
+            state = "drained" if state == "ready" else f"{state}, drained"
         table.add_row(
             beat.endpoint,
             *((role(beat),) if has_roles else ()),

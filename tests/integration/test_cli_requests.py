@@ -161,8 +161,12 @@ class TestWatch:
         await played.do(sidecar.beat(played.keys, beat, lease_s=3))
 
         code, _, err = await headgate("drain", ENDPOINT)
+        _, drained, _ = await headgate("status")
         await headgate("resume", ENDPOINT)
+        _, resumed, _ = await headgate("status")
 
+        assert f"{ENDPOINT}; headgate resume NAME ends it" in drained
+        assert "drained" not in resumed
         wishes = await played.connection.entries(played.keys.controls)
         assert (code, err) == (0, "a100-0: empty\n")
         assert [fields[b"action"] for _, fields in wishes] == [b"drain", b"resume"]

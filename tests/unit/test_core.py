@@ -483,6 +483,26 @@ class TestFleet:
 
         assert [type(c) for c in pool.decide()] == [Assign]
 
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_who_is_drained_stays_so_until_resumed(self, is_known):
+        """Away for a repair, under another leader, or said before it was ever heard: it does not come back by itself."""
+        pool = Pool()
+        if is_known:
+            pool.beat("e0")
+        pool.tell(Control(action="drain", endpoint="e0"))
+        pool.decide(after_s=60.0)
+        assert pool.core.view(pool.now).endpoints == ()
+        heir = Pool()
+        heir.core.restore(pool.core.snapshot())
+
+        for one in (pool, heir):
+            one.beat("e0", epoch=2)
+            one.ask("r")
+            assert one.decide() == []
+            assert [end.state for end in one.core.view(one.now).endpoints] == ["drained"]
+            one.tell(Control(action="resume", endpoint="e0"))
+            assert [type(c) for c in one.decide()] == [Assign]
+
     def test_i3_seats_bind(self):
         """I3: one seat, one request; the next goes when the reward has freed it."""
         pool = Pool()
