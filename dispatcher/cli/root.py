@@ -16,6 +16,7 @@ import gc
 import importlib
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from importlib.metadata import entry_points
@@ -200,6 +201,7 @@ def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Fun
             settings = load(Given(**said))  # type: ignore[arg-type]
             _configure_log(settings.log)
             values |= dict.fromkeys(wanted, settings)
+        _hear_interrupts()
         result = function(**values)
         return _run_to_end(result) if inspect.iscoroutine(result) else result
 
@@ -228,6 +230,12 @@ def _configure_log(settings: LogSettings) -> None:
     from dispatcher.cli import log  # noqa: PLC0415  structlog costs what help has no use for
 
     log.configure(settings)
+
+
+def _hear_interrupts() -> None:
+    """From here on Ctrl-C is the command's own business; see `__main__`."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run_to_end(coroutine: Coroutine[object, object, object]) -> object:

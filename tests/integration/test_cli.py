@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,25 @@ class TestDoor:
             extended(["wait"])
 
         assert end.value.code == 130
+
+    @pytest.mark.parametrize("module", ["typer", "numpy"])
+    def test_ctrl_c_among_the_imports_is_without_a_word(self, module):
+        """The first half second of a command shows nobody's source."""
+        code = (
+            "import os, runpy, signal, sys\n"
+            "class Finder:\n"
+            "    def find_spec(self, name, *_):\n"
+            f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+            "sys.meta_path.insert(0, Finder())\n"
+            "sys.argv = ['headgate', 'simulate']\n"
+            "runpy.run_module('dispatcher.cli', run_name='__main__')"
+        )
+
+        ran = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+
+        assert (ran.returncode, ran.stderr) == (-signal.SIGINT, "")
 
 
 class TestSettings:
