@@ -1,7 +1,8 @@
-"""Which models are served, as the endpoints' own beats say."""
+"""Which models are served, as the endpoints' own beats say, and whether anybody leads."""
 
 import asyncio
 import contextlib
+import math
 import time
 
 import msgspec
@@ -49,6 +50,7 @@ class Roster:
         self._looking = asyncio.Lock()
         self.trouble = "not looked yet"
         "Why the last look failed; empty where it did not."
+        self._led_until = 0.0
 
     async def run(self) -> None:
         """Look for ever."""
@@ -69,12 +71,28 @@ class Roster:
             self.trouble = str(error)
             return
         self.trouble = ""
+        await self._look_for_leader()
         latest = {fields.get(b"endpoint", b""): (entry, fields) for entry, fields in beats}
         for entry, fields in latest.values():
             with contextlib.suppress(WireError):  # a stray entry is the dispatcher's business
                 self._heard(entry, codec.decode(Beat, fields))
         if beats:
             self._after = beats[-1][0]
+
+    async def _look_for_leader(self) -> None:
+        try:
+            until = await self._connection.command("HGET", self._keys.leader, "until")
+        except StreamError:  # users of an older version may not ask; that is no outage
+            self._led_until = math.inf
+            return
+        self._led_until = int(until or 0) / 1e3
+
+    @property
+    def idle(self) -> str:
+        """Why a request would only wait now; empty where somebody would take it up."""
+        if self._led_until <= self._connection.now():
+            return "nobody leads the pool"
+        return "" if self.has_any() else "no endpoint takes work"
 
     async def is_served(self, model: str) -> bool:
         """Whether an endpoint that lives serves it; "no" is what a look found that began after the question."""

@@ -129,6 +129,7 @@ class Door:
         app.router.add_get(MODELS, self._models)
         app.router.add_get(MODELS + "/{model:.+}", self._model)
         app.router.add_get("/version", self._version)
+        app.router.add_get("/health", self._health)
         self.pages.add_to(app)
         return app
 
@@ -245,6 +246,11 @@ class Door:
             if model.id == wanted:
                 return _json(msgspec.json.encode(_card(model)))
         raise refusal.unknown_model(wanted, [model.id for model in self._roster.models()])
+
+    async def _health(self, _: web.Request) -> web.Response:
+        """As a vLLM has it: whether what is asked now would be answered, and not only taken in."""
+        why = self._unready() or self._roster.idle
+        return web.Response(status=503 if why else 200, text=f"{why or 'ok'}\n")
 
     async def _version(self, _: web.Request) -> web.Response:
         return _json(msgspec.json.encode({"version": importlib.metadata.version("headgate")}))

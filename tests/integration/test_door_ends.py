@@ -18,7 +18,7 @@ from dispatcher.door.answer import STILL_HERE
 from dispatcher.door.keyring import Keyring
 from dispatcher.door.server import Door
 from dispatcher.local import Server
-from dispatcher.streams import sidecar
+from dispatcher.streams import dispatch, sidecar
 from scheduler.errors import SettingsError
 from scheduler.settings import DoorSettings, LeaseSettings, LimitSettings, RedisSettings, Settings
 from scheduler.wire.worker import Beat
@@ -174,6 +174,30 @@ class TestEnds:
 
             await beat(front.played, state="draining")
             await until(lambda: says(front, 503))
+
+    async def test_health_is_whether_anybody_would_serve_it(self, redis_url, pool):
+        """Ready is a door that takes requests in; healthy one whose pool has a leader and an endpoint."""
+        async with opened(redis_url, pool, is_alive=False) as front:
+            do, keys = front.played.do, front.played.keys
+
+            async def health():
+                async with front.session.get(f"{front.url}/health") as answer:
+                    return answer.status, (await answer.text()).strip()
+
+            async def becomes(*wanted):
+                async def found():
+                    return await health() == wanted
+
+                return await until(found)
+
+            assert await becomes(503, "no endpoint takes work")
+            await beat(front.played)
+            assert await becomes(200, "ok")
+            await front.played.connection.command("HSET", keys.leader, "until", "1")
+            assert await becomes(503, "nobody leads the pool")
+            assert not await is_unready(front)
+            await do(dispatch.lead(keys, "other", ttl_s=60))
+            assert await becomes(200, "ok")
 
     async def test_the_queue_is_full(self, redis_url, pool):
         """429 with a time to come back, and nothing is enqueued."""
