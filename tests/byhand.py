@@ -94,14 +94,24 @@ class PlayedWorker:
         ]
 
     async def finish(self, held: Sequence[Held], outcome: str = "completed") -> list[object]:
-        return await self.redis.batch([self.finishing(one, outcome) for one in held])
+        """The replies to the ends; what follows each of them is done as well."""
+        ends = await self.redis.batch([self.finishing(one, outcome) for one in held])
+        await self.redis.batch(
+            [
+                self.settling(one, outcome, is_ours=end == 1)
+                for one, end in zip(held, ends, strict=True)
+            ]
+        )
+        return ends
 
     def finishing(self, held: Held, outcome: str = "completed") -> Call:
-        job, now = held.job, self.redis.now()
+        job = held.job
         result = Result(id=job.id, outcome=outcome, endpoint=self.endpoint, attempt=job.attempt)
-        return sidecar.finish(
-            self.keys, held, result, self.reward(held, outcome, now), pieces=0, ttl_s=60
-        )
+        return sidecar.finish(self.keys, held, result, pieces=0, ttl_s=60)
+
+    def settling(self, held: Held, outcome: str = "completed", *, is_ours: bool = True) -> Call:
+        reward = self.reward(held, outcome, self.redis.now()) if is_ours else None
+        return sidecar.settle(self.keys, held, reward)
 
     async def hand_back(self, held: Held) -> object:
         reward = self.reward(held, "returned", self.redis.now())

@@ -2,17 +2,20 @@
 
 import asyncio
 from collections.abc import Callable
+from importlib import resources
 
 import msgspec
 
 from dispatcher.streams import dispatch, producer
-from dispatcher.streams.connection import Connection, Where
+from dispatcher.streams.connection import PREFIX, Connection, Where
 from scheduler import codec
 from scheduler.events import Arrived, Assign, Reclaim
-from scheduler.keys import DISPATCHER_GROUP, Keys
+from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
 from scheduler.wire.client import Control, Request
 from scheduler.wire.dispatcher import Decision, Job
 from scheduler.wire.worker import Beat, Result, Reward, Tokens
+
+FUNCTIONS = resources.files("dispatcher.streams").joinpath("functions.lua").read_text()
 
 POLL_S = 0.01
 PATIENCE_S = 20.0
@@ -145,6 +148,31 @@ class Hand:
             decision=Decision(id=request_id, kind="reclaimed"),
         )
         return await self.do(dispatch.reclaim(self.keys, self.leader_epoch, command))
+
+    async def read_again(self, request_id: str) -> int:
+        """Write down once more that it is read, as whoever takes over does; 0: there is nothing left to do for it."""
+        call = dispatch.accept(self.keys, self.leader_epoch, self.arrived[request_id], None)
+        return await self.do(call)
+
+    async def pending(self, endpoint: str = "e0") -> int:
+        """How many entries somebody still has to see to, of requests and of jobs."""
+        groups = ((self.keys.requests, DISPATCHER_GROUP), (self.keys.jobs(endpoint), WORKER_GROUP))
+        found = [await self.redis.command("XPENDING", *one) for one in groups]
+        return sum(one["pending"] for one in found)
+
+    async def refuse_to(self, move: str) -> None:
+        """Have Redis refuse a move, as one without memory does, until it is told to `relent` or our functions are loaded."""
+        registered = f"redis.register_function('{PREFIX}{move}', {move})"
+        refusing = registered.replace(
+            f" {move})", f" function() return {{err = 'OOM {move}'}} end)"
+        )
+        assert registered in FUNCTIONS
+        code = FUNCTIONS.replace(registered, refusing)
+        await self.redis.command("FUNCTION", "LOAD", "REPLACE", code)
+
+    async def relent(self) -> None:
+        """The functions as they are."""
+        await self.redis.command("FUNCTION", "LOAD", "REPLACE", FUNCTIONS)
 
     async def cancel(self, request_id: str, *, endpoint: str = "e0") -> None:
         """As the dispatcher does: the tombstone, and a word to the worker."""

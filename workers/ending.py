@@ -1,4 +1,8 @@
-"""How an attempt ends in Redis: the one terminal record, or back to be tried elsewhere; each one move."""
+"""How an attempt ends in Redis: the one terminal record, and then what it cost; or back to be tried elsewhere.
+
+The record goes alone and first, for somebody waits for it. Until Redis has taken the rest as well the attempt stays in
+hand: a beat must not say that it is gone before its reward does.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -67,17 +71,29 @@ class Ending:
         status: int = 0,
         is_dead: bool = False,
     ) -> None:
-        """Send the terminal record on its way; `is_dead` also keeps the request's fields for a requeue."""
+        """Send the terminal record on its way, and the reward once that is there.
+
+        `is_dead` also keeps the request's fields for a requeue.
+        """
         attempt.stage = "ending"
         now = self._clock()
         result = attempt.result(outcome, reason, status, now)
-        reward = attempt.reward(
-            outcome, reason, now, retryable=False, hardware=self._address.hardware
-        )
+        was_ours = False
 
-        def replied(reply: int) -> None:
+        def ended(reply: int) -> None:
+            nonlocal was_ours
+            was_ours = reply != 0
+            reward = None
+            if was_ours:
+                reward = attempt.reward(
+                    outcome, reason, now, retryable=False, hardware=self._address.hardware
+                )
+            call = sidecar.settle(self._keys, attempt.held, reward, is_dead=is_dead)
+            self._writer.send(attempt, call, settled)
+
+        def settled(_: int) -> None:
             self._gone(attempt)
-            if reply == 0:
+            if not was_ours:
                 self._meter.fenced.inc()
                 return
             self._meter.ended(result)
@@ -100,12 +116,11 @@ class Ending:
                 self._keys,
                 attempt.held,
                 result,
-                reward,
                 pieces=pieces,
                 ttl_s=self._settings.keep_s,
                 is_dead=is_dead,
             ),
-            replied,
+            ended,
         )
 
     def give_back(self, attempt: Attempt, reason: str) -> None:

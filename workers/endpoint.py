@@ -100,7 +100,8 @@ class Endpoint:
             hands=self._hands,
             clock=connection.now,
         )
-        self._vigil = Vigil(settings, connection.now)
+        self._changed = asyncio.Event()
+        self._vigil = Vigil(settings, connection.now, self._changed.set)
         self._telling = Telling(
             address,
             worker=worker,
@@ -111,7 +112,6 @@ class Endpoint:
             inbox=self._inbox,
             kv=self._kv,
         )
-        self._changed = asyncio.Event()
         self._serving = Serving(
             address,
             engine=self._engine,
@@ -232,7 +232,10 @@ class Endpoint:
                 await self._take()
 
     async def _tend(self) -> None:
-        """Admit when anything changes; look after deadlines and silences when one may be over."""
+        """Admit the held when anything changes; look after deadlines and silences when one may be over.
+
+        Whoever changes something wakes it only where somebody is held, and a lonely request has its engine to itself.
+        """
         while True:
             wait_s = min(self._vigil.due_s(), TEND_S if self._hands.held else float("inf"))
             with contextlib.suppress(TimeoutError):
@@ -261,7 +264,8 @@ class Endpoint:
         if arrival is not None:
             self._arrive(arrival)
             self._admit()
-            self._changed.set()
+            if self._hands.held:
+                self._changed.set()
 
     async def _take(self) -> None:
         arrivals = await self._inbox.take(self._epoch, self._cancel, self._hands.knows)

@@ -74,7 +74,7 @@ class Serving:
             ending: what becomes of those who are through.
             meter: counts who was fenced.
             clock: what time it is on Redis.
-            changed: set where somebody else may now be admitted.
+            changed: set where one of the held may now be admitted.
             turned: called where the engine has gone or come back.
         """
         self._address, self._engine, self._keys, self._writer = address, engine, keys, writer
@@ -201,7 +201,8 @@ class Serving:
             self._pulse.first_token(attempt.name, attempt.first_token_at - attempt.pulled_at)
             self._rhythm.first(attempt, tick)
             self._vigil.spoke(tick)
-            self._changed.set()
+            if self._hands.held:
+                self._changed.set()
             return
         attempt.gap_max_s = max(attempt.gap_max_s, gap_s)
         self._rhythm.gap(attempt, gap_s, tick, self._hands.running.values())
@@ -210,9 +211,6 @@ class Serving:
 
     def _served(self, attempt: Attempt, error: EngineError | None) -> None:
         stop = attempt.stop
-        self._hands.leave(attempt)
-        self._changed.set()
-        self._rhythm.left(attempt, is_empty=not self._hands.running)
         if stop is not None and stop.kind == "silent":
             error, stop = EngineError(stop.reason), None
             if self._health.failed(error):
@@ -231,3 +229,8 @@ class Serving:
             self._kv.computed(attempt.job, attempt.body)
         else:
             self._ending.failed(attempt, error)
+        # Last: the client waits for the end, and for nothing of this.
+        self._hands.leave(attempt)
+        self._rhythm.left(attempt, is_empty=not self._hands.running)
+        if self._hands.held:
+            self._changed.set()

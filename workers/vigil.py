@@ -20,9 +20,11 @@ BLIND_S = 1.0
 class Vigil:
     """One engine's. Ticks are `perf_counter`, moments unix seconds on Redis' clock."""
 
-    def __init__(self, settings: WorkerSettings, clock: Callable[[], float]) -> None:
-        """`clock` says what time it is on Redis."""
-        self._settings, self._clock = settings, clock
+    def __init__(
+        self, settings: WorkerSettings, clock: Callable[[], float], sooner: Callable[[], None]
+    ) -> None:
+        """`clock` says what time it is on Redis; `sooner` is called when something is due before all else was."""
+        self._settings, self._clock, self._sooner = settings, clock, sooner
         self._due_tick = float("inf")
         self._looked_tick = 0.0
 
@@ -93,7 +95,9 @@ class Vigil:
             self._look_by(attempt.last_tick + limit_s)
 
     def _look_by(self, tick: float) -> None:
-        self._due_tick = min(self._due_tick, tick)
+        if tick < self._due_tick:
+            self._due_tick = tick
+            self._sooner()
 
 
 def _has_begun(attempts: Collection[Attempt]) -> bool:

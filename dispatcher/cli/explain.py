@@ -27,7 +27,7 @@ PAGE = 2000
 "Log entries read in one command, in search of this request's."
 
 AFTER_END_MS = 1_000
-"So long after its terminal record the logs are still searched; its reward is written in the same move."
+"So long after its terminal record the logs are still searched; its reward is written right behind it."
 
 CANDIDATES_SHOWN = 6
 

@@ -29,7 +29,7 @@ from scheduler.errors import StreamError
 
 __all__ = ("Begun", "Call", "Connection", "Entry", "Read", "Value", "Where")
 
-PREFIX = "hg4_"
+PREFIX = "hg5_"
 "What our functions' names begin with: the number is the calling convention of functions.lua."
 
 FLOOR = (7, 0)

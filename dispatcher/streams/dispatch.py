@@ -132,6 +132,7 @@ def conclude(
         if is_streamed
         else NOTHING
     )
+    dead = _dead_fields(keys, command, fields)
     return Call(
         "conclude",
         names,
@@ -145,7 +146,7 @@ def conclude(
             int(reply != keys.results),
             packed(result),
             last,
-            packed_fields(_dead_fields(keys, command, fields)),
+            packed_fields(dead) if dead else NOTHING,
         ),
     )
 

@@ -1,4 +1,4 @@
-#!lua name=headgate_4
+#!lua name=headgate_5
 
 -- The number in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when
 -- the keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
@@ -13,21 +13,21 @@
 --   leg      whole | prefill | decode: of the last attempt; without it, whole
 --   handovers  how many prefill legs have done their part; kept: the last one's entry in `rewards`, which says who has its KV
 -- All keys arrive in KEYS and share one hash tag. A list of fields travels as one argument: a MessagePack array of field, value, ...
+-- and '' where there are none.
+--
+-- What somebody waits for comes in a move of its own with little else in it: to a lonely request every command, every list and
+-- every field is code and memory that no cache holds any more.
 
 local function now_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
-local function take(args, at) -- the field list at `at`, and where the next one is
-  return cmsgpack.unpack(args[at]), at + 1
-end
-
-local function add(key, fields, keep)
+local function add(key, packed, keep) -- one entry of these packed fields
   if keep and keep > 0 then
-    return redis.call('XADD', key, 'MAXLEN', '~', keep, '*', unpack(fields))
+    return redis.call('XADD', key, 'MAXLEN', '~', keep, '*', unpack(cmsgpack.unpack(packed)))
   end
-  return redis.call('XADD', key, '*', unpack(fields))
+  return redis.call('XADD', key, '*', unpack(cmsgpack.unpack(packed)))
 end
 
 local function is_leader(key, epoch)
@@ -84,7 +84,7 @@ local function submit(keys, args)
     if waiting >= limit then return {-1, waiting} end
   end
   if args[4] ~= '' then redis.call('SET', keys[3], args[4], 'PX', args[3]) end
-  entry = add(keys[2], (take(args, 6)))
+  entry = add(keys[2], args[6])
   redis.call('HSET', keys[1], 'state', 'queued', 'entry', entry)
   redis.call('ZADD', keys[4], args[5], args[1])
   return {1, entry}
@@ -96,7 +96,7 @@ local function cancel(keys, args)
   if not state then return -1 end
   if state == 'terminal' then return 0 end
   redis.call('HSET', keys[1], 'cancelled', '1')
-  add(keys[2], (take(args, 2)))
+  add(keys[2], args[2])
   return 1
 end
 
@@ -106,7 +106,7 @@ local function requeue(keys, args)
   if state and state ~= 'terminal' then return -1 end
   if redis.call('XDEL', keys[1], args[1]) == 0 then return 0 end
   redis.call('DEL', keys[2])
-  return add(keys[3], (take(args, 2)))
+  return add(keys[3], args[2])
 end
 
 -- The dispatcher's moves -------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ local function assign(keys, args)
   if not is_new and (held[1] ~= 'waiting' or not is_ours) or held[6] then return 0 end
   -- An attempt is handed over once: a repetition that comes after its return must not start it again.
   if tonumber(held[4] or 0) >= tonumber(args[5]) then return 0 end
-  local entry = add(keys[3], (take(args, 9)))
+  local entry = add(keys[3], args[9])
   redis.call('HSET', keys[2], 'state', 'assigned', 'entry', args[3], 'endpoint', args[4], 'attempt', args[5],
     'epoch', args[6], 'job', entry)
   redis.call('ZREM', keys[4], args[2])
@@ -154,30 +154,29 @@ end
 local function reclaim(keys, args)
   if not is_leader(keys[1], args[1]) then return -1 end
   local held = redis.call('HMGET', keys[2], 'state', 'endpoint', 'attempt', 'job')
-  if not holds(held[1], held[2], held[3], args[3], args[4]) then
-    return held[1] == 'waiting' and held[3] == args[4] and 1 or 0
-  end
+  if held[1] == 'waiting' and held[3] == args[4] then return 1 end -- said before
+  local has_ended = held[1] == 'terminal' and held[2] == args[3] and held[3] == args[4] -- perhaps not settled: see `finish`
+  if not has_ended and not holds(held[1], held[2], held[3], args[3], args[4]) then return 0 end
   redis.call('XACK', keys[3], args[5], held[4])
   redis.call('XDEL', keys[3], held[4])
+  if has_ended then return 0 end
   redis.call('HSET', keys[2], 'state', 'waiting', 'endpoint', '', 'job', '')
   redis.call('ZADD', keys[4], args[6], args[2])
-  add(keys[5], (take(args, 8)), tonumber(args[7]))
+  add(keys[5], args[8], tonumber(args[7]))
   return 1
 end
 
-local function terminal(request, requests, waiting, reply, body, tokens, dead, how)
+-- The one terminal record, and the end of the token log with it: who has the one need not wait for the other.
+local function terminal(request, reply, tokens, how)
   local entry = add(reply, how.result)
-  if how.is_private then redis.call('PEXPIRE', reply, how.ttl) end
   redis.call('HSET', request, 'state', 'terminal', 'entry', how.entry, 'outcome', how.outcome,
     'result_stream', reply, 'result_entry', entry)
   redis.call('PEXPIRE', request, how.ttl)
-  redis.call('XACK', requests, how.group, how.entry)
-  redis.call('ZREM', waiting, how.id)
-  if #how.last > 0 then
+  if how.is_private then redis.call('PEXPIRE', reply, how.ttl) end
+  if how.last ~= '' then
     add(tokens, how.last)
     redis.call('PEXPIRE', tokens, how.ttl)
   end
-  if #how.dead > 0 then add(dead, how.dead) else redis.call('DEL', body) end -- a dead request keeps its body for a requeue
 end
 
 -- KEYS leader request requests waiting reply body tokens dead
@@ -190,13 +189,11 @@ local function conclude(keys, args)
     if held[2] ~= args[4] or held[1] == 'terminal' then redis.call('XACK', keys[3], args[2], args[4]) end
     return 0
   end
-  local how = {group = args[2], id = args[3], entry = args[4], outcome = args[5], ttl = args[6],
-    is_private = args[7] == '1'}
-  local next
-  how.result, next = take(args, 8)
-  how.last, next = take(args, next)
-  how.dead = take(args, next)
-  terminal(keys[2], keys[3], keys[4], keys[5], keys[6], keys[7], keys[8], how)
+  terminal(keys[2], keys[5], keys[7], {entry = args[4], outcome = args[5], ttl = args[6], is_private = args[7] == '1',
+    result = args[8], last = args[9]})
+  redis.call('XACK', keys[3], args[2], args[4])
+  redis.call('ZREM', keys[4], args[3])
+  if args[10] ~= '' then add(keys[8], args[10]) else redis.call('DEL', keys[6]) end -- a dead one keeps its body for a requeue
   return 1
 end
 
@@ -204,13 +201,9 @@ end
 -- KEYS leader stream / ARGV epoch keep(0: all) fields, fields, ... -> how many; -1 fenced
 local function log(keys, args)
   if not is_leader(keys[1], args[1]) then return -1 end
-  local keep, next, n, fields = tonumber(args[2]), 3, 0, nil
-  while next <= #args do
-    fields, next = take(args, next)
-    add(keys[2], fields, keep)
-    n = n + 1
-  end
-  return n
+  local keep = tonumber(args[2])
+  for at = 3, #args do add(keys[2], args[at], keep) end
+  return #args - 2
 end
 
 -- KEYS stream / ARGV group consumer idle_ms -> 1 removed; 0 it is needed, or unknown
@@ -239,11 +232,10 @@ end
 -- KEYS endpoint beats jobs / ARGV epoch keep ttl_ms glance beat -> 1; 0 a newer worker has joined
 local function beat(keys, args)
   if redis.call('HGET', keys[1], 'epoch') ~= args[1] then return 0 end
-  local glance, next = take(args, 4)
-  redis.call('HSET', keys[1], unpack(glance))
+  redis.call('HSET', keys[1], unpack(cmsgpack.unpack(args[4])))
   redis.call('PEXPIRE', keys[1], args[3])
   redis.call('PEXPIRE', keys[3], args[3])
-  add(keys[2], (take(args, next)), tonumber(args[2]))
+  add(keys[2], args[5], tonumber(args[2]))
   return 1
 end
 
@@ -260,17 +252,17 @@ local function tokens(keys, args)
   local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt', 'tokens')
   if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
   if tonumber(held[4] or 0) > tonumber(args[3]) then return 1 end -- said before
-  add(keys[2], (take(args, 6)))
-  redis.call('PEXPIRE', keys[2], args[5])
+  add(keys[2], args[6])
   redis.call('HSET', keys[1], 'tokens', args[3] + args[4])
+  if held[4] then redis.call('PEXPIRE', keys[2], args[5]) end -- not with the first, which is waited for; its end sets it
   return 1
 end
 
 -- What is told of a death, and behind it the request as its client wrote it: a worker knows only what its job says.
-local function buried(requests, entry, dead)
-  local own = #dead > 0 and redis.call('XRANGE', requests, entry, entry)[1]
-  if not own then return dead end
-  local fields = {}
+local function buried(requests, entry, packed)
+  local own = redis.call('XRANGE', requests, entry, entry)[1]
+  if not own then return packed end
+  local dead, fields = cmsgpack.unpack(packed), {}
   for i = 1, 10 do fields[i] = dead[i] end -- dead_stream, dead_entry, dead_reason, dead_outcome and id
   for i = 1, #own[2], 2 do
     if own[2][i] ~= 'id' then
@@ -278,29 +270,36 @@ local function buried(requests, entry, dead)
       fields[#fields + 1] = own[2][i + 1]
     end
   end
-  return fields
+  return cmsgpack.pack(fields)
 end
 
--- KEYS request jobs requests waiting reply body tokens dead rewards
--- ARGV endpoint attempt job worker_group group id entry outcome ttl_ms is_private keep result last dead reward
--- -> 1; 0 no longer yours: nothing but the stale job's acknowledgement was written
+-- The end, as far as somebody waits for it; `settle` follows. A worker that dies between them leaves a reward unwritten and
+-- nothing else: the job and the request's entry are pending still, and whoever takes them up finds the request ended.
+-- KEYS request reply tokens dead requests / ARGV endpoint attempt entry outcome ttl_ms is_private result last dead
+-- -> 1; 0 no longer yours
 local function finish(keys, args)
   local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt')
-  redis.call('XACK', keys[2], args[4], args[3])
-  redis.call('XDEL', keys[2], args[3])
   if not holds(held[1], held[2], held[3], args[1], args[2]) then
     return held[1] == 'terminal' and held[2] == args[1] and held[3] == args[2] and 1 or 0
   end
-  local how = {group = args[5], id = args[6], entry = args[7], outcome = args[8], ttl = args[9],
-    is_private = args[10] == '1'}
-  local next
-  how.result, next = take(args, 12)
-  how.last, next = take(args, next)
-  how.dead, next = take(args, next)
-  how.dead = buried(keys[3], how.entry, how.dead)
-  add(keys[9], (take(args, next)), tonumber(args[11])) -- first: Redis wakes the reader of the last stream first
-  terminal(keys[1], keys[3], keys[4], keys[5], keys[6], keys[7], keys[8], how)
+  terminal(keys[1], keys[2], keys[3], {entry = args[3], outcome = args[4], ttl = args[5], is_private = args[6] == '1',
+    result = args[7], last = args[8]})
+  if args[9] ~= '' then add(keys[4], buried(keys[5], args[3], args[9])) end
   return 1
+end
+
+-- The rest of an end, once `finish` has answered. Where that refused, nothing is settled but the stale job: no reward is given.
+-- KEYS jobs requests body rewards / ARGV worker_group job group entry is_dead keep reward
+-- -> 1; 0 said before, or somebody else has taken the job up: no second reward
+local function settle(keys, args)
+  local was_pending = redis.call('XACK', keys[1], args[1], args[2])
+  if was_pending == 1 then redis.call('XDEL', keys[1], args[2]) end
+  if args[7] ~= '' then
+    redis.call('XACK', keys[2], args[3], args[4])
+    if args[5] ~= '1' then redis.call('DEL', keys[3]) end -- a dead request keeps its body for a requeue
+    if was_pending == 1 then add(keys[4], args[7], tonumber(args[6])) end
+  end
+  return was_pending
 end
 
 -- KEYS request jobs waiting rewards kv / ARGV endpoint attempt job group id score keep reward kv_params kv_ttl_ms
@@ -312,31 +311,31 @@ local function hand_back(keys, args)
   if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
   redis.call('HSET', keys[1], 'state', 'waiting', 'endpoint', '', 'job', '')
   redis.call('ZADD', keys[3], args[6], args[5])
-  local reward, kv_params = take(args, 8)
-  local entry = add(keys[4], reward, tonumber(args[7]))
-  if args[kv_params] ~= '' then
-    redis.call('SET', keys[5], args[kv_params], 'PX', args[kv_params + 1])
+  local entry = add(keys[4], args[8], tonumber(args[7]))
+  if args[9] ~= '' then
+    redis.call('SET', keys[5], args[9], 'PX', args[10])
     redis.call('HINCRBY', keys[1], 'handovers', 1)
     redis.call('HSET', keys[1], 'kept', entry)
   end
   return 1
 end
 
-redis.register_function('hg4_lead', lead)
-redis.register_function('hg4_resign', resign)
-redis.register_function('hg4_save', save)
-redis.register_function('hg4_submit', submit)
-redis.register_function('hg4_cancel', cancel)
-redis.register_function('hg4_requeue', requeue)
-redis.register_function('hg4_accept', accept)
-redis.register_function('hg4_assign', assign)
-redis.register_function('hg4_reclaim', reclaim)
-redis.register_function('hg4_conclude', conclude)
-redis.register_function('hg4_log', log)
-redis.register_function('hg4_retire', retire)
-redis.register_function('hg4_join', join)
-redis.register_function('hg4_beat', beat)
-redis.register_function('hg4_start', start)
-redis.register_function('hg4_tokens', tokens)
-redis.register_function('hg4_finish', finish)
-redis.register_function('hg4_hand_back', hand_back)
+redis.register_function('hg5_lead', lead)
+redis.register_function('hg5_resign', resign)
+redis.register_function('hg5_save', save)
+redis.register_function('hg5_submit', submit)
+redis.register_function('hg5_cancel', cancel)
+redis.register_function('hg5_requeue', requeue)
+redis.register_function('hg5_accept', accept)
+redis.register_function('hg5_assign', assign)
+redis.register_function('hg5_reclaim', reclaim)
+redis.register_function('hg5_conclude', conclude)
+redis.register_function('hg5_log', log)
+redis.register_function('hg5_retire', retire)
+redis.register_function('hg5_join', join)
+redis.register_function('hg5_beat', beat)
+redis.register_function('hg5_start', start)
+redis.register_function('hg5_tokens', tokens)
+redis.register_function('hg5_finish', finish)
+redis.register_function('hg5_settle', settle)
+redis.register_function('hg5_hand_back', hand_back)

@@ -10,8 +10,8 @@ from scheduler.keys import Keys
 from scheduler.settings import LimitSettings
 from scheduler.wire.client import Control, Request
 
-NOTHING = msgspec.msgpack.encode([])
-"No fields at all, packed."
+NOTHING = b""
+"No fields at all, as a function takes them."
 
 _ENCODER = msgspec.msgpack.Encoder()
 

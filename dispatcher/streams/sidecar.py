@@ -80,32 +80,14 @@ def tokens(keys: Keys, held: Held, message: Tokens, *, pieces: int, ttl_s: float
 
 
 def finish(
-    keys: Keys,
-    held: Held,
-    result: Result,
-    reward: Reward,
-    *,
-    pieces: int,
-    ttl_s: float,
-    is_dead: bool = False,
+    keys: Keys, held: Held, result: Result, *, pieces: int, ttl_s: float, is_dead: bool = False
 ) -> Call:
-    """Result, reward, end of the token log and both acknowledgements, in one move. The reply is 1; 0: not ours.
+    """The terminal record and the end of the token log, all that a client waits for. The reply is 1; 0: not ours.
 
-    `pieces` is how many pieces of text the token log holds.
+    Whatever the reply, `settle` must follow it. `pieces` is how many pieces of text the token log holds.
     """
     job = held.job
     reply = job.reply_to or keys.results
-    names = (
-        keys.request(job.id),
-        keys.jobs(held.endpoint),
-        keys.requests,
-        keys.waiting,
-        reply,
-        keys.body(job.id),
-        keys.tokens(job.id),
-        keys.dead,
-        keys.rewards,
-    )
     last = (
         packed(Tokens(attempt=job.attempt, index=pieces, end=result.outcome))
         if job.stream
@@ -113,23 +95,38 @@ def finish(
     )
     return Call(
         "finish",
-        names,
+        (keys.request(job.id), reply, keys.tokens(job.id), keys.dead, keys.requests),
         (
             held.endpoint,
             job.attempt,
-            held.job_entry,
-            WORKER_GROUP,
-            DISPATCHER_GROUP,
-            job.id,
             job.entry,
             result.outcome,
             milliseconds(ttl_s),
             int(reply != keys.results),
-            REWARDS_KEPT,
             packed(result),
             last,
-            packed_fields(_dead_fields(keys, held, result) if is_dead else {}),
-            packed(reward),
+            packed_fields(_dead_fields(keys, held, result)) if is_dead else NOTHING,
+        ),
+    )
+
+
+def settle(keys: Keys, held: Held, reward: Reward | None, *, is_dead: bool = False) -> Call:
+    """Both acknowledgements and the reward of what `finish` has ended; without a reward, where that was refused, the job's.
+
+    The reply is 1; 0: it was said before, or somebody else has taken the job up.
+    """
+    job = held.job
+    return Call(
+        "settle",
+        (keys.jobs(held.endpoint), keys.requests, keys.body(job.id), keys.rewards),
+        (
+            WORKER_GROUP,
+            held.job_entry,
+            DISPATCHER_GROUP,
+            job.entry,
+            int(is_dead),
+            REWARDS_KEPT,
+            NOTHING if reward is None else packed(reward),
         ),
     )
 

@@ -97,7 +97,7 @@ async def answer(redis: Connection, keys: Keys, players, seen: list[float]) -> N
                 sent_at = fields.get(b"traceparent")
                 if sent_at:
                     seen.append((now - int(sent_at) / 1e9) * 1e3)
-                calls.append(by_stream[stream].finishing(entry, fields, now))
+                calls += by_stream[stream].ending(entry, fields, now)
         for reply in await redis.batch(calls):
             assert reply == 1, reply
 
@@ -130,8 +130,10 @@ class Endpoint:
             id="-", endpoint=self.name, epoch=self.epoch, attempt=1, outcome="completed", model="m", hardware="a100",
             decided_at=0.0, prefill_s=0.0005, ttft_s=0.001, tpot_s=0.0002, prompt_tokens=140, output_tokens=5, cached_tokens=0,
         )  # fmt: skip
-        self.call = sidecar.finish(
-            self.keys, Held(self.name, job, "0-0"), result, reward, pieces=0, ttl_s=60
+        held = Held(self.name, job, "0-0")
+        self.calls = (
+            sidecar.finish(self.keys, held, result, pieces=0, ttl_s=60),
+            sidecar.settle(self.keys, held, reward),
         )
         self.result, self.reward = codec.encode(result), codec.encode(reward)
 
@@ -143,8 +145,8 @@ class Endpoint:
         call = sidecar.beat(self.keys, message, lease_s=3)
         assert await self.redis.call(call.function, call.keys, call.args) == 1
 
-    def finishing(self, entry: str, fields: dict[bytes, bytes], now: float) -> Call:
-        """`sidecar.finish` of this job, from the one made at the start."""
+    def ending(self, entry: str, fields: dict[bytes, bytes], now: float) -> tuple[Call, Call]:
+        """`sidecar.finish` and `sidecar.settle` of this job, from those made at the start."""
         keys = self.keys
         request_id = fields[b"id"].decode()
         moment = f"{now * 1e3:.3f}"
@@ -159,18 +161,18 @@ class Endpoint:
             "cached_tokens": fields[b"cached_tokens"],
             "features": fields[b"features"],
         }  # fmt: skip
+        finish, settle = self.calls
+        finished, settled = list(finish.args), list(settle.args)
+        finished[2] = settled[3] = fields[b"entry"].decode()
+        finished[6], settled[1], settled[6] = packed_fields(result), entry, packed_fields(reward)
         names = (
             keys.request(request_id),
-            *self.call.keys[1:4],
             fields[b"reply_to"].decode() or keys.results,
-            keys.body(request_id),
             keys.tokens(request_id),
-            *self.call.keys[7:],
+            *finish.keys[3:],
         )
-        args = list(self.call.args)
-        args[2], args[5], args[6] = entry, request_id, fields[b"entry"].decode()
-        args[11], args[14] = packed_fields(result), packed_fields(reward)
-        return Call("finish", names, args)
+        rest = (*settle.keys[:2], keys.body(request_id), settle.keys[3])
+        return Call("finish", names, finished), Call("settle", rest, settled)
 
 
 # A dispatcher that died

@@ -125,6 +125,48 @@ async def test_a_stream_survives_its_worker(redis_url, hand, emulator, spawn, de
     assert len(await hand.results("r1")) == 1
 
 
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_worker_dies_between_an_end_and_its_settling(
+    redis_url, hand, emulator, spawn, death
+):
+    """The record stands, once and for good; whoever takes the job up finds it ended, and nothing stays pending."""
+    first = spawn(emulator.url)
+    beat = await hand.ready()
+    await hand.refuse_to("settle")  # until the next worker brings its functions along
+    await hand.submit("r1", body(20), beat.epoch, stream=True)
+    await hand.result("r1")
+    first.send_signal(death)
+
+    spawn(emulator.url)
+    await hand.ready(after=beat.epoch)
+    assert await hand.reclaim("r1") == 0
+    assert await hand.read_again("r1") == 0, "it has ended"
+    if death == signal.SIGSTOP:
+        first.send_signal(signal.SIGCONT)
+        assert await asyncio.to_thread(first.wait, 10) == 2
+
+    assert [result.outcome for result in await hand.results("r1")] == ["completed"]
+    assert [part.end for part in await hand.tokens("r1") if part.end] == ["completed"]
+    assert await hand.pending() == 0
+    assert await hand.rewards("r1") == [], "what it cost died with the worker"
+
+
+async def test_an_end_is_settled_once_redis_lets_it(hand, emulator, spawn):
+    """Refused for a while, it is said again until it is taken: one reward, nothing pending, and the worker drains."""
+    process = spawn(emulator.url)
+    beat = await hand.ready()
+    await hand.refuse_to("settle")
+    await hand.submit("r1", body(20), beat.epoch)
+    await hand.result("r1")
+    process.terminate()
+
+    await hand.relent()
+
+    assert await asyncio.to_thread(process.wait, 10) == 0
+    assert [reward.outcome for reward in await hand.rewards("r1")] == ["completed"]
+    assert await hand.pending() == 0
+
+
 async def test_sigterm_ends_a_worker_well(redis_url, hand, emulator, spawn):
     """It finishes what runs and exits 0."""
     process = spawn(emulator.url)

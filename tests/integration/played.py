@@ -105,6 +105,8 @@ class Played:
         job_entry = await self.do(dispatch.assign(self.keys, self.epoch, command))
         await self.do(dispatch.notes(self.keys, self.epoch, [decision]))
         held = Held(ENDPOINT, job, job_entry.decode())
+        jobs = self.keys.jobs(ENDPOINT)
+        await self.connection.read_group(WORKER_GROUP, "played", [jobs], count=1, block_s=None)
         await self.do(sidecar.start(self.keys, held))
         return held
 
@@ -139,12 +141,12 @@ class Played:
                 self.keys,
                 held,
                 result,
-                reward,
                 pieces=pieces,
                 ttl_s=60,
                 is_dead=outcome == "failed",
             )
         )
+        await self.do(sidecar.settle(self.keys, held, reward, is_dead=outcome == "failed"))
 
     async def close(self):
         await self.connection.close()

@@ -36,7 +36,7 @@ ACL = {
     "dispatcher": f"{EVERYBODY} +hget +hmget +hset +get +set +del +pexpire +zadd +zrem"
     " +xadd +xdel +xack +xread +xreadgroup +xrange +xrevrange +xpending +xclaim +xautoclaim"
     " +xtrim +xinfo +xgroup",
-    "worker": f"{EVERYBODY} +hget +hmget +hset +get +del +pexpire +zadd +zrem"
+    "worker": f"{EVERYBODY} +hget +hmget +hset +get +del +pexpire +zadd"
     " +xadd +xdel +xack +xlen +xread +xreadgroup +xrange +xpending +xclaim +xautoclaim +xinfo +xgroup",
 }
 "What each role may do, and no more: a function's commands are checked as its caller's."

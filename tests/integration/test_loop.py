@@ -222,8 +222,8 @@ class TestDispatch:
             [held] = await worker.jobs()
             result = Result(id="phoenix", outcome="failed", reason="engine said no")
             reward = worker.reward(held, "failed", redis.now())
-            call = sidecar.finish(keys, held, result, reward, pieces=0, ttl_s=60, is_dead=True)
-            await redis.call(call.function, call.keys, call.args)
+            end = sidecar.finish(keys, held, result, pieces=0, ttl_s=60, is_dead=True)
+            await redis.batch([end, sidecar.settle(keys, held, reward, is_dead=True)])
             [(dead_entry, fields)] = await redis.entries(keys.dead)
             own = {k.decode(): v for k, v in fields.items() if not k.startswith(b"dead_")}
 
@@ -237,6 +237,28 @@ class TestDispatch:
             await worker.finish([again])
             outcomes = await redis.entries(keys.results)
             assert [f[b"outcome"] for _, f in outcomes] == [b"failed", b"completed"]
+
+
+class TestUnsettled:
+    async def test_a_worker_that_ends_a_request_and_dies(self, redis_url, settings, redis, keys):
+        """Its seat and its entries come free with the lease; the request is not served again, and the next one is."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings):
+            async with worker.beating():
+                await enqueue(redis, keys, "r1")
+                [held] = await worker.jobs()
+                call = worker.finishing(held)
+                assert await redis.call(call.function, call.keys, call.args) == 1
+            successor = PlayedWorker(redis, keys)
+            async with successor.beating():
+                await until(lambda: nothing_pending(redis, keys))
+                await enqueue(redis, keys, "r2")
+                [other] = await successor.jobs()
+                assert other.job.id == "r2"
+                await successor.finish([other])
+
+                assert await results(redis, keys, 2) == {"r1": "completed", "r2": "completed"}
+            assert await redis.entries(keys.jobs(worker.endpoint)) == []
 
 
 class TestWishes:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
 from dispatcher.streams import dispatch, producer, sidecar
@@ -68,10 +69,38 @@ async def assigned(redis, epoch, request_id="r1", attempt=1):
 
 def finished(held, outcome="completed", **options):
     result = Result(id=held.job.id, outcome=outcome)
+    return sidecar.finish(KEYS, held, result, pieces=0, ttl_s=60, **options)
+
+
+def settled(held, outcome="completed", **options):
     reward = Reward(
         id=held.job.id, endpoint=held.endpoint, epoch=1, attempt=held.job.attempt, outcome=outcome
     )
-    return sidecar.finish(KEYS, held, result, reward, pieces=0, ttl_s=60, **options)
+    return sidecar.settle(KEYS, held, reward, **options)
+
+
+def reclaiming(arrived, attempt=1):
+    return Reclaim(
+        id=arrived.request.id,
+        entry=arrived.entry,
+        endpoint=ENDPOINT,
+        attempt=attempt,
+        deadline_at=None,
+        decision=Decision(id=arrived.request.id, kind="reclaimed"),
+    )
+
+
+async def pending(redis):
+    """Entries that somebody still has to see to, of `requests` and of the endpoint's jobs."""
+    return [
+        (await redis.command("XPENDING", *one))["pending"]
+        for one in ((KEYS.requests, DISPATCHER_GROUP), (KEYS.jobs(ENDPOINT), WORKER_GROUP))
+    ]
+
+
+async def pulled(redis):
+    """The worker has read what was handed to it."""
+    await redis.read_group(WORKER_GROUP, "w1", [KEYS.jobs(ENDPOINT)], count=10, block_s=None)
 
 
 class TestLeadership:
@@ -100,14 +129,7 @@ class TestLeadership:
         new = await led(redis, "d2")
         assert new > old
         finish = Finish(entry=arrived.entry, reply_to="", result=Result(id="r1", outcome="expired"))
-        reclaim = Reclaim(
-            id="r1",
-            entry=arrived.entry,
-            endpoint=ENDPOINT,
-            attempt=1,
-            deadline_at=None,
-            decision=Decision(id="r1", kind="reclaimed"),
-        )
+        reclaim = reclaiming(arrived)
 
         replies = await redis.batch(
             [
@@ -212,31 +234,76 @@ class TestHandedOverAtOnce:
 
 
 class TestOneTerminal:
-    async def test_the_entry_is_pending_until_the_terminal_record(self, redis):
-        """I9: what is not terminal can always be found again in the ingress group's pending list."""
+    async def test_the_entries_are_pending_until_the_end_is_settled(self, redis):
+        """I9: what is not terminal, or has no reward yet, can always be found again in a pending list."""
         epoch = await led(redis)
         _, held = await assigned(redis, epoch)
-        assert (await redis.command("XPENDING", KEYS.requests, DISPATCHER_GROUP))["pending"] == 1
+        await pulled(redis)
+        assert await do(redis, finished(held)) == 1
+        assert await pending(redis) == [1, 1]
+        assert await redis.entries(KEYS.rewards) == []
+
+        assert await do(redis, settled(held)) == 1
+
+        assert await pending(redis) == [0, 0]
+        assert await redis.entries(KEYS.jobs(ENDPOINT)) == []
+        assert len(await redis.entries(KEYS.rewards)) == 1
+
+    async def test_whoever_takes_up_an_end_that_nobody_settled_finds_it_ended(self, redis):
+        """A worker dies between its two moves: the record stands alone, and nothing is left pending or served again."""
+        epoch = await led(redis)
+        arrived, held = await assigned(redis, epoch)
+        await pulled(redis)
+        await do(redis, finished(held))
+
+        assert await do(redis, dispatch.reclaim(KEYS, epoch, reclaiming(arrived))) == 0
+        assert await do(redis, dispatch.accept(KEYS, epoch, arrived, None)) == 0
+
+        assert await pending(redis) == [0, 0]
+        assert await redis.entries(KEYS.jobs(ENDPOINT)) == []
+        assert len(await redis.entries(KEYS.results)) == 1
+        assert await do(redis, settled(held)) == 0, "it was only frozen, and comes too late"
+        assert await redis.entries(KEYS.rewards) == []
+
+    async def test_every_trace_of_an_end_has_a_bound_before_it_is_settled(self, redis):
+        """What `finish` leaves runs out by itself, should nobody settle it: the request's hash, its log, its own stream."""
+        epoch = await led(redis)
+        arrived = await enqueued(redis, reply_to=f"{KEYS.results}:me")
+        command = assignment(arrived)
+        job = msgspec.structs.replace(command.job, reply_to=f"{KEYS.results}:me")
+        entry = await do(redis, dispatch.assign(KEYS, epoch, command, is_new=True))
+        held = Held(ENDPOINT, job, entry.decode())
+        await do(
+            redis,
+            sidecar.tokens(KEYS, held, Tokens(attempt=1, index=0, text="a"), pieces=1, ttl_s=60),
+        )
 
         assert await do(redis, finished(held)) == 1
 
-        assert (await redis.command("XPENDING", KEYS.requests, DISPATCHER_GROUP))["pending"] == 0
-        assert await redis.entries(KEYS.jobs(ENDPOINT)) == []
-        assert len(await redis.entries(KEYS.rewards)) == 1
+        left = (KEYS.request("r1"), KEYS.tokens("r1"), f"{KEYS.results}:me")
+        for ttl_ms in await redis.commands([("PTTL", key) for key in left]):
+            assert 0 < ttl_ms <= 60_000
+
+    async def test_a_refused_end_settles_its_stale_job_and_nothing_else(self, redis):
+        """The request is another's by now: its entry stays pending, its body stays, and no reward is given."""
+        epoch = await led(redis)
+        _, zombie = await assigned(redis, epoch)
+        await pulled(redis)
+        await redis.command("SET", KEYS.body("r1"), "{}")
+        await redis.command("HSET", KEYS.request("r1"), "attempt", 2)
+        assert await do(redis, finished(zombie)) == 0
+
+        assert await do(redis, sidecar.settle(KEYS, zombie, None)) == 1
+
+        assert await pending(redis) == [1, 0]
+        assert await redis.command("EXISTS", KEYS.body("r1")) == 1
+        assert await redis.entries(KEYS.rewards) == []
 
     async def test_a_zombie_cannot_end_what_was_reclaimed(self, redis):
         """I2: the frozen worker's result is refused, the second attempt's stands alone."""
         epoch = await led(redis)
         arrived, zombie = await assigned(redis, epoch)
-        reclaim = Reclaim(
-            id="r1",
-            entry=arrived.entry,
-            endpoint=ENDPOINT,
-            attempt=1,
-            deadline_at=None,
-            decision=Decision(id="r1", kind="reclaimed"),
-        )
-        assert await do(redis, dispatch.reclaim(KEYS, epoch, reclaim)) == 1
+        assert await do(redis, dispatch.reclaim(KEYS, epoch, reclaiming(arrived))) == 1
         second = assignment(arrived, attempt=2)
         entry = await do(redis, dispatch.assign(KEYS, epoch, second))
 
@@ -253,6 +320,7 @@ class TestOneTerminal:
         """A move repeated after a lost reply answers as the first did and writes once."""
         epoch = await led(redis)
         arrived, held = await assigned(redis, epoch)
+        await pulled(redis)
         again = await do(redis, dispatch.assign(KEYS, epoch, assignment(arrived)))
         assert again.decode() == held.job_entry
         piece = sidecar.tokens(KEYS, held, Tokens(attempt=1, index=0, text="a"), pieces=1, ttl_s=60)
@@ -260,6 +328,7 @@ class TestOneTerminal:
         assert len(await redis.entries(KEYS.tokens("r1"))) == 1
 
         assert [await do(redis, finished(held)), await do(redis, finished(held))] == [1, 1]
+        assert [await do(redis, settled(held)), await do(redis, settled(held))] == [1, 0]
 
         assert len(await redis.entries(KEYS.results)) == 1
         assert len(await redis.entries(KEYS.rewards)) == 1
