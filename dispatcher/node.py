@@ -122,6 +122,9 @@ class Node:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._lease.keep(epoch))
                 lease_s = self._settings.lease.worker_s
+                await (
+                    upkeep.trim_logs()
+                )  # or a Redis that is full would refuse the takeover, for ever
                 is_warm = await loop.take_over(
                     beats_since=self._connection.now() - BEATS_BACK * lease_s
                 )

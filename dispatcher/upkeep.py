@@ -11,7 +11,7 @@ from dispatcher import recovery
 from dispatcher.intake import stamped_at
 from dispatcher.metrics import Memory, Meter
 from dispatcher.recovery import CONTROLS_KEPT, Saved
-from dispatcher.streams import dispatch
+from dispatcher.streams import cut, dispatch
 from dispatcher.streams.connection import Connection
 from dispatcher.streams.dispatch import DEAD_KEPT
 from scheduler.errors import FencedError, StreamError
@@ -72,16 +72,23 @@ class Upkeep:
 
     async def trim(self) -> None:
         """Cut what is older than the retention; of `requests` nothing that is unread or unfinished."""
-        keys = self._keys
-        before = f"{round((self._connection.now() - self._retention_s) * 1e3)}-0"
+        await self.trim_logs()
+        edge = await self._done_before(self._retained_from())
+        await self._connection.commands([cut.older(self._keys.requests, edge)])
+
+    async def trim_logs(self) -> None:
+        """Cut the logs alone, which need not be there: a Redis that is full refuses what a takeover writes."""
+        keys, before = self._keys, self._retained_from()
         logs = (keys.rewards, keys.beats, keys.results, keys.decisions)
-        words = [("XTRIM", log_, "MINID", "~", before) for log_ in logs]
+        words = [cut.older(log_, before) for log_ in logs]
         words += [
             ("XTRIM", keys.controls, "MAXLEN", "~", str(CONTROLS_KEPT)),
             ("XTRIM", keys.dead, "MAXLEN", "~", str(DEAD_KEPT)),
-            ("XTRIM", keys.requests, "MINID", "~", await self._done_before(before)),
         ]
         await self._connection.commands(words)
+
+    def _retained_from(self) -> str:
+        return f"{round((self._connection.now() - self._retention_s) * 1e3)}-0"
 
     async def weigh(self) -> None:
         """Note how much memory Redis uses, and whether it would evict: either ends in lost or refused work."""

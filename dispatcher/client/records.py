@@ -9,6 +9,7 @@ from dispatcher.client.awaited import Awaited
 from dispatcher.client.follower import Follower, Following, ended
 from dispatcher.client.handle import BEGINNING
 from dispatcher.client.standing import Standing
+from dispatcher.streams import cut
 from dispatcher.streams.connection import Connection
 from scheduler import codec
 from scheduler.errors import StreamError, UnknownRequestError, WireError
@@ -153,4 +154,4 @@ class Records:
         self._trimmed_at = time.monotonic()
         before = int((self._connection.now() - self._kept_s) * 1e3)
         with contextlib.suppress(StreamError):
-            await self._connection.command("XTRIM", self._own, "MINID", "~", before)
+            await self._connection.command(*cut.older(self._own, f"{before}-0"))

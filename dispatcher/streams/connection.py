@@ -382,9 +382,14 @@ class Connection:
         with Weather(self.shown):
             try:
                 await self._client.function_load(code, replace=True)
-            except redis.exceptions.NoPermissionError:
+            except (
                 # Where ACL users are told apart only a dispatcher may load, since functions run with their
                 # caller's rights. Until one has, every call says "Function not found".
+                redis.exceptions.NoPermissionError,
+                # One may look at a replica and at a server that is full, and lead the latter.
+                redis.exceptions.ReadOnlyError,
+                redis.exceptions.OutOfMemoryError,
+            ):
                 return
 
 

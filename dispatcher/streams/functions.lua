@@ -320,8 +320,9 @@ local function hand_back(keys, args)
   return 1
 end
 
-redis.register_function('hg5_lead', lead)
-redis.register_function('hg5_resign', resign)
+-- Who leads cuts the logs: a Redis that is full must not stand without anybody.
+redis.register_function{function_name = 'hg5_lead', callback = lead, flags = {'allow-oom'}}
+redis.register_function{function_name = 'hg5_resign', callback = resign, flags = {'allow-oom'}}
 redis.register_function('hg5_save', save)
 redis.register_function('hg5_submit', submit)
 redis.register_function('hg5_cancel', cancel)

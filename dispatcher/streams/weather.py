@@ -47,6 +47,19 @@ def trouble(shown: str) -> Iterator[None]:
         raise StreamError(f"redis at {shown}: {error or type(error)}") from error
 
 
+HINTS = {
+    "HELLO must be called with": "wanted a user and password, HEADGATE_REDIS_USERNAME and HEADGATE_REDIS_PASSWORD",
+    "Function not found": "wanted a dispatcher that has connected once since this server began: it loads them",
+    "read only replica": "wanted its master",
+    "used memory > 'maxmemory'": "it is full, see docs/DEPLOYMENT.md, Memory",
+}
+"What a server says that is asked for something it cannot give, and what it wants."
+
+
+def _explained(said: str) -> str:
+    return next((f"{said} ({hint})" for words, hint in HINTS.items() if words in said), said)
+
+
 def is_unknown_function(reply: Any) -> bool:
     """Whether the server was restarted without our functions."""
     return isinstance(reply, redis.exceptions.ResponseError) and "Function not found" in str(reply)
@@ -54,13 +67,15 @@ def is_unknown_function(reply: Any) -> bool:
 
 def as_stream_error(reply: Any, shown: str) -> Any:
     """A complaint as our own error; any other reply as it is."""
-    return StreamError(f"redis at {shown}: {reply}") if isinstance(reply, Exception) else reply
+    if isinstance(reply, Exception):
+        return StreamError(f"redis at {shown}: {_explained(str(reply))}")
+    return reply
 
 
 def _said(error: BaseException) -> str:
     """What an error says, without the clients that redis-py prints where sentinels do not answer."""
     said, _, silent = (str(error) or type(error).__name__).partition(" : <redis")
-    return f"{said}: not every sentinel answers" if silent else said
+    return f"{said}: not every sentinel answers" if silent else _explained(said)
 
 
 def _times_cancelled() -> int:

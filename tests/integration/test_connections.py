@@ -13,6 +13,7 @@ from hand import until
 from redis.crc import key_slot
 from servers import BINARIES, ask, free_port, serving
 
+from dispatcher import glance
 from dispatcher.node import Node
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Connection, Where
@@ -126,6 +127,22 @@ class TestWays:
             await client.close()
 
             await hand_over(wheres["dispatcher"], pool, worker=wheres["worker"])
+
+    async def test_a_replica_may_be_looked_at(self, kind, tmp_path, pool):
+        """Its functions are its master's; what writes is told where to go."""
+        keys = Keys("hg", pool)
+        with serving(BINARIES[kind], tmp_path) as master:
+            first = await Connection.connect(Where(url=f"redis://127.0.0.1:{master}"))
+            await submit(first, keys, "r1")
+            with serving(BINARIES[kind], tmp_path, f"replicaof 127.0.0.1 {master}") as port:
+                await until(lambda: b"master_link_status:up" in ask(port, "INFO", "replication"))
+                redis = await Connection.connect(Where(url=f"redis://127.0.0.1:{port}"))
+
+                assert (await glance.pool(redis, keys)).waiting == 1
+                with pytest.raises(StreamError, match=r"read only replica\. \(wanted its master"):
+                    await submit(redis, keys, "r2")
+                await redis.close()
+            await first.close()
 
     async def test_a_wrong_password(self, kind, tmp_path):
         """It is said at once, with the address and without the password."""

@@ -9,6 +9,7 @@ import pytest
 from byhand import PlayedWorker
 
 from dispatcher import loop
+from dispatcher.local import Server
 from dispatcher.node import Node
 from dispatcher.streams import producer, sidecar
 from dispatcher.streams.connection import Connection, Where
@@ -442,6 +443,43 @@ class TestEnd:
 
 
 class TestUpkeep:
+    async def test_a_cut_is_as_long_as_the_fastest_stream_needs(self, redis, keys):
+        """At Redis' own limit of 10,000 entries a cut, more than 1,000 results a second would pile up."""
+        many = (
+            "for i = 1, 30000 do redis.call('XADD', KEYS[1], i .. '-0', 'a', 'b') end",
+            *("1", keys.results),
+        )
+        await redis.command("EVAL", *many)
+
+        await Upkeep(redis, keys, 1, node="d1", retention_s=60).trim_logs()
+
+        assert await redis.command("XLEN", keys.results) == 0
+
+    async def test_who_comes_to_a_full_redis_leads_and_empties_it(self, tmp_path, pool, keys):
+        """Only a leader cuts the logs: if it could not lead, no shorter retention would ever be heeded."""
+        settings = Settings(
+            pool=pool,
+            lease=LeaseSettings(leader_s=0.6, worker_s=1.0, beat_s=0.2),
+            loop=LoopSettings(retention_s=1.0),
+        )
+        with Server(directory=tmp_path) as server:
+            redis = await Connection.connect(Where(url=server.url))
+            await redis.command("FLUSHALL")
+            words = "for i = 1, 200 do redis.call('XADD', KEYS[1], i .. '-0', 'a', ARGV[1]) end"
+            await redis.command("EVAL", words, "1", keys.results, "x" * 50_000)
+            await enqueue(redis, keys, "r1")
+            used = (await redis.memory())["used_memory"]
+            await redis.command("CONFIG", "SET", "maxmemory", str(used - 5_000_000))
+            with pytest.raises(StreamError, match="OOM"):
+                await enqueue(redis, keys, "r2")
+
+            async with dispatching(server.url, settings) as node:
+                await until(lambda: is_so(node.is_leader))
+
+                assert await redis.command("XLEN", keys.results) < 200
+                await enqueue(redis, keys, "r2")
+            await redis.close()
+
     async def test_the_unfinished_is_never_cut(self, redis, keys):
         """Trimming stops at the oldest pending entry and at the first unread one, whatever the retention."""
         await redis.ensure_group(keys.requests, DISPATCHER_GROUP)
