@@ -6,7 +6,6 @@
 4. gone      Redis has answered; or it was never ours any more, and everything of it is dropped
 """
 
-from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -54,7 +53,6 @@ class Attempt:
         "first_token_at",
         "gap_max_s",
         "held",
-        "held_tick",
         "is_torn",
         "job",
         "kv_params",
@@ -75,7 +73,6 @@ class Attempt:
         self.body = body
         self.written = written
         self.pulled_at = pulled_at
-        self.held_tick = perf_counter()
         self.stage: Stage = "held"
         self.stop: Stop | None = None
         self.task: asyncio.Task[None] | None = None

@@ -1,4 +1,4 @@
-"""A profile: which parts, with what weights. From a `[profile]` table, or the one that the plan itself is.
+"""A profile: which parts, with what weights; from a `[profile]` table.
 
 [[profile.filters]]
 name = "saturation-filter"
@@ -19,10 +19,10 @@ import msgspec
 from scheduler.errors import SettingsError
 from scheduler.profile import fetchers, filters, pickers, scorers
 from scheduler.profile.fetchers import WORTH, AnyFetcher
-from scheduler.profile.filters import AnyFilter, InTime, Model, Pace, Role
+from scheduler.profile.filters import AnyFilter
 from scheduler.profile.parts import Fetcher, Filter, Part, Picker, Scorer
 from scheduler.profile.pickers import AnyPicker, MaxScore
-from scheduler.profile.scorers import AnyScorer, KvCache, PredictedLatency
+from scheduler.profile.scorers import AnyScorer
 
 PARTS_MAX = 64
 "Parts of one profile: each runs for every request that is placed (I8)."
@@ -60,25 +60,6 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def parts(self) -> tuple[Part, ...]:
         """All of them."""
         return (*self.fetchers, *self.filters, *self.scorers, self.picker)
-
-
-def of_plan(*, fill: float, tie: float) -> Profile:
-    """The rolling plan's own choice of an endpoint, as a profile: where no other is set, this is what it does.
-
-    It minimises seconds to the first token + `fill` * KV used. As scores, which fall evenly with both, that is a
-    weight of `worst_s` for a score that falls to 0 in `worst_s` seconds, and one of `fill`. The model and the role
-    it checks in any case; they stand here to be seen.
-
-    Args:
-        fill: what a full KV cache is worth beside an empty one, in seconds.
-        tie: what part of the best's seconds and fill is no difference.
-    """
-    latency = PredictedLatency()
-    return Profile(
-        filters=(Model(), Role(), Pace(), InTime()),
-        scorers=(msgspec.structs.replace(latency, weight=latency.worst_s), KvCache(weight=fill)),
-        picker=MaxScore(tie=tie),
-    )
 
 
 def decode(table: Mapping[str, object], plug_ins: Iterable[type[Part]] = ()) -> Profile:

@@ -225,7 +225,7 @@ class Engine:
         if not step.preempted:
             return None
         is_loading = any(s.status is Status.LOADING for s in self._all.values())
-        if (self.holdings.n_kept or is_loading) and not self._roster.has_ready:
+        if (self.holdings.kept or is_loading) and not self._roster.has_ready:
             # What is short is held for others, and comes free by their doing.
             self._roster.block()
             return None

@@ -28,12 +28,8 @@ class Holdings:
         self._block_size = settings.block_size
         self._caches = settings.prefix_caching
         self._reserves_prompt = settings.reserve_full_isl
-        self._kept: dict[str, list[int]] = {}
-
-    @property
-    def n_kept(self) -> int:
-        """Blocks that ended sequences hold for other engines, shared ones counted for each."""
-        return sum(map(len, self._kept.values()))
+        self.kept: dict[str, list[int]] = {}
+        "Blocks that ended sequences hold for other engines, shared ones with each; `let_go` and `forget` write it."
 
     def blocks(self, tokens: int) -> int:
         """How many hold so many tokens."""
@@ -84,19 +80,15 @@ class Holdings:
     def let_go(self, sequence: Sequence, *, keeps: bool = False) -> None:
         """Free all it holds, or keep it for another engine."""
         if keeps:
-            self._kept[sequence.id] = sequence.held
+            self.kept[sequence.id] = sequence.held
         else:
             self.pool.release(sequence.held)
         sequence.held = []
         sequence.sealed = 0
 
-    def has_kept(self, sequence_id: str) -> bool:
-        """Whether its KV is still there for another engine."""
-        return sequence_id in self._kept
-
     def forget(self, sequence_id: str) -> bool:
         """Free what an ended sequence left; False where that has happened."""
-        held = self._kept.pop(sequence_id, None)
+        held = self.kept.pop(sequence_id, None)
         if held is None:
             return False
         self.pool.release(held)

@@ -26,14 +26,13 @@ class BlockPool:
     4. `release` puts everything a request held back in line.
     """
 
-    __slots__ = ("_holders", "_idle", "_next_run", "capacity", "evictions", "free", "on_evict")
+    __slots__ = ("_holders", "_idle", "_next_run", "capacity", "free", "on_evict")
 
     def __init__(self, capacity: int) -> None:
         assert capacity > 0, f"a pool of {capacity} blocks holds nothing"
         self.capacity = capacity
         self.free = capacity
         "Blocks nobody holds, warm ones included."
-        self.evictions = 0
         self.on_evict: Callable[[int], None] | None = None
         "Told each key that is forgotten for want of room."
         # Sealed blocks, also those that nobody holds at the moment: key -> holders.
@@ -91,7 +90,6 @@ class BlockPool:
             n_blocks -= count
             if key >= 0:
                 del self._holders[key]
-                self.evictions += 1
                 if self.on_evict is not None:
                     self.on_evict(key)
 

@@ -183,28 +183,6 @@ def sliced(arrivals: Sequence[Arrival], start_s: float, end_s: float) -> Workloa
     return tuple(structs.replace(a, at_s=a.at_s - start_s) for a in picked(arrivals, rows))
 
 
-def limited(arrivals: Sequence[Arrival], n: int) -> Workload:
-    """At most n rows that still span the whole workload, sessions kept whole.
-
-    Sessions (a lone row is its own) are taken evenly in the order of their first
-    row, so the day keeps its shape and a conversation its turns. The rate falls with the rows:
-    scale afterwards. Sharing *between* sessions thins out too. For a contiguous piece use `sliced`.
-
-    Raises:
-        ValueError: n is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"limit is {n} rows, wanted at least 1")
-    if n >= len(arrivals):
-        return tuple(arrivals)
-    sessions: dict[tuple[str, int], list[int]] = {}
-    for row, a in enumerate(arrivals):
-        key = ("row", row) if a.session is None else ("session", a.session)
-        sessions.setdefault(key, []).append(row)
-    groups = list(sessions.values())
-    return picked(arrivals, _even_rows(groups, n))
-
-
 def spread(arrivals: Sequence[Arrival], grid_s: float, rng: np.random.Generator) -> Workload:
     """The rows of a source with a coarse clock, each moved by chance within its tick.
 
@@ -275,19 +253,3 @@ def _speed(arrivals: Sequence[Arrival], rate_per_s: float | None, factor: float 
             f"{len(arrivals)} arrivals come all at once, wanted some span to scale to {wanted}/s"
         )
     return wanted / present
-
-
-def _even_rows(groups: list[list[int]], n: int) -> list[int]:
-    """Rows of the most sessions, evenly chosen, that stay within n; never none."""
-    low, high = 1, len(groups)
-    best = groups[0][:n]
-    while low <= high:
-        count = (low + high) // 2
-        # Middle of each of `count` equal stretches, so neither end is favoured.
-        chosen = [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
-        rows = [row for group in chosen for row in group]
-        if len(rows) <= n:
-            best, low = rows, count + 1
-        else:
-            high = count - 1
-    return sorted(best)

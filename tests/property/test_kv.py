@@ -125,4 +125,3 @@ def test_a_tail_is_evicted_before_its_prefix():
 
     pool.take(1)
     assert pool.match([10, 20, 30], 3) == 1
-    assert pool.evictions == 2

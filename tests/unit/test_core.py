@@ -4,6 +4,7 @@ import gc
 
 import msgspec
 import numpy as np
+import planned
 import pytest
 
 from scheduler.core import CoreSettings, Scheduler
@@ -23,7 +24,6 @@ from scheduler.events import (
 from scheduler.fairness import FairnessSettings
 from scheduler.plan import PlanSettings
 from scheduler.policies import Fcfs, Urgency
-from scheduler.profile import profile
 from scheduler.profile.pickers import Random
 from scheduler.profile.profile import Profile
 from scheduler.slo import Objective
@@ -88,7 +88,7 @@ class Pool:
     "settings",
     [
         pytest.param({}, id="the plan"),
-        pytest.param({"profile": profile.of_plan(fill=0.4, tie=0.02)}, id="a profile"),
+        pytest.param({"profile": planned.of_plan(fill=0.4, tie=0.02)}, id="a profile"),
         pytest.param({"fairness": FairnessSettings(quantum_tokens=1000)}, id="tenants"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import conformance
 import msgspec
+import planned
 import pytest
 
 from scheduler.plan import PlanSettings
@@ -46,7 +47,7 @@ def test_the_plans_own_profile_is_the_one_shown():
     plan = PlanSettings()
     [shown] = [block for block in BLOCKS["toml"] if "slo-filter" in block]
 
-    assert profile.decode(tomllib.loads(shown)["profile"]) == profile.of_plan(
+    assert profile.decode(tomllib.loads(shown)["profile"]) == planned.of_plan(
         fill=plan.fill, tie=plan.tie
     )
 

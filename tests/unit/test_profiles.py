@@ -6,6 +6,7 @@ import math
 import conformance
 import msgspec
 import numpy as np
+import planned
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from msgspec import structs
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
 from scheduler.plan import PlanSettings
-from scheduler.profile import profile
 from scheduler.profile.casting import Assembly, fetched
 from scheduler.profile.fetchers import BUILT_IN as FETCHERS
 from scheduler.profile.fetchers import LATENCY, PREFIX_MATCH
@@ -39,7 +39,7 @@ from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat, Reward
 
 PLAN = PlanSettings()
-AS_PLANNED = profile.of_plan(fill=PLAN.fill, tie=PLAN.tie)
+AS_PLANNED = planned.of_plan(fill=PLAN.fill, tie=PLAN.tie)
 
 ALL = np.ones(4, dtype=bool)
 

@@ -11,7 +11,6 @@ from scheduler.sim.summary import prefix_share, summary
 from scheduler.sim.workload import (
     Arrival,
     Promise,
-    limited,
     merged,
     promised,
     rate,
@@ -91,35 +90,6 @@ class TestSliced:
         """The end comes after the start."""
         with pytest.raises(ValueError, match=r"slice is 5\.0 to 5\.0 s"):
             sliced(TALK, 5.0, 5.0)
-
-
-class TestLimited:
-    def test_spreads_over_the_whole_span(self):
-        """Ten of a thousand lone rows stand evenly across the time of all."""
-        rows = tuple(row(float(at)) for at in range(1000))
-
-        assert [a.at_s for a in limited(rows, 10)] == [50.0 + 100 * i for i in range(10)]
-
-    def test_keeps_sessions_whole(self):
-        """A session comes with all its turns or not at all."""
-        kept = limited(TALK, 4)
-
-        turns = [a.turn for a in kept if a.session == 0]
-        assert turns in ([], [1, 2, 3])
-        assert 1 <= len(kept) <= 4
-
-    @given(n=st.integers(1, 40), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=15))
-    def test_never_exceeds_and_never_empties(self, n, sizes):
-        """1 <= rows <= n, and every parent is an earlier row of the same session."""
-        rows = [
-            row(100.0 * s + k, session=s, turn=k + 1)
-            for s, size in enumerate(sizes)
-            for k in range(size)
-        ]
-
-        kept = limited(rows, n)
-
-        assert 1 <= len(kept) <= n
 
 
 def test_merged_keeps_sessions_and_blocks_apart():

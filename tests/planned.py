@@ -1,0 +1,27 @@
+"""The profile that says what the plan does where no other is set: what docs/PLUGINS.md shows, and profiles are held against."""
+
+import msgspec
+
+from scheduler.profile.filters import InTime, Model, Pace, Role
+from scheduler.profile.pickers import MaxScore
+from scheduler.profile.profile import Profile
+from scheduler.profile.scorers import KvCache, PredictedLatency
+
+
+def of_plan(*, fill: float, tie: float) -> Profile:
+    """The rolling plan's own choice of an endpoint, as a profile: where no other is set, this is what it does.
+
+    It minimises seconds to the first token + `fill` * KV used. As scores, which fall evenly with both, that is a
+    weight of `worst_s` for a score that falls to 0 in `worst_s` seconds, and one of `fill`. The model and the role
+    it checks in any case; they stand here to be seen.
+
+    Args:
+        fill: what a full KV cache is worth beside an empty one, in seconds.
+        tie: what part of the best's seconds and fill is no difference.
+    """
+    latency = PredictedLatency()
+    return Profile(
+        filters=(Model(), Role(), Pace(), InTime()),
+        scorers=(msgspec.structs.replace(latency, weight=latency.worst_s), KvCache(weight=fill)),
+        picker=MaxScore(tie=tie),
+    )
