@@ -416,9 +416,24 @@ class TestSystem:
 class TestWatching:
     """What Prometheus and Grafana ask for is what the roles show, each by the text that it showed just now."""
 
+    def test_who_dies_is_told_of(self):
+        """A dead worker's endpoint has no state and its process no metrics: an alert on a state would wait for ever."""
+        asked = {
+            selector.name: {one.name for one in selector.matchers.matchers}
+            for rule in rules()
+            if rule.get("alert") in ("HeadgateEndpointGone", "HeadgateTargetDown")
+            for selector in selectors(rule["expr"])
+        }
+
+        assert asked == {
+            "headgate_endpoint_state": set(),
+            "headgate_is_leader": set(),
+            "up": {"job", "optional"},
+        }
+
     def test_every_query_asks_for_series_that_exist(self, series):
         """A panel or an alert on a series that nobody shows is silent for ever."""
-        recorded = {rule["record"] for rule in rules() if "record" in rule}
+        recorded = {rule["record"] for rule in rules() if "record" in rule} | {"up"}
         for place, query in queries():
             for selector in selectors(query):
                 known = selector.name in series or selector.name in recorded
