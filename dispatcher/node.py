@@ -217,6 +217,7 @@ class Node:
             epoch,
             node=self._name,
             retention_s=self._settings.loop.retention_s,
+            body_ttl_s=self._settings.limits.body_ttl_s,
             meter=self._meter,
         )
 

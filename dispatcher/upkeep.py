@@ -20,6 +20,12 @@ from scheduler.keys import DISPATCHER_GROUP, Keys
 TRIM_EVERY_S = 10.0
 "Between two cuts; a cut without work costs microseconds."
 
+KEEP_PART = 4
+"How often in the life of a claim check those of the waiting are given a new one: three may fail."
+
+KEEP_BATCH = 1000
+"Claim checks in one round trip, some 0.5 ms of the server's time."
+
 IDLE_S = 3600.0
 "A consumer that holds nothing and was silent for so long belongs to a node that is gone."
 
@@ -37,14 +43,17 @@ class Upkeep:
         *,
         node: str,
         retention_s: float,
+        body_ttl_s: float,
         meter: Meter | None = None,
     ) -> None:
-        """Logs are kept for `retention_s`; what Redis weighs is told to the meter."""
+        """Logs are kept for `retention_s`, claim checks for `body_ttl_s`; what Redis weighs is told to the meter."""
         self._connection = connection
         self._keys = keys
         self._epoch = epoch
         self._node = node
         self._retention_s = retention_s
+        self._body_ttl_s = body_ttl_s
+        self._kept_at = float("-inf")
         self._meter = meter or Meter()
 
     async def run(self) -> None:
@@ -54,6 +63,9 @@ class Upkeep:
                 await self._connection.refresh_clock()
                 await self.trim()
                 await self._retire()
+                if self._connection.now() - self._kept_at >= self._body_ttl_s / KEEP_PART:
+                    self._kept_at = self._connection.now()
+                    await self.keep_bodies()
                 await self.weigh()
             except StreamError as error:
                 log.warning("upkeep_failed", reason=str(error))
@@ -89,6 +101,18 @@ class Upkeep:
 
     def _retained_from(self) -> str:
         return f"{round((self._connection.now() - self._retention_s) * 1e3)}-0"
+
+    async def keep_bodies(self) -> None:
+        """Let the claim checks of all who wait live on: a queue may be longer than their life, a fleet away for days."""
+        first, ttl_ms = 0, str(round(self._body_ttl_s * 1e3))
+        while True:
+            last = first + KEEP_BATCH - 1
+            ids = await self._connection.command("ZRANGE", self._keys.waiting, first, last)
+            if not ids:
+                return
+            bodies = [self._keys.body(str(one, "utf-8")) for one in ids]
+            await self._connection.commands([("PEXPIRE", body, ttl_ms, "GT") for body in bodies])
+            first += KEEP_BATCH
 
     async def weigh(self) -> None:
         """Note how much memory Redis uses, and whether it would evict: either ends in lost or refused work."""

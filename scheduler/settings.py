@@ -150,7 +150,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     body_ttl_s: Seconds = 86400.0
-    "How long a claim-checked body is kept for a request that never ends."
+    "How long a claim-checked body is kept once nobody waits for it, or while no dispatcher leads."
 
     waiting_max: Count = 100_000
     """

@@ -34,7 +34,7 @@ MANY = 8
 ACL = {
     "client": f"{EVERYBODY} +hget +hset +hgetall +get +set +del +zadd +zcard"
     " +xadd +xdel +xlen +xread +xrange +xrevrange",
-    "dispatcher": f"{EVERYBODY} +hget +hmget +hset +get +set +del +pexpire +zadd +zrem"
+    "dispatcher": f"{EVERYBODY} +hget +hmget +hset +get +set +del +pexpire +zadd +zrem +zrange"
     " +xadd +xdel +xack +xread +xreadgroup +xrange +xrevrange +xpending +xclaim +xautoclaim"
     " +xtrim +xinfo +xgroup",
     "worker": f"{EVERYBODY} +hget +hmget +hset +get +del +pexpire +zadd"

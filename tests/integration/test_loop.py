@@ -451,9 +451,22 @@ class TestUpkeep:
         )
         await redis.command("EVAL", *many)
 
-        await Upkeep(redis, keys, 1, node="d1", retention_s=60).trim_logs()
+        await Upkeep(redis, keys, 1, node="d1", retention_s=60, body_ttl_s=60).trim_logs()
 
         assert await redis.command("XLEN", keys.results) == 0
+
+    async def test_who_waits_keeps_its_body(self, redis, keys):
+        """However long: the claim check of one that waits is given a new life before its own runs out."""
+        long = Request(id="r1", model="llama", body=b"x" * 5000)
+        call = producer.submit(keys, long, now=redis.now(), waiting_max=0, body_ttl_s=5)
+        await redis.call(call.function, call.keys, call.args)
+        await redis.command("SET", keys.body("r2"), "of one that has ended", "PX", 5000)
+        upkeep = Upkeep(redis, keys, 1, node="d1", retention_s=60, body_ttl_s=3600)
+
+        await upkeep.keep_bodies()
+
+        assert await redis.command("PTTL", keys.body("r1")) > 3_000_000
+        assert await redis.command("PTTL", keys.body("r2")) <= 5000
 
     async def test_who_comes_to_a_full_redis_leads_and_empties_it(self, tmp_path, pool, keys):
         """Only a leader cuts the logs: if it could not lead, no shorter retention would ever be heeded."""
@@ -487,7 +500,7 @@ class TestUpkeep:
         ids = [i.decode() for i in await redis.commands([entry] * 300)]
         await redis.read_group(DISPATCHER_GROUP, "d1", [keys.requests], count=200, block_s=None)
         await redis.command("XACK", keys.requests, DISPATCHER_GROUP, *ids[:150])
-        upkeep = Upkeep(redis, keys, 1, node="d1", retention_s=-60)
+        upkeep = Upkeep(redis, keys, 1, node="d1", retention_s=-60, body_ttl_s=60)
 
         await upkeep.trim()
 
