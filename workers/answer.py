@@ -19,6 +19,9 @@ GOOD = frozenset({"stop", "length", "tool_calls", "repetition"})
 EVENT_BYTES = 16 * 2**20
 "The longest event; an engine that sends more without an end has lost its wits."
 
+ANSWER_BYTES = 128 * 2**20
+"The longest answer that is kept: a million tokens with the log probabilities of each; Redis takes 512 MB in one field."
+
 BLAMES_REQUEST = frozenset({400, 405, 413, 415, 422})
 "Statuses that would come from any engine for the same request; 404 is a model that another may serve."
 
@@ -108,6 +111,8 @@ class Answer:
         self.fresh_pieces = 0
         self.fresh_bytes = 0
         "About what these hold in memory."
+        self._bytes = 0
+        "The same of the whole answer."
         self._rest = b""
         self._error: Fault | None = None
         self._head: Chunk | None = None
@@ -137,6 +142,8 @@ class Answer:
                 self._event(event[5:])
             elif event.strip() and event[:1] != b":" and event[:6] not in (b"event:", b"retry:"):
                 raise EngineError(f"garbage in the stream: {event[:80]!r}")
+        if self._bytes > ANSWER_BYTES:
+            raise EngineError(f"an answer of over {ANSWER_BYTES} bytes")
         return self.fresh_pieces > before
 
     def take(self) -> tuple[str, str, int]:
@@ -245,8 +252,10 @@ class Answer:
         if has_piece:
             self.fresh_pieces += 1
             self.fresh_bytes += len(payload)
-        if is_rich and self._keeps_news:
-            self.fresh_chunks.append(payload.strip())
+        if is_rich:
+            self._bytes += len(payload)
+            if self._keeps_news:
+                self.fresh_chunks.append(payload.strip())
 
     def _frame(self, chunk: Chunk) -> None:
         """What comes once in an answer."""
@@ -265,6 +274,7 @@ class Answer:
             said = self._choices[choice.index] = _Said()
         if text:
             said.text.append(text)
+            self._bytes += len(text)
             if choice.index == 0 and self._keeps_news:
                 self.fresh_text.append(text)
         if choice.finish_reason:

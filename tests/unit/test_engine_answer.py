@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from scheduler.errors import EngineError
 from scheduler.wire.dispatcher import Job
+from workers import answer as answers
 from workers.answer import Answer, fault_in, refusal
 from workers.body import Written
 
@@ -186,6 +187,16 @@ class TestSuccess:
 
 
 class TestFailure:
+    @pytest.mark.parametrize("more", [{}, {"reasoning": "y" * 9}])
+    def test_an_answer_without_end_is_none(self, monkeypatch, more):
+        """However small its pieces: it would fill the worker's memory, and Redis would not take it."""
+        monkeypatch.setattr(answers, "ANSWER_BYTES", 1000)
+        answer = Answer(keeps_news=False)
+
+        with pytest.raises(EngineError, match="an answer of over 1000 bytes"):
+            for _ in range(200):
+                answer.feed(said("x" * 9, **more))
+
     @pytest.mark.parametrize(
         ("stream", "words"),
         [
