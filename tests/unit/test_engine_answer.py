@@ -194,8 +194,7 @@ class TestFailure:
         answer = Answer(keeps_news=False)
 
         with pytest.raises(EngineError, match="an answer of over 1000 bytes"):
-            for _ in range(200):
-                answer.feed(said("x" * 9, **more))
+            answer.feed(said("x" * 9, **more) * 200)
 
     @pytest.mark.parametrize(
         ("stream", "words"),
