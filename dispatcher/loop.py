@@ -225,9 +225,14 @@ class Loop:
 
     def _decoded(self, read: Read) -> tuple[list[Event], list[Arrived], list[Unreadable]]:
         """Events in the order requests, rewards, beats, controls: causes before what they cause."""
-        requests = [self._reader.request(entry) for entry in read.get(self._keys.requests, ())]
-        arrived = [event for event in requests if isinstance(event, Arrived)]
-        unreadable = [event for event in requests if isinstance(event, Unreadable)]
+        arrived: list[Arrived] = []
+        unreadable: list[Unreadable] = []
+        for entry in read.get(self._keys.requests, ()):
+            request = self._reader.request(entry)
+            if isinstance(request, Arrived):
+                arrived.append(request)
+            else:
+                unreadable.append(request)
         events: list[Event] = list(arrived)
         for stream in (self._keys.rewards, self._keys.beats, self._keys.controls):
             entries = read.get(stream)

@@ -3,7 +3,7 @@
 Every call recognises its own repetition, so all of them may be said again until Redis answers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -87,17 +87,18 @@ class Moves:
                         repeated.append(Move(self.recall(again), command))
                 case _:
                     carried.append(self._carry(command))
-        return [
-            *(Move(self._read(event, deadlines), event) for event in unsaid.values()),
-            *(self._bury(entry, now) for entry in unreadable),
-            *(
-                Move(dispatch.notes(self._keys, self._epoch, part), None)
-                for part in _parts(decisions, NOTES_MAX)
-            ),
-            *carried,
-            # Last: only once Redis knows the first entry of an id is another one a repetition.
-            *repeated,
-        ]
+        moves: list[Move] = []
+        if unsaid:
+            moves += [Move(self._read(event, deadlines), event) for event in unsaid.values()]
+        if unreadable:
+            moves += [self._bury(entry, now) for entry in unreadable]
+        for at in range(0, len(decisions), NOTES_MAX):
+            call = dispatch.notes(self._keys, self._epoch, decisions[at : at + NOTES_MAX])
+            moves.append(Move(call, None))
+        moves += carried
+        # Last: only once Redis knows the first entry of an id is another one a repetition.
+        moves += repeated
+        return moves
 
     def recall(self, event: Arrived) -> Call:
         """Write down that it is read, where the core has not said that it waits."""
@@ -159,8 +160,3 @@ def whose(subject: Subject) -> tuple[str, str]:
         case Finish():
             return subject.result.id, subject.entry
     raise AssertionError(f"nobody is behind {subject!r}")
-
-
-def _parts(decisions: Sequence[Decision], size: int) -> Iterator[Sequence[Decision]]:
-    for at in range(0, len(decisions), size):
-        yield decisions[at : at + size]

@@ -23,7 +23,7 @@ from dispatcher.streams import replies
 from dispatcher.streams.clock import READINGS, Clock, Reading
 from dispatcher.streams.pipe import Address, Begun, Pipe, Words
 from dispatcher.streams.replies import Entry, Read
-from dispatcher.streams.weather import Weather, as_stream_error, is_unknown_function, trouble
+from dispatcher.streams.weather import Trouble, Weather, as_stream_error, is_unknown_function
 from dispatcher.streams.where import REPLY_TIMEOUT_S, Where, client, without_password
 from scheduler.errors import StreamError
 
@@ -70,6 +70,7 @@ class Connection:
         self._clock = Clock()
         self.shown = shown
         "The URL without its password, for messages."
+        self._trouble = Trouble(shown)
 
     @classmethod
     async def connect(cls, where: Where) -> "Connection":
@@ -127,7 +128,7 @@ class Connection:
         """
         if self._calls is None or not calls:
             return None
-        return self._calls.begin([_words(call) for call in calls])
+        return self._calls.begin(list(map(_words, calls)))
 
     async def batch(self, calls: Sequence[Call], begun: Begun | None = None) -> list[Any]:
         """The replies of many calls in one round trip, in order; each is atomic, the batch is not.
@@ -148,8 +149,13 @@ class Connection:
 
     async def _batch(self, calls: Sequence[Call], begun: Begun | None = None) -> list[Any]:
         if self._calls is not None:
-            with trouble(self.shown):
-                return await _insisted(self._calls, [_words(call) for call in calls], begun)
+            with self._trouble:
+                try:
+                    if begun is not None:
+                        return await self._calls.replies(begun, limit_s=REPLY_TIMEOUT_S)
+                except ConnectionError:
+                    pass  # lost with their replies: they are said again
+                return await _insisted(self._calls, [_words(call) for call in calls])
         with Weather(self.shown):
             async with self._client.pipeline(transaction=False) as pipe:
                 for call in calls:
@@ -256,7 +262,7 @@ class Connection:
         many: list[Words] = [("HMGET", key, *fields) for key in keys]
         if self._calls is None:
             return await self.commands(many)
-        with trouble(self.shown):
+        with self._trouble:
             found = await _insisted(self._calls, many)
         for reply in found:
             if isinstance(reply, Exception):
@@ -347,7 +353,7 @@ class Connection:
         pipe = self._idle.pop() if self._idle else Pipe(self._address)
         self._reading.add(pipe)
         try:
-            with trouble(self.shown):
+            with self._trouble:
                 [reply] = await pipe.ask([words], limit_s=limit_s, came=told)
         except BaseException:
             pipe.close()  # what it still brings is nobody's
@@ -393,17 +399,14 @@ class Connection:
                 return
 
 
-async def _insisted(pipe: Pipe, many: Sequence[Words], begun: Begun | None = None) -> list[Any]:
+async def _insisted(pipe: Pipe, many: Sequence[Words]) -> list[Any]:
     """Ask again after a lost connection: every function recognises its own repetition."""
     for pause_s in AGAIN_S:
         try:
-            if begun is not None:
-                return await pipe.replies(begun, limit_s=REPLY_TIMEOUT_S)
             return await pipe.ask(many, limit_s=REPLY_TIMEOUT_S)
         except TimeoutError:
             raise
         except OSError:
-            begun = None
             await asyncio.sleep(pause_s)
     return await pipe.ask(many, limit_s=REPLY_TIMEOUT_S)
 

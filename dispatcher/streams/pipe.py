@@ -159,7 +159,7 @@ class _Wire(asyncio.Protocol):
         future: Begun = asyncio.get_running_loop().create_future()
         self._waiting.append((future, [], len(commands), came))
         pack: Callable[[Words], bytes] = hiredis.pack_command  # type: ignore[assignment]  # its stub says 1-tuple
-        self._transport.write(b"".join([pack(words) for words in commands]))
+        self._transport.write(b"".join(map(pack, commands)))
         return future
 
     def abort(self) -> None:

@@ -1,8 +1,6 @@
 """What can go wrong with a server, as the one `StreamError` that everybody else knows."""
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import redis.exceptions
@@ -38,13 +36,18 @@ class Weather:
             raise StreamError(f"redis at {self._shown}: {_said(error)}") from error
 
 
-@contextlib.contextmanager
-def trouble(shown: str) -> Iterator[None]:
-    """Turns what a pipe raises into `StreamError`."""
-    try:
-        yield
-    except (redis.exceptions.RedisError, OSError) as error:
-        raise StreamError(f"redis at {shown}: {error or type(error)}") from error
+class Trouble:
+    """Turns what a pipe raises into `StreamError`; one serves a whole connection."""
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, redis.exceptions.RedisError | OSError):
+            raise StreamError(f"redis at {self._shown}: {error or type(error)}") from error
 
 
 HINTS = {
