@@ -42,7 +42,7 @@ COMMANDS = {
     "batch": "Answer a file of requests; run it again and it goes on where it stopped.",
     "status": "The pool at one glance, or where one request stands.",
     "explain": "Tell a request's life: when, where and why there; predicted and real.",
-    "cancel": "End a request, wherever it is; the engine hears of it within a heartbeat.",
+    "cancel": "End requests, wherever they are; the engine hears of it within a heartbeat.",
     "dead": "List, show or requeue what could not be served.",
     "drain": "Give an endpoint no new work and wait until it has none.",
     "resume": "Give a drained endpoint work again.",

@@ -185,6 +185,20 @@ class TestWatch:
         assert (first, second) == (0, 1)
         assert err == "r1: ended already as cancelled\n"
 
+    async def test_cancel_all_that_a_pipe_names(self, played, headgate):
+        """A thousand at once is one command; the count says what became of them."""
+        for name in ("r1", "r2"):
+            await headgate(
+                "submit", "hi", "--model", "m", "--id", name, "--tenant", "hold", "--no-wait"
+            )
+        await played.holds(2)
+
+        both, _, asked = await headgate("cancel", "-", stdin=b"r1\nr2\n")
+        some, _, told = await headgate("cancel", "r1", "nobody")
+
+        assert (both, asked) == (0, "2 asked to end\n")
+        assert (some, told) == (1, "1 asked to end, 1 not known\n")
+
 
 class TestBatch:
     async def test_exit_code_says_whether_all_is_well(self, played, headgate, tmp_path):
