@@ -77,9 +77,10 @@ def _read(lines: Iterable[str], where: str) -> dict[str, str]:
         words = line.partition("#")[0].split()
         if len(words) > 2:
             raise SettingsError(f"{where} has a line of {len(words)} words, wanted KEY TENANT")
-        if len(words) == 2 and not ID_PATTERN.fullmatch(words[1]):
+        # No colon, which parts a tenant from a request's name: `a` asking for `b:x` would read what `a:b` was answered.
+        if len(words) == 2 and (not ID_PATTERN.fullmatch(words[1]) or ":" in words[1]):
             raise SettingsError(
-                f"{where} has tenant {words[1]!r}, wanted letters, digits or . _ : @ -"
+                f"{where} has tenant {words[1]!r}, wanted letters, digits or . _ @ -"
             )
         if words:
             tenants[words[0]] = words[1] if len(words) == 2 else ""

@@ -139,6 +139,14 @@ class TestKeyring:
 
         assert no.value.status == 401
 
+    @pytest.mark.parametrize("tenant", ["a:b", "-a", "a/b"])
+    def test_no_tenant_is_another_and_a_name(self, tenant):
+        """Requests are named `tenant:name`: with a colon in it, one could ask for what another was answered."""
+        settings = DoorSettings(api_keys_variable="DOOR_KEYS")
+
+        with pytest.raises(SettingsError, match=f"has tenant '{tenant}', wanted letters"):
+            Keyring.from_settings(settings, {"DOOR_KEYS": f"sk-1 {tenant}"})
+
     def test_named_but_empty_stops_the_start(self, tmp_path):
         """A door that was meant to be locked never stands open."""
         with pytest.raises(SettingsError, match="holds no key"):
