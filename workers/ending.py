@@ -83,12 +83,7 @@ class Ending:
         def ended(reply: int) -> None:
             nonlocal was_ours
             was_ours = reply != 0
-            reward = None
-            if was_ours:
-                reward = attempt.reward(
-                    outcome, reason, now, retryable=False, hardware=self._address.hardware
-                )
-            call = sidecar.settle(self._keys, attempt.held, reward, is_dead=is_dead)
+            call = settling if was_ours else sidecar.settle(self._keys, attempt.held, None)
             self._writer.send(attempt, call, settled)
 
         def settled(_: int) -> None:
@@ -122,6 +117,11 @@ class Ending:
             ),
             ended,
         )
+        # While Redis writes the record.
+        reward = attempt.reward(
+            outcome, reason, now, retryable=False, hardware=self._address.hardware
+        )
+        settling = sidecar.settle(self._keys, attempt.held, reward, is_dead=is_dead)
 
     def give_back(self, attempt: Attempt, reason: str) -> None:
         """To be tried elsewhere; what it has written stays, the next attempt goes on from there."""

@@ -43,6 +43,9 @@ Value = str | bytes | int | float
 Came = Callable[[Read], None]
 "Told of what a read brought."
 
+Replied = Callable[[list[Any]], None]
+"Told of the replies to calls."
+
 
 class Call(msgspec.Struct, frozen=True):
     """One function call: its name without the prefix, its keys, its arguments."""
@@ -121,14 +124,15 @@ class Connection:
             raise reply
         return reply
 
-    def begin(self, calls: Sequence[Call]) -> Begun | None:
+    def begin(self, calls: Sequence[Call], came: Replied | None = None) -> Begun | None:
         """Send these calls now, before any other task has its turn, to be given to `batch` with them.
 
-        None: there is no open pipe, and nothing was sent; `batch` will.
+        `came` gets the replies as they are, complaints among them, the moment that all are there. None: there is no
+        open pipe, and nothing was sent; `batch` will.
         """
         if self._calls is None or not calls:
             return None
-        return self._calls.begin(list(map(_words, calls)))
+        return self._calls.begin(list(map(_words, calls)), came)
 
     async def batch(self, calls: Sequence[Call], begun: Begun | None = None) -> list[Any]:
         """The replies of many calls in one round trip, in order; each is atomic, the batch is not.
