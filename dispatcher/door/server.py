@@ -150,7 +150,7 @@ class Door:
         except Refusal as error:
             response = self._refused(error, path)
         except web.HTTPException as error:
-            response = self._refused(self._of_http(error), path)
+            response = self._refused(self._of_http(error, request), path)
         except ConnectionResetError:
             raise  # the client is gone, and `desk` has counted it
         except Exception:
@@ -165,8 +165,14 @@ class Door:
         self._meter.answers.labels(path, error.status, error.reason).inc()
         return _json(error.body(), error.status, error.headers)
 
-    def _of_http(self, error: web.HTTPException) -> Refusal:
+    def _of_http(self, error: web.HTTPException, request: web.Request) -> Refusal:
         """What aiohttp itself refuses."""
+        if error.status in (404, 405):
+            found = f"{request.method} {request.path[:100]}"
+            served = f"POST {', POST '.join(PATHS)}, GET {MODELS}"
+            return Refusal(
+                error.status, "unknown_path", f"{found} is not served, wanted one of {served}"
+            )
         if error.status == 413:
             return Refusal(413, "too_large", f"the body is over {self._body_bytes} bytes")
         return Refusal(error.status, "invalid", error.reason)

@@ -197,7 +197,9 @@ class TestRefused:
         async with http.post(f"{url}/v1/completions", data=b'{"model":') as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (400, 400)
         async with http.get(f"{url}/v1/nothing") as answer:
-            assert (answer.status, (await answer.json())["error"]["type"]) == (404, "NotFoundError")
+            error = (await answer.json())["error"]
+            assert (answer.status, error["type"]) == (404, "NotFoundError")
+            assert error["message"].startswith("GET /v1/nothing is not served, wanted one of POST")
         async with http.get(f"{url}/v1/completions") as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (405, 405)
 
