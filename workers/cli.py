@@ -31,34 +31,50 @@ def emulate(
     *,
     profile: Annotated[str, typer.Option(help="GPU and model: a100, h100, l40s, ...")] = "a100",
     model: Annotated[str, typer.Option(help="Name to serve under.")] = "emulated",
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 0,
     time_scale: Annotated[float, typer.Option(help="Times faster than the wall clock.")] = 1.0,
-    max_num_seqs: Annotated[int, typer.Option()] = EngineSettings().max_num_seqs,
-    max_num_batched_tokens: Annotated[int, typer.Option()] = (
+    max_num_seqs: Annotated[
+        int, typer.Option(help="vLLM's: most requests in a batch.")
+    ] = EngineSettings().max_num_seqs,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's: most tokens in a step.")] = (
         EngineSettings().max_num_batched_tokens
     ),
-    long_prefill_token_threshold: Annotated[int, typer.Option()] = 0,
-    block_size: Annotated[int, typer.Option()] = EngineSettings().block_size,
+    long_prefill_token_threshold: Annotated[
+        int, typer.Option(help="vLLM's: most tokens of one prompt in a step; 0: any.")
+    ] = 0,
+    block_size: Annotated[
+        int, typer.Option(help="vLLM's: tokens of a KV block.")
+    ] = EngineSettings().block_size,
     kv_tokens: Annotated[int | None, typer.Option(help="Default: the profile's.")] = None,
-    max_model_len: Annotated[int | None, typer.Option()] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="vLLM's: longest context in tokens; default: all KV.")
+    ] = None,
     scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority.")] = "fcfs",
-    max_num_queued_reqs: Annotated[int | None, typer.Option()] = None,
-    max_num_queued_tokens: Annotated[int | None, typer.Option()] = None,
+    max_num_queued_reqs: Annotated[
+        int | None, typer.Option(help="vLLM's: requests at which it refuses; default: none.")
+    ] = None,
+    max_num_queued_tokens: Annotated[
+        int | None, typer.Option(help="vLLM's: prompt tokens at which it refuses.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of jitter, noise and stalls.")] = 0,
     jitter: Annotated[float, typer.Option(help="Spread of the profile's coefficients.")] = 0.0,
     step_noise: Annotated[float, typer.Option(help="Sigma of each step's log-normal.")] = 0.0,
     stall_probability: Annotated[float, typer.Option(help="Of a stall in a step.")] = 0.0,
-    stall_s: Annotated[float, typer.Option()] = 0.2,
+    stall_s: Annotated[float, typer.Option(help="How long a stall lasts, in seconds.")] = 0.2,
     slowdown: Annotated[float, typer.Option(help="Factor on every step.")] = 1.0,
     shutdown_timeout: Annotated[float, typer.Option(help="Wall seconds after SIGTERM.")] = 0.0,
-    prefix_caching: Annotated[bool, typer.Option()] = True,
+    prefix_caching: Annotated[bool, typer.Option(help="Share the KV of equal prefixes.")] = True,
     frontend: Annotated[bool, typer.Option(help="Spend front-end time.")] = True,
     frontend_ms: Annotated[
         float | None, typer.Option(help="How much; default: the profile's.")
     ] = None,
-    enable_per_request_metrics: Annotated[bool, typer.Option()] = False,
-    enable_force_include_usage: Annotated[bool, typer.Option()] = False,
+    enable_per_request_metrics: Annotated[
+        bool, typer.Option(help="vLLM's: times in the last chunk.")
+    ] = False,
+    enable_force_include_usage: Annotated[
+        bool, typer.Option(help="vLLM's: usage in every stream.")
+    ] = False,
     kv_events: Annotated[
         bool, typer.Option(help="Publish what the cache stores and forgets.")
     ] = False,

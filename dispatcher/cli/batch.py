@@ -35,10 +35,14 @@ async def batch(
     *,
     errors: Annotated[Path | None, typer.Option(help="Failures go here; else to OUT.")] = None,
     model: Annotated[str, typer.Option(help="For all lines; else each body's own.")] = "",
-    objective: Annotated[str, typer.Option(help="A promise by name.")] = "",
-    deadline_s: Annotated[float | None, typer.Option(help="Promise for each line.")] = None,
-    priority: Annotated[int, typer.Option(help="Higher first.")] = batches.PRIORITY,
-    tenant: Annotated[str, typer.Option()] = "",
+    objective: Annotated[str, typer.Option(help="A promise by its name in the settings.")] = "",
+    deadline_s: Annotated[
+        float | None, typer.Option(help="Promise: seconds to each answer.")
+    ] = None,
+    priority: Annotated[
+        int, typer.Option(help="Higher first; negative may be shed.")
+    ] = batches.PRIORITY,
+    tenant: Annotated[str, typer.Option(help="Whose they are, for fairness.")] = "",
     in_flight: Annotated[
         int, typer.Option(min=1, help="Most requests in Redis at a time.")
     ] = batches.IN_FLIGHT,

@@ -23,7 +23,9 @@ PAGE = 1000
 @app.command()
 async def dead(
     settings: Settings,
-    action: Annotated[Literal["list", "show", "requeue"], typer.Argument()] = "list",
+    action: Annotated[
+        Literal["list", "show", "requeue"], typer.Argument(help="What to do.")
+    ] = "list",
     which: Annotated[
         str, typer.Argument(metavar="[ID]", help="A request's id or an entry of the dead.")
     ] = "",

@@ -77,14 +77,16 @@ async def demo(
         float | None, typer.Option(min=0.01, max=100_000, help="Requests a second instead.")
     ] = None,
     endpoints: Annotated[int, typer.Option(min=1, help="Emulated engines.")] = 4,
-    profiles: Annotated[str, typer.Option(metavar="A,B,...")] = ",".join(PROFILES),
+    profiles: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Hardware of the endpoints, in turn.")
+    ] = ",".join(PROFILES),
     time_scale: Annotated[
         float,
         typer.Option(
             min=0.001, max=1000, help="Arrivals and engines, times faster than the wall clock."
         ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of the workload and the engines.")] = 0,
     svg: Annotated[Path | None, typer.Option(help="The last picture as a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The figures as one line.")] = False,
 ) -> None:

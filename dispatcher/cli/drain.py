@@ -21,7 +21,7 @@ POLL_S = 0.2
 @app.command()
 async def drain(
     settings: Settings,
-    endpoint: Annotated[str, typer.Argument()],
+    endpoint: Annotated[str, typer.Argument(help="Its name, as headgate status shows it.")],
     *,
     wait: Annotated[bool, typer.Option(help="--no-wait leaves at once.")] = True,
     timeout_s: Annotated[
@@ -29,7 +29,10 @@ async def drain(
     ] = 600.0,
     reason: Annotated[str, typer.Option(help="For the record.")] = "by hand",
 ) -> None:
-    """Give an endpoint no new work and wait until it has none."""
+    """Give an endpoint no new work and wait until it has none.
+
+    It stays drained, whatever restarts, until headgate resume.
+    """
     async with Client.from_settings(settings) as client:
         await order(client, Control(action="drain", endpoint=endpoint, reason=reason))
         if not wait:

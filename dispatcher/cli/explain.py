@@ -54,7 +54,7 @@ class Story(msgspec.Struct, frozen=True):
 @app.command()
 async def explain(
     settings: Settings,
-    request_id: Annotated[str, typer.Argument(metavar="ID")],
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="Of the request.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="The logs' own words.")] = False,
 ) -> None:

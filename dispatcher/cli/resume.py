@@ -15,7 +15,7 @@ app = typer.Typer()
 @app.command()
 async def resume(
     settings: Settings,
-    endpoint: Annotated[str, typer.Argument()],
+    endpoint: Annotated[str, typer.Argument(help="Its name, as headgate status shows it.")],
     *,
     reason: Annotated[str, typer.Option(help="For the record.")] = "by hand",
 ) -> None:

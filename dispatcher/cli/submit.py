@@ -25,20 +25,34 @@ async def submit(
     *,
     model: Annotated[str, typer.Option(help="Which model; else the body's own.")] = "",
     body: Annotated[str, typer.Option(metavar="FILE", help="An OpenAI body; - is stdin.")] = "",
-    max_tokens: Annotated[int | None, typer.Option(help="With a prompt only.")] = None,
-    request_id: Annotated[str, typer.Option("--id", help="Sent once under this id.")] = "",
-    objective: Annotated[str, typer.Option(help="A promise by name.")] = "",
-    ttft_s: Annotated[float | None, typer.Option(help="Promise: first token.")] = None,
-    tpot_s: Annotated[float | None, typer.Option(help="Promise: each further token.")] = None,
-    deadline_s: Annotated[float | None, typer.Option(help="Promise: whole answer.")] = None,
-    priority: Annotated[int | None, typer.Option(help="Higher first.")] = None,
-    tenant: Annotated[str, typer.Option()] = "",
-    session: Annotated[str, typer.Option()] = "",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; with a prompt only.")
+    ] = None,
+    request_id: Annotated[
+        str, typer.Option("--id", help="Sent once under this id; else one is made.")
+    ] = "",
+    objective: Annotated[str, typer.Option(help="A promise by its name in the settings.")] = "",
+    ttft_s: Annotated[
+        float | None, typer.Option(help="Promise: seconds to the first token.")
+    ] = None,
+    tpot_s: Annotated[float | None, typer.Option(help="Promise: seconds a further token.")] = None,
+    deadline_s: Annotated[
+        float | None,
+        typer.Option(help="Promise: seconds to the whole answer; past it, it expires."),
+    ] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="Higher first; negative may be shed. Default 0.")
+    ] = None,
+    tenant: Annotated[str, typer.Option(help="Whose it is, for fairness.")] = "",
+    session: Annotated[str, typer.Option(help="Requests of one session share prefixes.")] = "",
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
     wait: Annotated[bool, typer.Option(help="--no-wait prints the id and leaves.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="The terminal record.")] = False,
 ) -> None:
-    """Send one request and print its answer."""
+    """Send one request and print its answer.
+
+    For instance: headgate submit 'Why is the sky blue?' --model llama --ttft-s 0.5 --stream
+    """
     wishes = Wishes(
         objective=objective,
         ttft_s=ttft_s,

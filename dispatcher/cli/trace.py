@@ -120,7 +120,7 @@ def get(
 def make(
     *,
     mix: MixName = "demo",
-    duration: Annotated[float, typer.Option(metavar="SECONDS")] = 600.0,
+    duration: Annotated[float, typer.Option(metavar="SECONDS", help="How much of it.")] = 600.0,
     rate: Annotated[
         float | None, typer.Option(help="Mean requests a second; else the mix's own.")
     ] = None,
@@ -153,7 +153,7 @@ def make(
 
 @group.command("convert")
 def convert_(
-    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to read.")],
     format_: FormatName,
     out: Out = None,
 ) -> None:
@@ -168,7 +168,7 @@ def convert_(
 
 @group.command()
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace in our format.")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ class TestHelp:
         assert all(f" {name} " in ran.stdout for name in root.COMMANDS)
         loaded = ran.stderr.split()
         assert not {"river", "numpy", "aiohttp", "redis"} & set(loaded)
+
+    def test_every_option_explains_itself(self):
+        """What it is, in which unit; a name alone leaves a newcomer guessing."""
+        floors = [
+            name
+            for entry in entry_points(group="headgate.commands")
+            for name in outline(entry.module, entry.attr)
+        ]
+        application = typer.main.get_command(root.root([*root.COMMANDS, *floors]))
+
+        def silent(command, path):
+            mute = [p for p in command.params if not getattr(p, "help", None)]
+            return [f"{path} {p.name}" for p in mute] + [
+                one
+                for name, inner in getattr(command, "commands", {}).items()
+                for one in silent(inner, f"{path} {name}")
+            ]
+
+        assert silent(application, "headgate") == []
 
     def test_other_floors_are_read_not_imported(self, tmp_path, monkeypatch):
         """A module that cannot even be imported is still told apart, named and explained."""

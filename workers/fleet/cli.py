@@ -40,11 +40,13 @@ def up(
     jitter: Annotated[float, typer.Option(help="Spread of the profiles' coefficients.")] = 0.0,
     step_noise: Annotated[float, typer.Option(help="Sigma of each step's log-normal.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of jitter and noise.")] = 0,
-    max_num_seqs: Annotated[int, typer.Option()] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option()] = 2048,
-    block_size: Annotated[int, typer.Option()] = 32,
+    max_num_seqs: Annotated[int, typer.Option(help="vLLM's: most requests in a batch.")] = 256,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="vLLM's: most tokens in a step.")
+    ] = 2048,
+    block_size: Annotated[int, typer.Option(help="vLLM's: tokens of a KV block.")] = 32,
     kv_tokens: Annotated[int, typer.Option(help="0: the profile's.")] = 0,
-    max_model_len: Annotated[int, typer.Option()] = 32_768,
+    max_model_len: Annotated[int, typer.Option(help="vLLM's: longest context in tokens.")] = 32_768,
     kv_events: Annotated[
         bool, typer.Option("--kv-events", help="Publish what caches hold.")
     ] = False,
