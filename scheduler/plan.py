@@ -56,6 +56,13 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     It decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody.
     """
 
+    cache_patience: AtLeastNothing = 0.5
+    """
+    A request waits where its prefix is, and no KV is free, for so many times the seconds that it saves; 0: for none.
+
+    Elsewhere it would be computed once more, which costs that endpoint as much, and what it has cached.
+    """
+
     answer_part: Share = 0.6
     """
     Of its expected answer, the part that a request counts with where KV is given away; 1: all of it.

@@ -96,6 +96,8 @@ class Planning:
         elif lines.by_model:
             is_short = planner.is_exhausted and len(line) == self._settings.horizon
             self._room_at = self._next_room_at(planner.room, is_short=is_short)
+        if planner.waits_until_at < np.inf:
+            self._room_at = min(planner.waits_until_at, self._room_at or np.inf)
         if between:
             self._room_at = min(self._memory.now + PACE_TICK_S, self._room_at or np.inf)
 

@@ -84,6 +84,30 @@ class Pool:
         return [c.decision.kind for c in self.core.decide(self.now) if isinstance(c, Note)]
 
 
+def test_whoever_waits_for_its_prefix_goes_elsewhere_at_the_moment_named():
+    """Nothing need happen meanwhile: `wakeup_at` names the end of its patience, and then it is handed over."""
+    pool = Pool(plan=PlanSettings(cache_patience=0.5))
+    pool.beat("e0", kv_tokens=4000)
+    blocks = tuple(f"b{at}" for at in range(62))
+    pool.ask("first", prompt_tokens=2000, blocks=blocks)
+    (first,) = pool.decide()
+    pool.reward(first, prompt_tokens=2000, output_tokens=10)
+    pool.ask("other", prompt_tokens=3000)
+    (other,) = pool.decide()
+    assert (first.endpoint, other.endpoint) == ("e0", "e0")
+    pool.beat("e0", kv_tokens=4000, first_tokens=(f"other:{other.job.attempt}:200",))
+    pool.beat("e1", kv_tokens=4000)
+
+    pool.ask("again", prompt_tokens=2000, blocks=blocks)
+    assert pool.decide() == []
+    patience_s = pool.core.wakeup_at() - pool.now
+    assert 0 < patience_s < 0.5 * 2000 * 2 * A100_TOKEN_S
+    assert pool.decide(after_s=0.9 * patience_s) == []
+    (again,) = pool.decide(after_s=0.1 * patience_s + 1e-9)
+
+    assert (again.job.id, again.endpoint) == ("again", "e1")
+
+
 @pytest.mark.parametrize(
     "settings",
     [

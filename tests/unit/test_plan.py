@@ -477,6 +477,55 @@ class TestPace:
         assert made.choices[0].line.tpot_s == math.inf
 
 
+class TestCachePatience:
+    """Endpoint 0 has half of the prompt and no KV free, endpoint 1 could begin at once: one second for half a second."""
+
+    def placed(self, one, *, token_s=(0.001, 0.001), cached=(500.0, 0.0), **settings):
+        made = planner(
+            list(token_s),
+            kv=[2000.0, 2000.0],
+            cached=list(cached),
+            settings=msgspec.structs.replace(SETTINGS, **{"cache_patience": 1.0, **settings}),
+        )
+        made.room.withhold(np.array([1500.0, 0.0]))
+        made.serve([one])
+        return made
+
+    def test_it_waits_where_its_prefix_is_for_as_long_as_it_would_save(self):
+        made = self.placed(ticket("r", 1000))
+
+        assert served(made) == []
+        assert made.waits_until_at == pytest.approx(0.5)
+
+    def test_then_it_goes_elsewhere(self):
+        late = ticket("r", 1000)
+        late.enqueued_at = -0.6
+
+        made = self.placed(late)
+
+        assert served(made) == [("r", 1)]
+        assert made.waits_until_at == math.inf
+
+    def test_a_faster_endpoint_is_not_waited_for(self):
+        """The slower one would stand idle meanwhile, and nobody would have computed less."""
+        assert served(self.placed(ticket("r", 1000), token_s=(0.0005, 0.001), cached=(0, 0))) == [
+            ("r", 1)
+        ]
+
+    def test_a_faster_endpoint_is_waited_for_as_long_as_its_cache_saves(self):
+        made = self.placed(ticket("r", 1000), token_s=(0.0001, 0.001))
+
+        assert made.waits_until_at == pytest.approx(0.5)
+
+    def test_nobody_waits_into_lateness(self):
+        """There must be time left for twice what is predicted elsewhere."""
+        assert served(self.placed(ticket("r", 1000, due_at=2.1))) == []
+        assert served(self.placed(ticket("r", 1000, due_at=1.9))) == [("r", 1)]
+
+    def test_it_can_be_switched_off(self):
+        assert served(self.placed(ticket("r", 1000), cache_patience=0.0)) == [("r", 1)]
+
+
 class TestFill:
     def test_among_near_equals_the_emptier_is_taken(self):
         """A full KV cache is worth some seconds of wait; off, only the first token counts (I10)."""
