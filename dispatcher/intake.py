@@ -73,6 +73,8 @@ class Intake:
                 _check_beat(fact)
             elif isinstance(fact, Reward):
                 _check_reward(fact)
+            else:
+                _check_control(fact)
         except WireError as error:
             return Unreadable(stream, entry_id, fields, str(error))
         return fact
@@ -101,6 +103,12 @@ def _check_reward(reward: Reward) -> None:
         raise WireError(
             f"field 'outcome' is {reward.outcome[:60]!r}, wanted one of {', '.join(ENDS)}"
         )
+
+
+def _check_control(wish: Control) -> None:
+    field = "id" if wish.action == "cancel" else "endpoint"
+    if not getattr(wish, field):
+        raise WireError(f"field {field!r} is missing, wanted whom to {wish.action}")
 
 
 def _check_beat(beat: Beat) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import structlog
 
 from dispatcher.delivery import Delivery, wait_out
-from dispatcher.intake import Intake, Unreadable
+from dispatcher.intake import Intake, Unreadable, stamped_at
 from dispatcher.journal import Core
 from dispatcher.metrics import Meter
 from dispatcher.moves import Move, Moves, whose
@@ -126,7 +126,10 @@ class Loop:
         is_warm = saved is not None and self._core.restore(saved.core)
         past = await self._recovery.past(saved if is_warm else None, beats_since=beats_since)
         self._cursors = past.cursors
-        unreadable = self._receive(past.events)
+        # What no snapshot can have seen: the rest was buried when it came, under somebody else.
+        since = 0.0 if saved is None else saved.at
+        found_bad = self._receive(past.events)
+        unreadable = [one for one in found_bad if stamped_at(one.entry) >= since]
         async for found in self._recovery.claim_all():
             unreadable += self._receive(found)
         await self._finish(self._carry([], unreadable, []))

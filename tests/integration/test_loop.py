@@ -214,6 +214,21 @@ class TestDispatch:
             assert await results(redis, keys, 2) == {"twice": "completed", "other": "completed"}
             await until(lambda: nothing_pending(redis, keys))
 
+    async def test_what_cannot_be_read_is_buried_once(self, redis_url, settings, redis, keys):
+        """The next leader reads all wishes again, and finds only one of them new."""
+
+        async def is_buried(action):
+            dead = await redis.entries(keys.dead)
+            return dead[-1:] and dead[-1][1][b"action"] == action
+
+        for name, action in (("d1", b"frob"), ("d2", b"twist")):
+            async with dispatching(redis_url, settings, name) as node:
+                await until(lambda node=node: is_so(node.is_leader))
+                await redis.command("XADD", keys.controls, "*", "action", action)
+                await until(lambda action=action: is_buried(action))
+
+        assert await redis.command("XLEN", keys.dead) == 2
+
     async def test_the_dead_come_back(self, redis_url, settings, redis, keys):
         """A request that failed for good and is enqueued again under its id is served again, as it was promised."""
         worker = PlayedWorker(redis, keys)

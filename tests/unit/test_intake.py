@@ -34,6 +34,16 @@ class TestFacts:
         assert isinstance(fact, Unreadable)
         assert fact.reason.startswith(reason)
 
+    @pytest.mark.parametrize(
+        ("action", "field"), [("cancel", "id"), ("drain", "endpoint"), ("resume", "endpoint")]
+    )
+    def test_a_wish_says_for_whom(self, action, field):
+        """One by hand that names nobody would change nothing, and nobody would be told."""
+        fact = INTAKE.fact(KEYS.controls, ("1-0", {b"action": action.encode()}))
+
+        assert isinstance(fact, Unreadable)
+        assert fact.reason == f"field {field!r} is missing, wanted whom to {action}"
+
     def test_an_attempt_ends_in_a_word_that_is_counted(self):
         """Any other would be a label of its own in every metric of outcomes."""
         said = {b"id": b"r", b"endpoint": b"e", b"epoch": b"1", b"attempt": b"1"}
