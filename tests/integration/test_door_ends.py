@@ -11,6 +11,7 @@ import aiohttp
 import openai
 import pytest
 from certificates import Authority
+from hand import until
 from played import ENDPOINT, Played
 
 from dispatcher.client import Client
@@ -99,13 +100,6 @@ async def opened(url, pool, *, keys=None, limits=None, is_alive=True, is_running
 async def front(redis_url, pool):
     async with opened(redis_url, pool) as one:
         yield one
-
-
-async def until(found):
-    async with asyncio.timeout(20):
-        while not (result := await found()):  # noqa: ASYNC110  another's doing has no event here
-            await asyncio.sleep(0.01)
-        return result
 
 
 async def says(front, status):

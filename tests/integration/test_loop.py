@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 from byhand import PlayedWorker
+from hand import until
 
 from dispatcher import loop
 from dispatcher.local import Server
@@ -223,7 +224,7 @@ class TestDispatch:
 
         for name, action in (("d1", b"frob"), ("d2", b"twist")):
             async with dispatching(redis_url, settings, name) as node:
-                await until(lambda node=node: is_so(node.is_leader))
+                await until(lambda node=node: node.is_leader)
                 await redis.command("XADD", keys.controls, "*", "action", action)
                 await until(lambda action=action: is_buried(action))
 
@@ -368,7 +369,7 @@ class TestTakeover:
 
                 assert len(await results(redis, keys, 2)) == 2
                 assert await pending(redis, keys) == 0
-                await until(lambda: is_so(second.view().assigned == 0))
+                await until(lambda: second.view().assigned == 0)
 
     async def test_why_the_last_were_handed_over_is_logged_at_the_end(
         self, redis_url, settings, redis, keys, monkeypatch
@@ -389,7 +390,7 @@ class TestTakeover:
         """Entries that an old leader's blocked read takes after its end are served all the same."""
         worker = PlayedWorker(redis, keys)
         async with dispatching(redis_url, settings, "d2") as node, worker.beating():
-            await until(lambda: is_so(node.is_leader))
+            await until(lambda: node.is_leader)
             await swallow(redis, keys, "old")
             await worker.finish(await worker.jobs())
 
@@ -399,7 +400,7 @@ class TestTakeover:
         """Entries given to this very node in a reply that never came are read again after the break."""
         worker = PlayedWorker(redis, keys)
         async with dispatching(redis_url, settings, "d1") as node, worker.beating():
-            await until(lambda: is_so(node.is_leader))
+            await until(lambda: node.is_leader)
             await swallow(redis, keys, "d1")
             await redis.command("CLIENT", "KILL", "TYPE", "normal")
             [held] = await worker.jobs()
@@ -408,18 +409,18 @@ class TestTakeover:
     async def test_the_learned_is_taken_over(self, redis_url, settings, redis, keys):
         """A snapshot is saved while leading and at leaving; garbage in its place is a cold start."""
         async with dispatching(redis_url, settings, "d1") as node:
-            await until(lambda: is_so(node.is_leader))
+            await until(lambda: node.is_leader)
             await until(lambda: redis.command("GET", keys.snapshot))
         assert (await redis.command("HGET", keys.leader, "until")) == b"0"
         await redis.command("SET", keys.snapshot, b'{"format": 1, "nonsense": []}')
         async with dispatching(redis_url, settings, "d2") as node:
-            await until(lambda: is_so(node.is_leader))
+            await until(lambda: node.is_leader)
 
     async def test_a_server_that_forgot_everything(self, redis_url, settings, redis, keys):
         """Redis comes back empty: lease, group and functions are made anew, and work goes on."""
         worker = PlayedWorker(redis, keys)
         async with dispatching(redis_url, settings) as node:
-            await until(lambda: is_so(node.is_leader))
+            await until(lambda: node.is_leader)
             await redis.commands([("FLUSHALL",), ("FUNCTION", "FLUSH")])
             async with worker.beating():
                 await enqueue(redis, keys, "anew")
@@ -444,7 +445,7 @@ class TestEnd:
         connection = await Connection.connect(Where(url=redis_url))
         node = Node(connection, settings, name="d1")
         task = asyncio.create_task(node.run())
-        await until(lambda: is_so(node.is_leader))
+        await until(lambda: node.is_leader)
 
         failing.set()
         await has_failed.wait()
@@ -502,7 +503,7 @@ class TestUpkeep:
                 await enqueue(redis, keys, "r2")
 
             async with dispatching(server.url, settings) as node:
-                await until(lambda: is_so(node.is_leader))
+                await until(lambda: node.is_leader)
 
                 assert await redis.command("XLEN", keys.results) < 200
                 await enqueue(redis, keys, "r2")
@@ -528,7 +529,7 @@ class TestPages:
     async def test_probes_and_figures(self, redis_url, settings, redis, keys):
         """A leader is healthy and ready, and its figures name the pool."""
         async with dispatching(redis_url, settings) as node, node.pages.served(0) as port:
-            await until(lambda: is_so(node.is_leader))
+            await until(lambda: node.is_leader)
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as visitor:
                 for page in ("/healthz", "/readyz"):
                     async with visitor.get(page) as answer:
@@ -561,16 +562,5 @@ async def swallow(redis, keys, consumer):
     await redis.command("EVAL", script, 1, keys.requests, DISPATCHER_GROUP, consumer)
 
 
-async def is_so(value):
-    return value
-
-
 async def nothing_pending(redis, keys):
     return await pending(redis, keys) == 0
-
-
-async def until(ask):
-    """Wait for what has no event of its own to await."""
-    async with asyncio.timeout(LIMIT_S):
-        while not await ask():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
