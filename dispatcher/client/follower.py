@@ -22,6 +22,9 @@ WAIT_S = 2.0
 JOIN_S = 0.002
 "How long a reader may take to come back by itself when a stream has joined it."
 
+LEAVE_S = 0.05
+"How long a reader that nobody needs any more may take to come back by itself: its log often ends, and its connection is kept."
+
 AHEAD_MAX = 256
 "Entries kept for somebody who reads slower than they come; the log itself keeps the rest."
 
@@ -152,9 +155,9 @@ class _Reader:
         self._break_off(JOIN_S)
 
     def note_leaving(self, following: Following) -> None:
-        """This stream is over, wherever it was read; whoever waits for nobody must not wait on."""
+        """This stream is over, wherever it was read; whoever waits for nobody must not wait for long."""
         if following in self.share and not self._living():
-            self._break_off(0.0)
+            self._break_off(LEAVE_S)
 
     async def run(self) -> None:
         """Read until the last stream is over."""
