@@ -64,7 +64,7 @@ async def _requeue(client: Client, entries: list[Entry]) -> None:
     refused = 0
     for entry, fields in entries:
         own = {n.decode(): v for n, v in fields.items() if not n.startswith(b"dead_")}
-        request_id = own.get("id", b"").decode()
+        request_id = own.get("id", b"").decode(errors="replace")
         if request_id:
             call = producer.requeue(client.keys, entry, request_id, own)
             reply = await client.connection.call(call.function, call.keys, call.args)
@@ -73,9 +73,9 @@ async def _requeue(client: Client, entries: list[Entry]) -> None:
         if isinstance(reply, int):
             refused += 1
             why = "a request of that id lives" if reply else "it has no id or is gone"
-            output.talk(f"{request_id or entry}: not requeued, {why}")
+            output.talk(f"{output.shown(request_id) or entry}: not requeued, {why}")
         else:
-            typer.echo(request_id)
+            typer.echo(output.shown(request_id))
     if refused:
         raise typer.Exit(1)
 
@@ -96,7 +96,7 @@ def _show(entries: list[Entry], *, as_json: bool) -> None:
         typer.echo(f"entry {entry}")
         for name, value in _text(fields).items():
             if value:
-                typer.echo(f"  {name} {value}")
+                typer.echo(output.shown(f"  {name} {value}"))
 
 
 def _table(entries: list[Entry]) -> None:

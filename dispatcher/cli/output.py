@@ -7,11 +7,30 @@ from typing import Any
 import msgspec
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from scheduler.errors import SettingsError
 from scheduler.wire.worker import Result
 
 PIPE_COLUMNS = 160
+
+_STEERING = {
+    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in b"\n\t"
+}
+
+
+class _Console(Console):
+    def render_str(self, text: str, **options: object) -> Text:
+        return super().render_str(shown(text), **options)  # type: ignore[arg-type]  # as they came
+
+
+def shown(text: str) -> str:
+    r"""What others wrote, with the characters spelled out that would steer the terminal it is shown on.
+
+    >>> shown("\x1b]0;mine\x07")
+    '\\x1b]0;mine\\x07'
+    """
+    return text.translate(_STEERING)
 
 
 def console() -> Console:
@@ -20,7 +39,7 @@ def console() -> Console:
     Brackets in what people wrote are brackets, never markup.
     """
     width = None if sys.stdout.isatty() else PIPE_COLUMNS
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return _Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def talk(line: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from played import ENDPOINT
 
+from dispatcher.client import Client
 from dispatcher.streams import sidecar
 from scheduler.wire.worker import Beat
 
@@ -153,6 +154,23 @@ class TestWatch:
         _, listed, err = await headgate("dead", "list")
 
         assert "at `$[0]` [/b] :smile:" in listed, err
+
+    async def test_what_others_wrote_steers_no_terminal(self, redis_url, pool, headgate):
+        """Clients choose ids: one in colours, or that renames the window, is spelled out; one that is no text is too."""
+        dead = {"dead_stream": "s", "dead_entry": "1-0", "dead_reason": "of \x9b2J"}
+        async with Client(redis=redis_url, pool=pool) as client:
+            for name in (b"\x1b]0;mine\x07", b"\xff\xfe"):
+                await client.connection.add(client.keys.dead, dead | {"id": name})
+
+        _, listed, _ = await headgate("dead", "list")
+        _, shown, _ = await headgate("dead", "show", "\x1b]0;mine\x07")
+        code, again, err = await headgate("dead", "requeue", "--all")
+
+        assert r"\x1b]0;mine\x07" in listed
+        assert r"of \x9b2J" in listed
+        assert r"id \x1b]0;mine\x07" in shown
+        assert (code, err) == (0, "")
+        assert again == "\\x1b]0;mine\\x07\n\ufffd\ufffd\n"
 
     async def test_drain_and_resume_are_wishes_on_the_stream(self, played, headgate):
         """Anybody may write them; an endpoint without jobs is empty at once."""
