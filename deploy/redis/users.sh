@@ -39,9 +39,10 @@ work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@block
   user door "$asks %R~hg:{*}:beats %R~hg:{*}:leader $work $speak +xread"
   # People who look after a pool: status, explain, cancel, drain, dead requeue.
   user operator "%R~hg:{*}:*$(keys requests 'request:*' controls dead) $work $speak +xread"
-  # Probes and autoscalers: they look and change nothing. KEDA counts by a script, whose key must be writable,
-  # though none of the commands that this user has could write it.
-  user viewer '%R~hg:{*}:* ~hg:{*}:waiting +@read +@connection +info +time +eval +xinfo +xpending -@dangerous +info'
+  # Probes and autoscalers: they count, change nothing and read no prompt and no answer. KEDA counts by a script, whose
+  # key must be writable, though none of the commands that this user has could write it.
+  count='+type +exists +ttl +xlen +xpending +xinfo|groups +zcard +zcount +zscore +zrange +llen +scard +hlen +hget +hmget +hgetall'
+  user viewer "%R~hg:{*}:* ~hg:{*}:waiting +@connection -@dangerous +info +time +eval $count"
 } >"$directory/users.acl.new"
 mv "$directory/users.acl.new" "$directory/users.acl"
 password grafana # the administrator of the dashboard; no user of Redis

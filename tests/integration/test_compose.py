@@ -512,6 +512,13 @@ class TestRights:
             pytest.param("dispatcher", ["GET", "other"], id="dispatcher strays"),
             pytest.param("operator", ["DEL", "hg:{default}:snapshot"], id="operator forgets"),
             pytest.param("viewer", ["DEL", "hg:{default}:requests"], id="viewer deletes"),
+            pytest.param("viewer", ["GET", "hg:{default}:body:r"], id="viewer reads a body"),
+            pytest.param(
+                "viewer", ["XRANGE", "hg:{default}:requests", "-", "+"], id="viewer reads prompts"
+            ),
+            pytest.param(
+                "viewer", ["XINFO", "STREAM", "hg:{default}:results", "FULL"], id="viewer reads all"
+            ),
         ],
     )
     def test_a_role_may_do_no_more_than_its_work(self, stack, user, words):
