@@ -48,8 +48,8 @@ class Weighed(msgspec.Struct, frozen=True, kw_only=True):
     "Predicted wait."
     cached: Floats
     "Prompt tokens believed cached."
-    fill: Floats
-    "Part of the KV in use."
+    pressure: Floats
+    "What giving KV away there costs others, 0 to 1."
     chance: Floats
     "With which each could have been taken."
     taken: int
@@ -84,14 +84,14 @@ class Target(
 
 
 class Plan(Target, frozen=True, tag="plan"):
-    """The plan's choice: predicted seconds and a price on fill, with its exploration."""
+    """The plan's choice: predicted seconds and a price on KV given away, with its exploration."""
 
     fill: float = PlanSettings().fill
     explore: float = PlanSettings().explore
     tie: float = PlanSettings().tie
 
     def score(self, one: Weighed) -> Floats:
-        score = one.seconds + self.fill * one.fill
+        score = one.seconds + self.fill * one.pressure
         score[one.seconds > max(one.left_s, float(one.seconds.min()))] = np.inf
         return score
 
@@ -326,7 +326,7 @@ def _weighed(decision: Decision, reward: Reward) -> Weighed | None:
             columns.append([float(seconds[name]), *(float(cell) for cell in text.split(","))])
     if decision.endpoint not in names or not columns:
         return None
-    predicted_s, chance, start_s, cached, fill = np.array(columns).T
+    predicted_s, chance, start_s, cached, pressure = np.array(columns).T
     taken = names.index(decision.endpoint)
     left_s = math.inf if decision.slack_s is None else decision.slack_s + float(predicted_s[taken])
     ttft_s = math.nan
@@ -337,7 +337,7 @@ def _weighed(decision: Decision, reward: Reward) -> Weighed | None:
         seconds=predicted_s,
         start_s=start_s,
         cached=cached,
-        fill=fill,
+        pressure=pressure,
         chance=chance,
         taken=taken,
         left_s=left_s,

@@ -58,7 +58,7 @@ class Offers:
         if work.prompt > room.length_least:
             service_s[work.prompt > room.length_max] = math.inf
         kv = room.asked_kv(ticket)
-        return Offer(ticket, work.prompt, kv, work.cached, work_s, service_s)
+        return Offer(ticket, work.prompt, kv, work.cached, work_s, service_s, work.new)
 
     def total_s(self, offer: Offer) -> Floats:
         """Predicted seconds to its first token; `inf` where it may not go or finds no room now."""

@@ -1,4 +1,4 @@
-"""Which of the endpoints a request takes: soon is good, empty is good, and chance decides between equals."""
+"""Which of the endpoints a request takes: soon is good, KV to spare is good, and chance decides between equals."""
 
 import math
 
@@ -7,6 +7,7 @@ import numpy as np
 from scheduler import explore
 from scheduler.onward import Onward
 from scheduler.plan import PlanSettings
+from scheduler.pressure import pressure
 from scheduler.profile.casting import Casting
 from scheduler.room import Room
 from scheduler.state import Bools, Floats
@@ -50,7 +51,7 @@ class Picker:
         left_s = offer.ticket.due_at - self._now
         if self._casting is not None:
             return self._cast(self._casting, offer, total_s < math.inf)
-        score_s = total_s + self._fill * self._used(offer)
+        score_s = total_s + self._fill * self._pressure(offer)
         if self._onward is not None and not offer.is_second:
             score_s += self._onward.stalls_s(offer)
         if left_s < math.inf:
@@ -114,27 +115,29 @@ class Picker:
         order = total_s.argsort(kind="stable")
         is_named = chances[order] > 0
         is_named[:CANDIDATES] = True
-        used = self._used(offer)
-        cached = np.zeros(len(used)) if offer.cached is None else offer.cached
+        pressed = self._pressure(offer)
+        cached = np.zeros(len(pressed)) if offer.cached is None else offer.cached
         return tuple(
             (
                 slot,
                 float(chances[slot]),
                 float(self._room.start_s[slot]),
                 int(cached[slot]),
-                float(used[slot]),
+                float(pressed[slot]),
             )
             for slot in order[is_named].tolist()
             if total_s[slot] < math.inf
         )
 
-    def _used(self, offer: Offer) -> Floats:
-        """The part of KV given away where its answer would be decoded."""
+    def _pressure(self, offer: Offer) -> Floats:
+        """What giving KV away costs, where its answer would be decoded."""
         used = self._room.used
+        pressed = pressure(used, offer.new)
         if self._onward is not None and not offer.is_second:
-            used = used.copy()
-            used[self._onward.is_prefill] = used[self._onward.target(offer.ticket)[0]]
-        return used
+            # To whoever decodes what is prefilled elsewhere, all of it is new.
+            target, _ = self._onward.target(offer.ticket)
+            pressed[self._onward.is_prefill] = used[target] ** 3
+        return pressed
 
 
 def nearest(total_s: Floats) -> list[int]:

@@ -51,9 +51,10 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     fill: AtLeastNothing = 0.4
     """
-    What an endpoint's full KV is worth beside an empty one, in predicted seconds to the first token; 0: nothing.
+    What a prompt costs others where the KV is full, in predicted seconds to its own first token; 0: nothing.
 
-    It decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody.
+    Such an endpoint decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody. With
+    half of it in use an eighth of that, and only in proportion to what is not cached there: see `pressure`.
     """
 
     cache_patience: AtLeastNothing = 0.5
@@ -117,7 +118,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     "The same on every slot; float64[n_slots]."
     why: str
     weighed: tuple[tuple[int, float, float, int, float], ...] = ()
-    "Where chance decided: the slots a record names, each one's chance, predicted wait, cached tokens and part of its KV in use."
+    "Where chance decided: the slots a record names, each one's chance, predicted wait, cached tokens and pressure on its KV."
     leg: Leg = "whole"
     onward_s: float = 0.0
     "Of a prefill leg, what of the seconds to its first token comes after it."

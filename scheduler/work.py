@@ -30,6 +30,9 @@ class Work(msgspec.Struct, frozen=True):
     pairs: Floats | float
     "Pairs of attention of those."
 
+    new: Floats | None
+    "The part of the prompt that is not cached; None: nobody has any."
+
 
 class Offer(msgspec.Struct, frozen=True):
     """What one request would cost on every slot."""
@@ -45,6 +48,8 @@ class Offer(msgspec.Struct, frozen=True):
     "Seconds of the endpoint's time."
     service_s: Floats
     "The same and the overhead; `inf` where it may not go."
+    new: Floats | None
+    "The part of its prompt that is not cached; None: nobody has any of it."
     is_second: bool = False
     "Its prompt is computed, and only its decode leg is asked for."
 
@@ -130,8 +135,8 @@ def left(ticket: Ticket, cached: Floats | None) -> Work:
     """What is left of its prompt where so much is cached; float64[n_slots], None: nobody has any."""
     prompt = float(max(1, ticket.prompt_tokens))
     if cached is None:
-        return Work(prompt, None, prompt, 0.5 * prompt * prompt)
+        return Work(prompt, None, prompt, 0.5 * prompt * prompt, None)
     if cached[cached.argmax()] > prompt - 1.0:
         cached = np.minimum(cached, prompt - 1.0)
     tokens = prompt - cached
-    return Work(prompt, cached, tokens, tokens * (prompt - 0.5 * tokens))
+    return Work(prompt, cached, tokens, tokens * (prompt - 0.5 * tokens), tokens / prompt)

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from scheduler.pressure import pressure
 from scheduler.profile.fetchers import LATENCY, PREFIX_MATCH
 from scheduler.profile.parts import Scorer
 from scheduler.profile.scene import Scene
@@ -39,6 +40,16 @@ class KvCache(Scorer, frozen=True, tag="kv-cache-utilization-scorer"):
     def score(self, scene: Scene, candidates: Bools) -> Floats:  # noqa: ARG002
         """The part."""
         return 1.0 - np.clip(scene.kv_used, 0.0, 1.0)
+
+
+class KvPressure(Scorer, frozen=True, tag="kv-pressure-scorer"):
+    """KV to spare: used in part it is hardly short, and what is cached is not asked for again."""
+
+    def score(self, scene: Scene, candidates: Bools) -> Floats:  # noqa: ARG002
+        """1 where none is in use or all of the prompt is cached, 0 where all is in use and nothing is cached."""
+        used = np.clip(scene.kv_used, 0.0, 1.0)
+        new = (scene.prompt_tokens - scene.cached_tokens) / scene.prompt_tokens
+        return 1.0 - pressure(used, new)
 
 
 class Load(Scorer, frozen=True, tag="load-aware-scorer"):
@@ -157,6 +168,7 @@ BUILT_IN = (
     PrefixCache,
     Queue,
     KvCache,
+    KvPressure,
     Load,
     LeastRequest,
     TokenLoad,
@@ -171,6 +183,7 @@ AnyScorer = (
     PrefixCache
     | Queue
     | KvCache
+    | KvPressure
     | Load
     | LeastRequest
     | TokenLoad

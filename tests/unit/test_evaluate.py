@@ -32,7 +32,7 @@ def logged(n, *, seed=0, scale=0.5, noise=0.2, bias=1.0):
             seconds=seconds,
             start_s=start_s,
             cached=rng.integers(0, 3, 3) * 128.0,
-            fill=rng.random(3),
+            pressure=rng.random(3),
             chance=chance,
             taken=taken,
             left_s=0.4,

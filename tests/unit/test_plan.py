@@ -14,6 +14,7 @@ from scheduler.pins import Pins
 from scheduler.plan import PlanSettings
 from scheduler.planner import ASIDE_MAX, Planner
 from scheduler.policies import Terms
+from scheduler.pressure import pressure
 from scheduler.price import Usual
 from scheduler.room import Decodes, Room
 from scheduler.slo import Promise
@@ -526,6 +527,29 @@ class TestCachePatience:
         assert served(self.placed(ticket("r", 1000), cache_patience=0.0)) == [("r", 1)]
 
 
+class TestPressure:
+    """What giving KV away costs others."""
+
+    @given(
+        used=st.floats(0, 1),
+        more=st.floats(0, 1),
+        cached=st.integers(0, 999),
+        longer=st.integers(0, 999),
+    )
+    def test_it_grows_with_what_is_in_use_and_falls_with_what_is_cached(
+        self, used, more, cached, longer
+    ):
+        """Between nothing and one; the first half of the KV costs less than the second."""
+        low, high = sorted((used, more))
+        few, many = sorted((cached, longer))
+        least, emptier, fuller = pressure(
+            np.array([low, low, high]), 1.0 - np.array([many, few, few]) / 1000.0
+        )
+
+        assert 0 <= least <= emptier <= fuller <= 1
+        assert pressure(np.array([0.5 * high]), None)[0] <= 0.5 * high
+
+
 class TestFill:
     def test_among_near_equals_the_emptier_is_taken(self):
         """A full KV cache is worth some seconds of wait; off, only the first token counts (I10)."""
@@ -533,6 +557,17 @@ class TestFill:
             settings = msgspec.structs.replace(SETTINGS, fill=fill)
             made = planner([0.001, 0.0011], settings=settings)
             made.room.used[:] = 0.9, 0.1
+
+            made.serve([ticket("r", 1000)])
+
+            assert served(made) == [("r", slot)]
+
+    def test_among_equally_full_the_one_that_has_the_prompt_is_taken(self):
+        """It asks for less KV there: its first token comes as soon on both."""
+        for cached, slot in (([500.0, 0.0], 0), ([0.0, 500.0], 1)):
+            token_s = [0.002 if tokens else 0.001 for tokens in cached]
+            made = planner(token_s, cached=cached)
+            made.room.used[:] = 0.9, 0.9
 
             made.serve([ticket("r", 1000)])
 

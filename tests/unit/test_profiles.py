@@ -24,6 +24,7 @@ from scheduler.profile.profile import Profile
 from scheduler.profile.scorers import (
     Cost,
     KvCache,
+    KvPressure,
     LeastRequest,
     Load,
     LoraAffinity,
@@ -131,6 +132,11 @@ class TestScorers:
             (Queue(), {"queued": [0, 1, 2, 4]}, [1, 0.75, 0.5, 0]),
             (Queue(), {"queued": [3, 3, 3, 3]}, [1, 1, 1, 1]),
             (KvCache(), {"kv_used": [0.0, 0.25, 1.0, 1.2]}, [1, 0.75, 0, 0]),
+            (
+                KvPressure(),
+                {"kv_used": [0.0, 0.5, 0.5, 1.2], "cached_tokens": [0, 0, 500, 0]},
+                [1, 0.875, 0.9375, 0],
+            ),
             (Load(), {"queued": [0, 64, 128, 999]}, [0.5, 0.25, 0, 0]),
             (LeastRequest(), {"queued": [0, 1, 0, 4], "running": [0, 1, 4, 0]}, [1, 0.5, 0, 0]),
             (PrefixCache(), {"cached_tokens": [0, 250, 500, 999]}, [0, 0.25, 0.5, 0.999]),
