@@ -147,6 +147,9 @@ class Endpoint:
                 await self._live()
                 self._drop_all()
                 if not await self._is_forgotten():
+                    self._draining = (
+                        "a newer worker has joined in its name"  # and no probe finds it ready
+                    )
                     log.warning("stood_down", endpoint=self.name, epoch=self._epoch)
                     return
                 log.warning("redis_forgot_us", endpoint=self.name, epoch=self._epoch)

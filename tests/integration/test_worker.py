@@ -587,7 +587,7 @@ class TestLease:
 
     async def test_a_newer_worker_takes_the_name(self, emulator, hand, rig):
         """The older stands down with a clear word; what it held runs again under the newer epoch."""
-        _, older = await rig.start(emulator.url)
+        stood, older = await rig.start(emulator.url)
         first = await hand.ready()
         body = chat(1500)
         await hand.submit("r1", body, first.epoch, stream=True)
@@ -598,6 +598,7 @@ class TestLease:
 
         with pytest.raises(FencedError, match="newer"):
             await older
+        assert [endpoint.state for endpoint in stood.endpoints] == ["draining"]
         rig.tasks.pop(0)
         assert await hand.reclaim("r1") == 1
         await hand.assign("r1", second.epoch, attempt=2)
