@@ -41,7 +41,7 @@ class Usual:
         """
         if not self.tokens:
             return 0.0
-        ahead_s = room.mean(room.backlog_s)
+        ahead_s = room.mean(room.queued_s)
         tokens = [t.prompt_tokens for t in line if t.state != "set_aside" and not t.waits_for_pace]
         return ahead_s / max(self.work_s, 1e-6) + sum(tokens) / self.tokens / room.count
 

@@ -107,6 +107,10 @@ class Room:
         self.rates = rates
         self.backlog_s = backlog.seconds(rates)
         "Until each could begin something new when the step began."
+        self.queued_s = self.backlog_s
+        "Of that, what there is to compute: a head that is late keeps its endpoint, and costs nobody else any time."
+        if backlog.overdue_s is not None:
+            self.queued_s = self.backlog_s - backlog.overdue_s
         self.start_s = self.backlog_s.copy()
         "The same now, with the places kept for the more urgent."
         self.open_s = self.start_s + wanted_s

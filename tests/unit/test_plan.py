@@ -51,6 +51,7 @@ def planner(
     token_s: list[float],
     *,
     busy_tokens: list[float] | None = None,
+    overdue_s: list[float] | None = None,
     kv: list[float] | None = None,
     cached: list[float] | None = None,
     asked: list[str] | None = None,
@@ -64,7 +65,7 @@ def planner(
     free_kv = np.array(kv or [np.inf] * n)
     room = Room(
         rates=Rates(overhead_s=np.zeros(n), token_s=np.array(token_s), pair_s=np.zeros(n)),
-        backlog=Backlog(tokens=busy, pairs=np.zeros(n), overdue_s=np.zeros(n)),
+        backlog=Backlog(tokens=busy, pairs=np.zeros(n), overdue_s=np.array(overdue_s or [0.0] * n)),
         seats=np.full(n, 100.0),
         kv=free_kv.copy(),
         kv_max=free_kv.copy(),
@@ -251,6 +252,15 @@ def test_where_many_wait_the_dearest_gives_way():
 
         gave_way = [turn.ticket.id for turn in made.turns]
         assert gave_way[:1] == dropped or (dropped == [] and "long" not in gave_way)
+
+
+def test_an_endpoint_that_hangs_makes_nobody_elses_time_dear():
+    """A minute that one is late by is nothing that anybody could have: the other serves as if it were alone."""
+    made = planner([0.001, 0.001], overdue_s=[60.0, 0.0], odds_min=0.5, price=0.5)
+
+    made.serve([ticket("r", 100, due_at=1.0)])
+
+    assert served(made) == [("r", 1)]
 
 
 def test_a_greater_worth_buys_dearer_time():
