@@ -24,7 +24,7 @@ import msgspec
 from dispatcher.client.client import BATCH, Client
 from dispatcher.client.handle import Handle
 from dispatcher.client.wishes import Wishes
-from scheduler.errors import SettingsError, WireError
+from scheduler.errors import UNREADABLE, SettingsError, WireError
 from scheduler.wire.client import Request
 from scheduler.wire.words import PATHS
 from scheduler.wire.worker import Result
@@ -173,7 +173,7 @@ class Batch:
         for path in {self._sink, self._errors}:
             with path.open("rb") as file:
                 for raw in file:
-                    with contextlib.suppress(msgspec.DecodeError):
+                    with contextlib.suppress(*UNREADABLE):
                         answer = msgspec.json.decode(raw, type=Answer)
                         if answer.custom_id is not None:
                             seen.custom_ids.add(answer.custom_id)
@@ -321,7 +321,7 @@ def _parsed(raw: bytes) -> Line:
         raise WireError(f"it is longer than {LINE_BYTES} bytes")
     try:
         line = msgspec.json.decode(raw, type=Line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise WireError(str(error)) from None
     if line.url not in PATHS:
         raise WireError(f"field 'url' is {line.url[:60]!r}, wanted {' or '.join(PATHS)}")

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import msgspec
 
-from scheduler.errors import StreamError
+from scheduler.errors import UNREADABLE, StreamError
 
 READY_S = 60.0
 "Importing takes about a second a child; two cores start a dozen of them at once."
@@ -93,7 +93,7 @@ class Child:
         try:
             async with asyncio.timeout(READY_S):
                 self.ready = await self._first_line()
-        except (TimeoutError, msgspec.DecodeError):
+        except (TimeoutError, *UNREADABLE):
             await self.stop(grace_s=0.0)
             words = self.log.read_text(errors="replace")[-LAST_WORDS:].strip()
             raise StreamError(

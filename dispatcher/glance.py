@@ -11,7 +11,7 @@ import msgspec
 from dispatcher.recovery import CONTROLS_KEPT, Saved
 from dispatcher.streams.connection import Connection, Entry
 from scheduler import codec, forecast
-from scheduler.errors import WireError
+from scheduler.errors import UNREADABLE, WireError
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.view import Believed, EndpointView
 from scheduler.wire.client import Control
@@ -252,7 +252,7 @@ def _read(saved: bytes | None) -> Saved | None:
     """The leader's last snapshot; None where there is none that can be read."""
     try:
         return msgspec.json.decode(saved or b"", type=Saved)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None
 
 

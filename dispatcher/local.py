@@ -24,7 +24,7 @@ import msgspec
 
 from dispatcher import binary
 from dispatcher.resp import Connection, Failure
-from scheduler.errors import StreamError
+from scheduler.errors import UNREADABLE, StreamError
 from scheduler.settings import RedisSettings
 
 READY_S = 30.0
@@ -321,7 +321,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _run_file(directory: Path) -> RunFile | None:
     try:
         return msgspec.json.decode((directory / "redis.json").read_bytes(), type=RunFile)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, *UNREADABLE):
         return None
 
 

@@ -18,6 +18,7 @@ from dispatcher.intake import Intake, Unreadable, stamped_at
 from dispatcher.moves import Moves
 from dispatcher.streams import dispatch
 from dispatcher.streams.connection import Call, Connection, Entry
+from scheduler.errors import UNREADABLE
 from scheduler.events import Arrived, Event, Recovered
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.view import Snapshot
@@ -87,7 +88,7 @@ class Recovery:
         data = await self._connection.command("GET", self._keys.snapshot)
         try:
             found = msgspec.json.decode(data or b"", type=Saved)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             return None
         return found if found.format == FORMAT else None
 

@@ -20,6 +20,11 @@ A bug is an `AssertionError`: crash, restart, recover from the streams.
 
 from typing import ClassVar
 
+import msgspec
+
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"What decoding raises of bytes that are no message: broken, no UTF-8, or nested without a bottom."
+
 
 class HeadgateError(Exception):
     """The root: catch this to catch all of ours and nothing else."""

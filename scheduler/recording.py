@@ -25,7 +25,7 @@ from msgspec import structs
 
 from scheduler import policies
 from scheduler.core import CoreSettings
-from scheduler.errors import HeadgateError, SettingsError
+from scheduler.errors import UNREADABLE, HeadgateError, SettingsError
 from scheduler.events import (
     Abort,
     Arrived,
@@ -205,7 +205,7 @@ def read(lines: Iterable[tuple[int, bytes]], *, name: str) -> tuple[Head, Iterat
     number, first = next(numbered, (1, b""))
     try:
         found = _HEAD.decode(first)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise RecordingError(
             name,
             number,
@@ -256,7 +256,7 @@ def _rest(numbered: Iterator[tuple[int, bytes]], name: str) -> Iterator[Line]:
     for number, text in numbered:
         try:
             yield _LINE.decode(text)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise RecordingError(name, number, f"{_shown(text)}: {error}") from None
 
 

@@ -8,7 +8,7 @@ from http import HTTPStatus
 
 import msgspec
 
-from scheduler.errors import EngineError
+from scheduler.errors import UNREADABLE, EngineError
 from scheduler.wire.dispatcher import Job
 from workers.body import CHAT, NOTHING, Written
 from workers.halves import NO_KV
@@ -234,7 +234,7 @@ class Answer:
     def _event(self, payload: bytes) -> None:
         try:
             chunk = _decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             if payload.strip() == b"[DONE]":
                 self.is_done = True
                 return
@@ -376,7 +376,7 @@ def fault_in(data: bytes) -> str:
     """The message in an error body, whichever of its shapes it has."""
     try:
         body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return data[:200].decode(errors="replace")
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):

@@ -4,7 +4,7 @@ import re
 
 import msgspec
 
-from scheduler.errors import EngineError, WireError
+from scheduler.errors import UNREADABLE, EngineError, WireError
 from scheduler.wire.dispatcher import Job
 from workers import halves
 
@@ -71,7 +71,7 @@ def read(raw: bytes, path: str) -> Body:
     """
     try:
         body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise WireError(f"body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise WireError(f"body is a JSON {type(body).__name__}, wanted an object")

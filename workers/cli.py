@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from scheduler.errors import SettingsError
+from scheduler.errors import UNREADABLE, SettingsError
 from scheduler.settings import Settings
 from scheduler.sim.arguments import EngineSettings
 from workers.emulator.settings import EmulatorSettings, KvTransfer
@@ -145,7 +145,7 @@ def _kv_transfer(config: str, link_gbps: float, host: str) -> KvTransfer | None:
         return None
     try:
         said = msgspec.json.decode(config, type=KvTransfer)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise SettingsError(f"--kv-transfer-config is {config!r}: {error}") from None
     return msgspec.structs.replace(said, link_gbps=link_gbps, host=host)
 

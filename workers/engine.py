@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from dispatcher.streams.where import without_password
-from scheduler.errors import EngineError, SettingsError
+from scheduler.errors import UNREADABLE, EngineError, SettingsError
 from scheduler.settings import EngineAddress
 from workers.answer import Answer, fault_in, refusal
 from workers.body import Body, Post
@@ -131,7 +131,7 @@ class Engine:
             raise EngineError(f"/v1/models says {status}", status=status)
         try:
             return msgspec.json.decode(body, type=Cards).data
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise EngineError(f"/v1/models cannot be read: {error}") from None
 
     async def load(self) -> Load:
@@ -192,7 +192,7 @@ class Engine:
                 return msgspec.json.decode(found, type=_Tokens).tokens
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _weather(error) from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise EngineError(f"/tokenize is no JSON of tokens: {error}") from None
 
     async def page(self, path: str) -> bytes:

@@ -5,6 +5,7 @@ Everything here is optional. The worker uses what is there and does without what
 
 import msgspec
 
+from scheduler.errors import UNREADABLE
 from scheduler.settings import EngineAddress
 from workers import kv_feed
 from workers.engine import Engine
@@ -64,7 +65,7 @@ def version_in(page: bytes) -> str:
     """
     try:
         return msgspec.json.decode(page, type=_Version).version
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return ""
 
 

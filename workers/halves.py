@@ -7,7 +7,7 @@ is said of the KV is the engines' own affair: an object, of bounded size, and ne
 
 import msgspec
 
-from scheduler.errors import EngineError
+from scheduler.errors import UNREADABLE, EngineError
 from scheduler.wire.words import KV_PARAMS_BYTES
 
 PARAMS = "kv_transfer_params"
@@ -74,6 +74,6 @@ def checked(kv_params: bytes) -> bytes:
         raise EngineError(f"{PARAMS} has {len(kv_params)} bytes, wanted at most {KV_PARAMS_BYTES}")
     try:
         msgspec.json.decode(kv_params, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         raise EngineError(f"{PARAMS} is {kv_params[:40]!r}, wanted a JSON object") from None
     return kv_params

@@ -10,7 +10,7 @@ import structlog
 from dispatcher.streams.connection import Connection, Entry, Read
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
-from scheduler.errors import StreamError, WireError
+from scheduler.errors import UNREADABLE, StreamError, WireError
 from scheduler.keys import WORKER_GROUP, Keys
 from scheduler.wire.client import Control
 from scheduler.wire.dispatcher import Job
@@ -318,6 +318,6 @@ class _IdChunk(msgspec.Struct):
 def _ids(chunks: str) -> list[int]:
     try:
         parsed = msgspec.json.decode(chunks, type=list[_IdChunk])
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return []
     return [number for chunk in parsed for choice in chunk.choices for number in choice.token_ids]

@@ -7,11 +7,14 @@ Fields were added at the end from version to version: what is unknown is passed 
 Told is only what a plain prompt finds: blocks on the GPU, of the first group of layers, without adapter, image or salt.
 """
 
+from typing import Annotated
+
 import msgspec
 
-from scheduler.errors import WireError
+from scheduler.errors import UNREADABLE, WireError
 
 Hash = int | bytes
+Token = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
 class BlockStored(msgspec.Struct, frozen=True):
@@ -59,7 +62,7 @@ def decode(payload: bytes) -> tuple[float, list[KvEvent]]:
         return msgspec.convert(moment, float), [
             event for raw in msgspec.convert(events, list[object]) if (event := _event(raw))
         ]
-    except (msgspec.DecodeError, ValueError) as error:
+    except (*UNREADABLE, ValueError) as error:
         raise WireError(f"KV events cannot be read: {error}") from None
 
 
@@ -74,7 +77,7 @@ def _event(raw: object) -> KvEvent | None:
             return BlockStored(
                 hashes=_hashes(fields["block_hashes"]),
                 parent=msgspec.convert(fields.get("parent_block_hash"), Hash | None),
-                token_ids=msgspec.convert(fields["token_ids"], tuple[int, ...]),
+                token_ids=msgspec.convert(fields["token_ids"], tuple[Token, ...]),
                 block_tokens=msgspec.convert(fields["block_size"], int),
             )
         case "BlockRemoved":

@@ -19,7 +19,7 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from scheduler.errors import WireError
+from scheduler.errors import UNREADABLE, WireError
 from workers import kv_events
 from workers.kv_mirror import Mirror
 
@@ -211,7 +211,7 @@ def source_in(page: bytes, url: str) -> Source | None:
     """
     try:
         ranks = msgspec.json.decode(page, type=dict[str, _Rank])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
     found = [rank for rank in ranks.values() if rank.enable_kv_cache_events]
     if len(found) != 1:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from scheduler.errors import EngineError
+from scheduler.errors import UNREADABLE, EngineError
 from workers import halves
 from workers.answer import Answer, Fault, Times, Usage, refusal
 
@@ -46,7 +46,7 @@ class Parked:
         """
         try:
             found = _decode(b"".join(self._parts))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise EngineError(f"the answer to a prefill leg cannot be read: {error}") from None
         if found.error is not None:
             fault = Fault(found.error) if isinstance(found.error, str) else found.error

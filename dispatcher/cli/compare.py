@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dispatcher.cli import tables
 from dispatcher.cli.download import FileError
-from scheduler.errors import SettingsError
+from scheduler.errors import UNREADABLE, SettingsError
 from scheduler.sim import contrast
 from scheduler.sim.contrast import Contrast, Estimate
 from scheduler.sim.report import Report
@@ -74,7 +74,7 @@ def _read(file: Path) -> list[Report]:
         return msgspec.json.decode(text, type=list[Report])
     except OSError as error:
         raise FileError(f"cannot read {str(file)!r}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise FileError(
             f"{str(file)!r} is not what `simulate --json` or `cells run` writes: {error}"
         ) from None

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from scheduler.errors import SettingsError
+from scheduler.errors import UNREADABLE, SettingsError
 from scheduler.wire.worker import Result
 
 PIPE_COLUMNS = 160
@@ -83,7 +83,7 @@ def body(result: Result) -> object:
         return None
     try:
         return msgspec.json.decode(result.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return result.body.decode(errors="replace")
 
 

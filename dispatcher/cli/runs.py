@@ -16,6 +16,7 @@ from msgspec import structs
 from dispatcher.cli import contender
 from dispatcher.cli.crew import Crew
 from dispatcher.cli.download import FileError
+from scheduler.errors import UNREADABLE
 from scheduler.sim import cells, contrast, keeping, trace
 from scheduler.sim.cells import Cell
 from scheduler.sim.lab import Lab
@@ -43,7 +44,7 @@ def read(path: Path) -> list[Report]:
         path.write_bytes(b"".join(lines := lines[:-1]))
     try:
         return [msgspec.json.decode(line, type=Report) for line in lines]
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise FileError(f"{str(path)!r} is not what `cells run` writes: {error}") from None
 
 

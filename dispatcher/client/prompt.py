@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from scheduler.errors import WireError
+from scheduler.errors import UNREADABLE, WireError
 from scheduler.prefix import TEXT_BYTES
 
 Prompt = str | list[int]
@@ -40,7 +40,7 @@ def parsed(body: Body) -> dict[str, Any]:
         return body
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise WireError(f"field 'body' is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise WireError(

@@ -12,6 +12,7 @@ import msgspec
 from dispatcher.client.wishes import Wishes
 from dispatcher.door import headers as spoken
 from dispatcher.door.refusal import Refusal
+from scheduler.errors import UNREADABLE
 from scheduler.wire.words import ID_PATTERN, PATHS
 
 CHAT = PATHS[0]
@@ -92,7 +93,7 @@ def _body(raw: bytes) -> Body:
         return _decode(raw)
     except msgspec.ValidationError as error:
         raise Refusal(400, "invalid", f"body: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise Refusal(400, "invalid", f"body is not JSON: {error}") from None
 
 

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import structs
 
+from scheduler.errors import UNREADABLE
 from scheduler.sim.body import TOKEN_BYTES
 from scheduler.sim.trace import ROWS_MAX, Header, Trace, TraceError, length, lines
 from scheduler.sim.workload import Arrival
@@ -207,7 +208,7 @@ def _stamp(cell: bytes) -> float:
 def _decoded(decoder: msgspec.json.Decoder[T], name: str, number: int, line: bytes) -> T:
     try:
         return decoder.decode(line)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         shown = repr(line[:80].decode("utf-8", "replace"))
         raise TraceError(name, number, f"{shown}: {error}") from error
 

@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from scheduler.errors import HeadgateError
+from scheduler.errors import UNREADABLE, HeadgateError
 from scheduler.sim.workload import Arrival, Workload
 
 FORMAT = 1
@@ -188,7 +188,7 @@ def lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
 def _header(name: str, line: bytes) -> Header:
     try:
         header = _HEADER.decode(line)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise TraceError(
             name,
             1,
@@ -203,7 +203,7 @@ def _header(name: str, line: bytes) -> Header:
 def _row(name: str, number: int, line: bytes, header: Header, before: Sequence[Arrival]) -> Arrival:
     try:
         row = _ROW.decode(line)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise TraceError(name, number, f"{_shown(line)}: {error}") from error
     for found, wanted in _faults(row, header, before):
         raise TraceError(name, number, f"{found}, wanted {wanted}")

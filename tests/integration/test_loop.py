@@ -9,7 +9,7 @@ import pytest
 from byhand import PlayedWorker
 from hand import until
 
-from dispatcher import loop
+from dispatcher import glance, loop
 from dispatcher.local import Server
 from dispatcher.node import Node
 from dispatcher.streams import producer, sidecar
@@ -412,9 +412,11 @@ class TestTakeover:
             await until(lambda: node.is_leader)
             await until(lambda: redis.command("GET", keys.snapshot))
         assert (await redis.command("HGET", keys.leader, "until")) == b"0"
-        await redis.command("SET", keys.snapshot, b'{"format": 1, "nonsense": []}')
-        async with dispatching(redis_url, settings, "d2") as node:
-            await until(lambda: node.is_leader)
+        for garbage in (b'{"format": 1, "nonsense": []}', b'{"rewards": "\xff"}', b"[" * 100_000):
+            await redis.command("SET", keys.snapshot, garbage)
+            assert (await glance.pool(redis, keys)).drained == []
+            async with dispatching(redis_url, settings, "d2") as node:
+                await until(lambda node=node: node.is_leader)
 
     async def test_a_server_that_forgot_everything(self, redis_url, settings, redis, keys):
         """Redis comes back empty: lease, group and functions are made anew, and work goes on."""

@@ -80,6 +80,8 @@ HEAD = b'{"trace":"x","format":1,"block":4}\n'
     [
         pytest.param(b"", "line 1: ''", id="empty"),
         pytest.param(b"hello\n", "line 1: 'hello' is no trace header", id="no header"),
+        pytest.param(b'{"trace": "\xff"}\n', "line 1: .* is no trace header", id="no UTF-8"),
+        pytest.param(b'{"x": ' + b"[" * 10_000, "line 1: .* is no trace header", id="a pit"),
         pytest.param(b'{"trace":"x","format":2}\n', "line 1: format is 2, wanted 1", id="format"),
         pytest.param(
             b'{"trace":"x","rows":3}\n{"t":0,"i":1,"o":1}\n',

@@ -6,6 +6,7 @@ vLLM's development endpoints, and one of our own for faults.
 import msgspec
 from aiohttp import web
 
+from scheduler.errors import UNREADABLE
 from workers.emulator import faults
 from workers.emulator.protocol import error_body
 from workers.emulator.service import PauseMode, Service
@@ -79,7 +80,7 @@ class Controls:
     async def _abort_requests(self, request: web.Request) -> web.Response:
         try:
             body = msgspec.json.decode(await request.read(), type=_AbortBody)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             return json_reply(error_body(400, str(error), kind="BadRequestError"), status=400)
         self._service.abort_ids(body.request_ids)
         return json_reply(b"{}")
@@ -87,7 +88,7 @@ class Controls:
     async def _fault(self, request: web.Request) -> web.Response:
         try:
             fault = _fault_decoder.decode(await request.read())
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             return json_reply(error_body(400, str(error), kind="BadRequestError"), status=400)
         if isinstance(fault, faults.EngineFault):
             self._service.strike(fault)

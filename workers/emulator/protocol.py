@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from scheduler.errors import UNREADABLE
 from workers.emulator.text import Context, render_chat
 
 Kind = Literal["completion", "chat"]
@@ -126,7 +127,7 @@ def understand(
     """
     try:
         body = _decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise RefusedError(400, str(error), kind="Bad Request") from error
     if body.model and body.model != model:
         raise RefusedError(
@@ -172,7 +173,7 @@ def tokens(raw: bytes) -> list[int]:
     """
     try:
         body = _decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise RefusedError(400, str(error), kind="Bad Request") from error
     return (_chat_context(body) if body.messages else _completion_context(body)).ids
 
