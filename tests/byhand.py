@@ -96,12 +96,7 @@ class PlayedWorker:
     async def finish(self, held: Sequence[Held], outcome: str = "completed") -> list[object]:
         """The replies to the ends; what follows each of them is done as well."""
         ends = await self.redis.batch([self.finishing(one, outcome) for one in held])
-        await self.redis.batch(
-            [
-                self.settling(one, outcome, is_ours=end == 1)
-                for one, end in zip(held, ends, strict=True)
-            ]
-        )
+        await self.redis.batch([self.settling(one, outcome) for one in held])
         return ends
 
     def finishing(self, held: Held, outcome: str = "completed") -> Call:
@@ -109,9 +104,8 @@ class PlayedWorker:
         result = Result(id=job.id, outcome=outcome, endpoint=self.endpoint, attempt=job.attempt)
         return sidecar.finish(self.keys, held, result, pieces=0, ttl_s=60)
 
-    def settling(self, held: Held, outcome: str = "completed", *, is_ours: bool = True) -> Call:
-        reward = self.reward(held, outcome, self.redis.now()) if is_ours else None
-        return sidecar.settle(self.keys, held, reward)
+    def settling(self, held: Held, outcome: str = "completed") -> Call:
+        return sidecar.settle(self.keys, held, self.reward(held, outcome, self.redis.now()))
 
     async def hand_back(self, held: Held) -> object:
         reward = self.reward(held, "returned", self.redis.now())

@@ -71,7 +71,7 @@ class Ending:
         status: int = 0,
         is_dead: bool = False,
     ) -> None:
-        """Send the terminal record on its way, and the reward once that is there.
+        """Send the terminal record on its way, and the reward behind it.
 
         `is_dead` also keeps the request's fields for a requeue.
         """
@@ -83,8 +83,6 @@ class Ending:
         def ended(reply: int) -> None:
             nonlocal was_ours
             was_ours = reply != 0
-            call = settling if was_ours else sidecar.settle(self._keys, attempt.held, None)
-            self._writer.send(attempt, call, settled)
 
         def settled(_: int) -> None:
             self._gone(attempt)
@@ -117,11 +115,12 @@ class Ending:
             ),
             ended,
         )
-        # While Redis writes the record.
+        # The record is on its way, and Redis busy with it.
         reward = attempt.reward(
             outcome, reason, now, retryable=False, hardware=self._address.hardware
         )
-        settling = sidecar.settle(self._keys, attempt.held, reward, is_dead=is_dead)
+        call = sidecar.settle(self._keys, attempt.held, reward, is_dead=is_dead)
+        self._writer.follow(attempt, call, settled)
 
     def give_back(self, attempt: Attempt, reason: str) -> None:
         """To be tried elsewhere; what it has written stays, the next attempt goes on from there."""

@@ -1,8 +1,7 @@
 """Everything a worker writes to Redis about its jobs, in order, many moves in one round trip.
 
 Token logs gather for a few milliseconds; the first token of a request, its start and its end go at once, and take
-along whatever is ready: a first token and an end leave in the same turn of the loop in which they come, and what
-follows from a reply to them in the turn that brings it. One batch
+along whatever is ready: a first token and an end leave in the same turn of the loop in which they come. One batch
 is under way at a time: under load the batches grow by themselves. While Redis is away the same batch is sent again
 and again; every move recognises its own repetition.
 """
@@ -33,24 +32,6 @@ Replied = Callable[[int], None]
 _Move: TypeAlias = tuple[Attempt | None, Call, Replied]
 
 
-class _Batch:
-    """Moves in one round trip."""
-
-    def __init__(self, moves: list[_Move]) -> None:
-        self.moves = moves
-        self.calls = [call for _, call, _ in moves]
-        self.begun: Begun | None = None
-        "Sent already, before `run` had its turn."
-        self.is_told = False
-        "Whoever it is about has been told the replies."
-
-    def tell(self, replies: list[Any]) -> None:
-        """Tell each the reply to his own."""
-        self.is_told = True
-        for (_, _, replied), reply in zip(self.moves, replies, strict=True):
-            replied(int(reply))
-
-
 class Writer:
     """The one writer of a process; `run` is its task."""
 
@@ -64,8 +45,8 @@ class Writer:
             meter,
         )
         self._pending: list[_Move] = []
-        self._begun: _Batch | None = None
-        "Under way, and `run` has not had its turn."
+        self._begun: tuple[list[_Move], Begun] | None = None
+        "Sent already, before `run` had its turn."
         self._is_flushing = False
         self._dirty: dict[Attempt, None] = {}
         self._is_due = False
@@ -99,6 +80,15 @@ class Writer:
             self._log(attempt)
         self.send(attempt, call(attempt.pieces), replied)
         self._begin()
+
+    def follow(self, attempt: Attempt, call: Call, replied: Replied) -> None:
+        """Send what follows its last move: right behind it, in a write of its own, where that is just under way."""
+        if self._begun and not self._pending:
+            batch, begun = self._begun
+            if self._connection.extend(begun, [call]):
+                batch.append((attempt, call, replied))
+                return
+        self.send(attempt, call, replied)
 
     def drop(self, attempt: Attempt) -> None:
         """Write nothing more of it."""
@@ -155,51 +145,38 @@ class Writer:
 
     def _begin(self) -> None:
         """Send what is ready, unless a batch is under way."""
-        if self._is_flushing or self._begun or self.is_away or not self._pending:
+        if self._is_flushing or self._begun or self.is_away:
             return
-        batch = _Batch(self._pending[:BATCH_MAX])
-        batch.begun = self._connection.begin(
-            batch.calls, lambda replies: self._heard(batch, replies)
-        )
-        if batch.begun is not None:
+        batch = self._pending[:BATCH_MAX]
+        begun = self._connection.begin([call for _, call, _ in batch])
+        if begun is not None:
             self._pending = self._pending[BATCH_MAX:]
-            self._begun = batch
-
-    def _heard(self, batch: _Batch, replies: list[Any]) -> None:
-        """The replies to what was begun are here: what follows from them is sent at once. Complaints are for `run`."""
-        if any(isinstance(reply, Exception) for reply in replies):
-            return
-        if self._begun is batch:
-            self._begun = None
-        self._is_flushing = False
-        batch.tell(replies)
-        self._begin()
+            self._begun = batch, begun
 
     async def _flush(self) -> bool:
         """One round trip; False where Redis did not take all of it."""
         if self._begun:
-            batch, self._begun = self._begun, None
+            (batch, begun), self._begun = self._begun, None
         else:
-            batch = _Batch(self._pending[:BATCH_MAX])
-            self._pending = self._pending[BATCH_MAX:]
+            batch, self._pending = self._pending[:BATCH_MAX], self._pending[BATCH_MAX:]
+            begun = None
         self._is_flushing = True
         try:
-            replies = await self._connection.batch(batch.calls, batch.begun)
+            replies: list[Any] = await self._connection.batch([call for _, call, _ in batch], begun)
         except StreamError as error:
             self._note_weather(str(error))
-            self._pending = batch.moves + self._pending
+            self._pending = batch + self._pending
             return False
         finally:
             self._is_flushing = False
-        if batch.is_told:
-            return True
         refused = [reply for reply in replies if isinstance(reply, StreamError)]
         if not refused:
             self._note_weather("")
-            batch.tell(replies)
+            for (_, _, replied), reply in zip(batch, replies, strict=True):
+                replied(int(reply))
             return True
         self._note_weather(str(refused[0]))
-        self._again(batch.moves, replies)
+        self._again(batch, replies)
         return False
 
     def _again(self, batch: list[_Move], replies: list[Any]) -> None:

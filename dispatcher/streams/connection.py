@@ -43,9 +43,6 @@ Value = str | bytes | int | float
 Came = Callable[[Read], None]
 "Told of what a read brought."
 
-Replied = Callable[[list[Any]], None]
-"Told of the replies to calls."
-
 
 class Call(msgspec.Struct, frozen=True):
     """One function call: its name without the prefix, its keys, its arguments."""
@@ -124,15 +121,21 @@ class Connection:
             raise reply
         return reply
 
-    def begin(self, calls: Sequence[Call], came: Replied | None = None) -> Begun | None:
+    def begin(self, calls: Sequence[Call]) -> Begun | None:
         """Send these calls now, before any other task has its turn, to be given to `batch` with them.
 
-        `came` gets the replies as they are, complaints among them, the moment that all are there. None: there is no
-        open pipe, and nothing was sent; `batch` will.
+        None: there is no open pipe, and nothing was sent; `batch` will.
         """
         if self._calls is None or not calls:
             return None
-        return self._calls.begin(list(map(_words, calls)), came)
+        return self._calls.begin(list(map(_words, calls)))
+
+    def extend(self, begun: Begun, calls: Sequence[Call]) -> bool:
+        """Send these behind what was begun, to be given to `batch` at its end; False: it is too late, nothing was sent.
+
+        In a write of their own: the server, if it is quick enough, answers everybody else before it looks at them.
+        """
+        return self._calls is not None and self._calls.extend(begun, list(map(_words, calls)))
 
     async def batch(self, calls: Sequence[Call], begun: Begun | None = None) -> list[Any]:
         """The replies of many calls in one round trip, in order; each is atomic, the batch is not.

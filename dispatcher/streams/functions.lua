@@ -288,16 +288,18 @@ local function finish(keys, args)
   return 1
 end
 
--- The rest of an end, once `finish` has answered. Where that refused, nothing is settled but the stale job: no reward is given.
--- KEYS jobs requests body rewards / ARGV worker_group job group entry is_dead keep reward
+-- The rest of an end, right behind `finish`. Where that was refused, nothing is settled but the stale job.
+-- KEYS request jobs requests body rewards / ARGV endpoint attempt worker_group job group entry is_dead keep reward
 -- -> 1; 0 said before, or somebody else has taken the job up: no second reward
 local function settle(keys, args)
-  local was_pending = redis.call('XACK', keys[1], args[1], args[2])
-  if was_pending == 1 then redis.call('XDEL', keys[1], args[2]) end
-  if args[7] ~= '' then
-    redis.call('XACK', keys[2], args[3], args[4])
-    if args[5] ~= '1' then redis.call('DEL', keys[3]) end -- a dead request keeps its body for a requeue
-    if was_pending == 1 then add(keys[4], args[7], tonumber(args[6])) end
+  local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt')
+  if holds(held[1], held[2], held[3], args[1], args[2]) then return redis.error_reply('ERR it has not ended') end
+  local was_pending = redis.call('XACK', keys[2], args[3], args[4])
+  if was_pending == 1 then redis.call('XDEL', keys[2], args[4]) end
+  if held[1] == 'terminal' and held[2] == args[1] and held[3] == args[2] then
+    redis.call('XACK', keys[3], args[5], args[6])
+    if args[7] ~= '1' then redis.call('DEL', keys[4]) end -- a dead request keeps its body for a requeue
+    if was_pending == 1 then add(keys[5], args[9], tonumber(args[8])) end
   end
   return was_pending
 end

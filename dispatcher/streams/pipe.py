@@ -85,6 +85,10 @@ class Pipe:
         wire = self._wire
         return None if wire is None or wire.is_lost else wire.ask(commands, came)
 
+    def extend(self, begun: Begun, commands: Sequence[Words]) -> bool:
+        """Write these as well, in a write of their own: their replies belong to what was begun. False: it is too late."""
+        return self._wire is not None and self._wire.extend(begun, commands)
+
     async def replies(self, begun: Begun, *, limit_s: float | None) -> list[Any]:
         """The replies to what was begun, in order; an error of the server's is such a reply.
 
@@ -141,13 +145,22 @@ class Pipe:
             return wire
 
 
+class _Asked:
+    """Who asked, how many replies they want, who is told of them first, and what they have got so far."""
+
+    __slots__ = ("came", "future", "replies", "wanted")
+
+    def __init__(self, future: Begun, wanted: int, came: Came | None) -> None:
+        self.future, self.wanted, self.came = future, wanted, came
+        self.replies: list[Any] = []
+
+
 class _Wire(asyncio.Protocol):
     """One open connection's two directions."""
 
     def __init__(self) -> None:
         self._reader = hiredis.Reader(replyError=ResponseError)
-        self._waiting: deque[tuple[Begun, list[Any], int, Came | None]] = deque()
-        "Who asked, what they have got so far, how many replies they want, and who is told of them first."
+        self._waiting: deque[_Asked] = deque()
         self._transport: asyncio.Transport | None = None
         self.is_lost = False
 
@@ -157,10 +170,22 @@ class _Wire(asyncio.Protocol):
         if self.is_lost or self._transport is None:
             raise ConnectionError("connection lost")
         future: Begun = asyncio.get_running_loop().create_future()
-        self._waiting.append((future, [], len(commands), came))
+        self._waiting.append(_Asked(future, len(commands), came))
+        self._write(commands)
+        return future
+
+    def extend(self, future: Begun, commands: Sequence[Words]) -> bool:
+        """Write these behind what this future waits for; False: something else has been asked since, or it has all."""
+        if self.is_lost or not self._waiting or self._waiting[-1].future is not future:
+            return False
+        self._waiting[-1].wanted += len(commands)
+        self._write(commands)
+        return True
+
+    def _write(self, commands: Sequence[Words]) -> None:
+        assert self._transport is not None
         pack: Callable[[Words], bytes] = hiredis.pack_command  # type: ignore[assignment]  # its stub says 1-tuple
         self._transport.write(b"".join(map(pack, commands)))
-        return future
 
     def abort(self) -> None:
         self.is_lost = True
@@ -174,18 +199,18 @@ class _Wire(asyncio.Protocol):
         reader, waiting = self._reader, self._waiting
         reader.feed(data)
         while (reply := reader.gets()) is not False:
-            future, replies, wanted, came = waiting[0]
-            replies.append(reply)
-            if len(replies) == wanted:
+            asked = waiting[0]
+            asked.replies.append(reply)
+            if len(asked.replies) == asked.wanted:
                 waiting.popleft()
-                if not future.done():  # else whoever asked was cancelled meanwhile
-                    _settle(future, replies, came)
+                if not asked.future.done():  # else whoever asked was cancelled meanwhile
+                    _settle(asked.future, asked.replies, asked.came)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
         error = ConnectionError(f"connection lost: {exc or 'closed by the server'}")
         while self._waiting:
-            future, *_ = self._waiting.popleft()
+            future = self._waiting.popleft().future
             if not future.done():
                 future.set_exception(error)
 

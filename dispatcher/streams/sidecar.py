@@ -84,7 +84,7 @@ def finish(
 ) -> Call:
     """The terminal record and the end of the token log, all that a client waits for. The reply is 1; 0: not ours.
 
-    Whatever the reply, `settle` must follow it. `pieces` is how many pieces of text the token log holds.
+    `settle` must follow it. `pieces` is how many pieces of text the token log holds.
     """
     job = held.job
     reply = job.reply_to or keys.results
@@ -110,23 +110,31 @@ def finish(
     )
 
 
-def settle(keys: Keys, held: Held, reward: Reward | None, *, is_dead: bool = False) -> Call:
-    """Both acknowledgements and the reward of what `finish` has ended; without a reward, where that was refused, the job's.
+def settle(keys: Keys, held: Held, reward: Reward, *, is_dead: bool = False) -> Call:
+    """Both acknowledgements and the reward of what `finish` has ended; where that was refused, only the stale job's.
 
     The reply is 1; 0: it was said before, or somebody else has taken the job up.
     """
     job = held.job
     return Call(
         "settle",
-        (keys.jobs(held.endpoint), keys.requests, keys.body(job.id), keys.rewards),
         (
+            keys.request(job.id),
+            keys.jobs(held.endpoint),
+            keys.requests,
+            keys.body(job.id),
+            keys.rewards,
+        ),
+        (
+            held.endpoint,
+            job.attempt,
             WORKER_GROUP,
             held.job_entry,
             DISPATCHER_GROUP,
             job.entry,
             int(is_dead),
             REWARDS_KEPT,
-            NOTHING if reward is None else packed(reward),
+            packed(reward),
         ),
     )
 

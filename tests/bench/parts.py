@@ -163,15 +163,15 @@ class Endpoint:
         }  # fmt: skip
         finish, settle = self.calls
         finished, settled = list(finish.args), list(settle.args)
-        finished[2] = settled[3] = fields[b"entry"].decode()
-        finished[6], settled[1], settled[6] = packed_fields(result), entry, packed_fields(reward)
+        finished[2] = settled[5] = fields[b"entry"].decode()
+        finished[6], settled[3], settled[8] = packed_fields(result), entry, packed_fields(reward)
         names = (
             keys.request(request_id),
             fields[b"reply_to"].decode() or keys.results,
             keys.tokens(request_id),
             *finish.keys[3:],
         )
-        rest = (*settle.keys[:2], keys.body(request_id), settle.keys[3])
+        rest = (names[0], *settle.keys[1:3], keys.body(request_id), settle.keys[4])
         return Call("finish", names, finished), Call("settle", rest, settled)
 
 

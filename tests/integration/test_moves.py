@@ -8,6 +8,7 @@ import pytest
 from dispatcher.streams import dispatch, producer, sidecar
 from dispatcher.streams.connection import Connection, Where
 from dispatcher.streams.sidecar import Held
+from scheduler.errors import StreamError
 from scheduler.events import Arrived, Assign, Finish, Reclaim
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
 from scheduler.wire.client import Request
@@ -249,6 +250,17 @@ class TestOneTerminal:
         assert await redis.entries(KEYS.jobs(ENDPOINT)) == []
         assert len(await redis.entries(KEYS.rewards)) == 1
 
+    async def test_what_has_not_ended_is_not_settled(self, redis):
+        """Where Redis had no room for the record the reward waits for it: both are said again, in their order."""
+        epoch = await led(redis)
+        _, held = await assigned(redis, epoch)
+        await pulled(redis)
+
+        with pytest.raises(StreamError, match="has not ended"):
+            await do(redis, settled(held))
+
+        assert await pending(redis) == [1, 1]
+
     async def test_whoever_takes_up_an_end_that_nobody_settled_finds_it_ended(self, redis):
         """A worker dies between its two moves: the record stands alone, and nothing is left pending or served again."""
         epoch = await led(redis)
@@ -293,7 +305,7 @@ class TestOneTerminal:
         await redis.command("HSET", KEYS.request("r1"), "attempt", 2)
         assert await do(redis, finished(zombie)) == 0
 
-        assert await do(redis, sidecar.settle(KEYS, zombie, None)) == 1
+        assert await do(redis, settled(zombie)) == 1
 
         assert await pending(redis) == [1, 0]
         assert await redis.command("EXISTS", KEYS.body("r1")) == 1

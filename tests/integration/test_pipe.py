@@ -75,6 +75,18 @@ class TestPipe:
         assert await pipe.replies(begun, limit_s=LIMIT_S) == [1]
         assert await later == [2]
 
+    async def test_what_is_begun_can_be_lengthened(self, pipe):
+        """More goes behind what was begun as long as nothing else was asked, and its replies come with those."""
+        await ask(pipe, ("DEL", "n"))
+        begun = pipe.begin([("INCR", "n")])
+        assert pipe.extend(begun, [("INCR", "n"), ("INCR", "n")])
+        other = pipe.begin([("INCR", "n")])
+
+        assert not pipe.extend(begun, [("INCR", "n")]), "its replies would be another's"
+        assert await pipe.replies(begun, limit_s=LIMIT_S) == [1, 2, 3]
+        assert await pipe.replies(other, limit_s=LIMIT_S) == [4]
+        assert not pipe.extend(other, [("INCR", "n")]), "it has all it asked for"
+
     async def test_who_is_to_be_told_is_told_first(self, pipe):
         """Replies are told of before any task has its turn, and what is raised then is the asker's alone."""
         await ask(pipe, ("PING",))
