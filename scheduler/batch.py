@@ -231,28 +231,14 @@ class _Load:
     def _members_s(self, one: Candidate) -> float:
         """The longest step that the members can stand, after the newcomer's prefill has stalled them.
 
-        A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who is so far behind
-        that it would be late even if nobody joined any more is set aside and binds nobody: for one such answer whole
-        engines ran half empty.
+        A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who cannot keep
+        it even alone is set aside and binds nobody.
         """
         if not self._is_bound:
             return math.inf
-        _, remaining, tpot, ahead = self._by_column()
-        stall_s = self._law.prefill_s * (self.prefill_tokens + one.uncached_tokens)
+        law, (context, remaining, tpot, ahead) = self._law, self._by_column()
+        stall_s = law.prefill_s * (self.prefill_tokens + one.uncached_tokens)
         tpot, rest = tpot * self._keep, np.maximum(remaining, 1.0)
-        stands = tpot + ahead / rest
-        allowed = stands - stall_s / rest
-        behind = stands < self._law.step_s(self.batch, self._read)
-        if behind.any():
-            lost = stands[behind] < self._unjoined_s(rest[behind])
-            allowed[behind] = np.where(lost, math.inf, allowed[behind])
-        return float(allowed.min())
-
-    def _unjoined_s(self, stay: Floats) -> Floats:
-        """The mean step of so many tokens if nobody joined any more and those there left at their ends; float64[n] both."""
-        law, (context, remaining) = self._law, self._by_column()[:2]
-        beside = np.minimum(remaining, stay[:, None])
-        batch = beside.sum(axis=1) / stay
-        read = ((context + beside / 2) * beside).sum(axis=1) / stay
-        steps: Floats = law.base_s + law.sequence_s * batch + law.kv_s * read
-        return steps
+        alone = law.base_s + law.sequence_s + law.kv_s * context
+        allowed = (tpot + (ahead - stall_s) / rest)[tpot + ahead / rest >= alone]
+        return float(allowed.min()) if len(allowed) else math.inf

@@ -51,22 +51,6 @@ class TestPromises:
 
         assert admit([lost], [held()] * 3, LAW, EXACT, now=0.0) == [0, 1, 2]
 
-    @pytest.mark.parametrize(
-        ("others_remaining", "n_joined"),
-        [
-            pytest.param(100.0, 2, id="late even if nobody came: it binds nobody"),
-            pytest.param(10.0, 0, id="in time once these have left: nobody may join"),
-        ],
-    )
-    def test_who_is_behind_binds_only_while_it_can_be_saved(self, others_remaining, n_joined):
-        """18 ms a token are left to it, and steps take 21: what counts is how soon those beside it leave."""
-        behind = member(tpot_s=0.030, banked_s=-1.2)
-        others = [Member(context_tokens=1000, remaining_tokens=others_remaining)] * 10
-
-        joined = admit([behind, *others], [held()] * 2, LAW, EXACT, now=0.0)
-
-        assert len(joined) == n_joined
-
     def test_a_prefill_stalls_the_members(self):
         """The newcomer's prompt is computed in the members' steps; who has no slack for it keeps it out."""
         law = Law(base_s=0.010, sequence_s=0.0, kv_s=0.0, prefill_s=1e-3)
