@@ -132,11 +132,14 @@ class Picker:
     def _pressure(self, offer: Offer) -> Floats:
         """What giving KV away costs, where its answer would be decoded."""
         used = self._room.used
-        pressed = pressure(used, offer.new)
+        ticket = offer.ticket
+        is_promised = ticket.due_at < math.inf or ticket.promise.tpot_s is not None
+        pressed = pressure(used, offer.new, is_promised=is_promised)
         if self._onward is not None and not offer.is_second:
             # To whoever decodes what is prefilled elsewhere, all of it is new.
-            target, _ = self._onward.target(offer.ticket)
-            pressed[self._onward.is_prefill] = used[target] ** 3
+            target, _ = self._onward.target(ticket)
+            apart = pressure(used[target : target + 1], None, is_promised=is_promised)
+            pressed = np.where(self._onward.is_prefill, apart, pressed)
         return pressed
 
 

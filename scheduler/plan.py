@@ -53,8 +53,8 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
     What a prompt costs others where the KV is full, in predicted seconds to its own first token; 0: nothing.
 
-    Such an endpoint decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody. With
-    half of it in use an eighth of that, and only in proportion to what is not cached there: see `pressure`.
+    Such an endpoint decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody. Half
+    full it counts half of that; of who was promised nothing an eighth, and only what is not cached there: see `pressure`.
     """
 
     cache_patience: AtLeastNothing = 0.5

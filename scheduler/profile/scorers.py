@@ -49,7 +49,8 @@ class KvPressure(Scorer, frozen=True, tag="kv-pressure-scorer"):
         """1 where none is in use or all of the prompt is cached, 0 where all is in use and nothing is cached."""
         used = np.clip(scene.kv_used, 0.0, 1.0)
         new = (scene.prompt_tokens - scene.cached_tokens) / scene.prompt_tokens
-        return 1.0 - pressure(used, new)
+        is_promised = scene.left_s < np.inf or scene.tpot_s is not None
+        return 1.0 - pressure(used, new, is_promised=is_promised)
 
 
 class Load(Scorer, frozen=True, tag="load-aware-scorer"):

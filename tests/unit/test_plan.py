@@ -545,19 +545,22 @@ class TestPressure:
         more=st.floats(0, 1),
         cached=st.integers(0, 999),
         longer=st.integers(0, 999),
+        promised=st.booleans(),
     )
     def test_it_grows_with_what_is_in_use_and_falls_with_what_is_cached(
-        self, used, more, cached, longer
+        self, used, more, cached, longer, promised
     ):
-        """Between nothing and one; the first half of the KV costs less than the second."""
+        """Between nothing and one; the first half of the KV costs no more than the second."""
         low, high = sorted((used, more))
         few, many = sorted((cached, longer))
         least, emptier, fuller = pressure(
-            np.array([low, low, high]), 1.0 - np.array([many, few, few]) / 1000.0
+            np.array([low, low, high]),
+            1.0 - np.array([many, few, few]) / 1000.0,
+            is_promised=promised,
         )
 
         assert 0 <= least <= emptier <= fuller <= 1
-        assert pressure(np.array([0.5 * high]), None)[0] <= 0.5 * high
+        assert pressure(np.array([0.5 * high]), None, is_promised=promised)[0] <= 0.5 * high
 
 
 class TestFill:
