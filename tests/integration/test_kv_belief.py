@@ -76,9 +76,13 @@ async def served(client, body):
     """What was believed cached when it was decided, and what was found."""
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     answer = await (await client.submit(body, path=path))
-    log = await client.connection.entries(client.keys.decisions)
-    decisions = [codec.decode(Decision, fields) for _, fields in log]
-    [decision] = [d for d in decisions if d.id == answer.record.id and d.kind == "assigned"]
+
+    async def logged():  # why it went there is told some milliseconds after it went
+        log = await client.connection.entries(client.keys.decisions)
+        decisions = [codec.decode(Decision, fields) for _, fields in log]
+        return [d for d in decisions if d.id == answer.record.id and d.kind == "assigned"]
+
+    [decision] = await until(logged)
     return decision.cached_tokens, answer.record.cached_tokens
 
 
