@@ -1,13 +1,14 @@
 # ruff: noqa: T201 - a bench prints
 """What the way through the door adds at one client: door, Redis, dispatcher, worker and back, against the engine itself.
 
-    python tests/bench/latency.py [--requests 300] [--time-scale 1000] [--pause-ms 5]
+    python tests/bench/latency.py [--requests 300] [--time-scale 1000] [--pause-ms 0]
 
 The engine is emulated and so fast that it costs nothing but its HTTP. All ways are asked in turn, so that a noisy
-neighbour disturbs all. Before each request nobody asks anything for a moment: what follows an answer (its reward, what is
-learned of it) is over then, else one way would pay for what the one before it left behind; 0: at once. Printed: the 5th, 50th and 95th percentile of each way in milliseconds, what it adds to the
-engine's own, the stages between the moments that the rewards keep, and what a request costs whoever else is busy: the
-CPU of every process and the commands of Redis. On a busy machine the 5th percentile is the one to compare.
+neighbour disturbs all, each request as soon as the one before is answered. `--pause-ms` rests before each: then what
+follows an answer is over, and all code is cold. Printed: the 5th, 50th and 95th percentile of each way in milliseconds,
+what it adds to the engine's own, the stages between the moments that the rewards keep, and what a request costs whoever
+else is busy: the CPU of every process and the commands of Redis. On a busy machine the 5th percentile is the one to
+compare.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--time-scale", type=float, default=1000.0)
-    parser.add_argument("--pause-ms", type=float, default=5.0)
+    parser.add_argument("--pause-ms", type=float, default=0.0)
     said = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="headgate-latency-") as directory:
         process = subprocess.Popen(
