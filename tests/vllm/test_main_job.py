@@ -254,18 +254,27 @@ class TestService:
         return sum(x if isinstance(x, bool) else len(x) for x in found) >= count
 
     async def believed(self, client, answer):
-        entries = await client.connection.newest(client.keys.decisions, after="0", count=100)
-        decisions = [codec.decode(Decision, fields) for _, fields in entries]
-        (own,) = [d for d in decisions if d.id == answer.record.id and d.kind == "assigned"]
+        own = await self.written(
+            client, client.keys.decisions, Decision, answer, lambda d: d.kind == "assigned"
+        )
         return own.cached_tokens
+
+    async def written(self, client, log, kind, answer, is_wanted=lambda _: True):
+        """What a log says of a request. It is written when nobody waits for it: perhaps after the answer."""
+
+        async def logged():
+            entries = await client.connection.newest(log, after="0", count=100)
+            said = [codec.decode(kind, fields) for _, fields in entries]
+            return [one for one in said if one.id == answer.record.id and is_wanted(one)]
+
+        (own,) = await until(logged)
+        return own
 
     async def test_the_engines_own_times_are_in_the_rewards(self, client):
         """Its queue apart from its prefill, from `--enable-per-request-metrics`."""
         answer = await (await client.submit(asks("reward me", 4)))
 
-        entries = await client.connection.newest(client.keys.rewards, after="0", count=50)
-        rewards = [codec.decode(Reward, fields) for _, fields in entries]
-        (own,) = [one for one in rewards if one.id == answer.record.id]
+        own = await self.written(client, client.keys.rewards, Reward, answer)
         assert own.queue_s is not None
         assert own.prefill_s > own.queue_s >= 0
 
