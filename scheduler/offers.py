@@ -67,28 +67,6 @@ class Offers:
             self._keep_out(offer, total_s)
         return total_s
 
-    def saved_s(self, offer: Offer, total_s: Floats, best: int) -> float:
-        """What it saves in seconds, prefill and all, to wait for the endpoint that has its prefix and no KV free now.
-
-        Nothing is saved that only waits for a faster endpoint: no more than what `best` would compute once more.
-
-        Args:
-            offer: what is to be put somewhere.
-            total_s: seconds to its first token; `inf` where it cannot go now.
-            best: where they are fewest.
-        """
-        if offer.cached is None or not self._room.is_tight(offer.kv):
-            return 0.0
-        there_s = self._room.open_s + offer.service_s
-        there_s[total_s < math.inf] = math.inf
-        full = int(there_s.argmin())
-        sooner_s = total_s.item(best) - there_s.item(full)
-        if sooner_s <= 0:
-            return 0.0
-        most, least, rates = offer.cached.item(full), offer.cached.item(best), self._room.rates
-        pair_s = 0.5 * (most + least) * rates.pair_s.item(best)
-        return min(sooner_s, (most - least) * (rates.token_s.item(best) + pair_s))
-
     def _keep_out(self, offer: Offer, total_s: Floats) -> None:
         """Make it endless seconds where there is no KV for it, with what others there hold as well."""
         room, blocks = self._room, offer.ticket.request.blocks

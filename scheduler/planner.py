@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from scheduler import affinity
 from scheduler.ledger import Line, chain
 from scheduler.legs import Pledge
 from scheduler.offers import Offers
@@ -46,9 +47,6 @@ KEPT_MAX = 16
 
 BLOCKED_MAX = 16
 "After so many of a kind who wait for a better pace, others are not tried in this step (I8): those promised one, or none."
-
-SURE = 2.0
-"Who is promised a first token waits for what it has cached only while it could be had twice over elsewhere."
 
 Odds = Callable[[float, float], float]
 "The chance that log(actual / predicted) is no more than the second, for one that stands behind the first in seconds."
@@ -255,7 +253,11 @@ class Planner:
         if total_s[best] == math.inf:
             self._wait_for_room(offer)
             return
-        if self._waits_for_cache(offer, total_s, best):
+        until_at = affinity.waits_until(
+            offer, total_s, best, room=self.room, patience=self.settings.cache_patience
+        )
+        if self.now < until_at:
+            self.waits_until_at = min(self.waits_until_at, until_at)
             return
         can_make_it = self._can_make_it(offer, total_s, best)
         worthy = self.worth.allows(offer, total_s)
@@ -346,27 +348,6 @@ class Planner:
         slot = int((self.room.start_s + offer.service_s).argmin())
         if offer.service_s[slot] < math.inf:
             self.room.shut(slot)
-
-    def _waits_for_cache(self, offer: Offer, total_s: Floats, best: int) -> bool:
-        """Whether the endpoint that has its prefix, and no KV free, is worth some more of its time.
-
-        As one who does not know for how long he will need a thing rents it until he has paid its price: waiting for
-        as long as it could save costs at most twice what it would, had we known when somebody there ends.
-        """
-        if self.settings.cache_patience <= 0:
-            return False
-        patience_s = self.settings.cache_patience * self.offers.saved_s(offer, total_s, best)
-        if patience_s <= 0:
-            return False
-        ticket = offer.ticket
-        until_at = min(
-            ticket.enqueued_at + patience_s,
-            ticket.due_at - SURE * total_s.item(best),
-        )
-        if self.now >= until_at:
-            return False
-        self.waits_until_at = min(self.waits_until_at, until_at)
-        return True
 
     def _can_make_it(self, offer: Offer, total_s: Floats, best: int) -> bool:
         """Whether its chance to be on time on its best endpoint is worth that endpoint's time."""
