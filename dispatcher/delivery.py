@@ -2,7 +2,7 @@
 
 an answer            it is done, or refused, and the caller learns which
 no answer            Redis is away: everything is said again, ever more patiently; each call knows its repetition
-a passing complaint  loading, read-only after a failover, out of memory: that call is said again
+a passing complaint  loading, read-only after a failover, out of memory, no right: that call is said again
 any other complaint  the caller's to judge; only this call fails
 fenced               a newer leader exists: whoever learns of it stands down
 """
@@ -32,6 +32,11 @@ PASSING = (
     "CLUSTERDOWN",
     "TRYAGAIN",
     "BUSY",
+    "NOAUTH",
+    "NOPERM",
+    "user executing the script",
+    "ACL failure in script",
+    "Function not found",
 )
 "Complaints that end by themselves or by an operator's hand; nothing about the call is wrong."
 

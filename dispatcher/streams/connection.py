@@ -288,8 +288,10 @@ class Connection:
         """The last entry that was given to any consumer of the group."""
         with Weather(self.shown):
             groups = await self._client.xinfo_groups(stream)
-        found = next(row for row in groups if row["name"] == group.encode())
-        return str(found["last-delivered-id"], "ascii")
+        for row in groups:
+            if row["name"] == group.encode():
+                return str(row["last-delivered-id"], "ascii")
+        raise StreamError(f"redis at {self.shown}: {stream} has lost its group {group!r}")
 
     async def oldest_pending(self, stream: str, group: str) -> str:
         """The oldest entry that some consumer holds; empty: none."""

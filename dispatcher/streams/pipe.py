@@ -23,6 +23,9 @@ from dispatcher.streams.where import Where
 CONNECT_S = 5.0
 "The longest wait for a server that does not take the connection."
 
+TURNED_AWAY = "ERR max number of clients"
+"How a server begins that has no room for a connection: it answers no question, and closes."
+
 Words = tuple[str | bytes | int | float, ...]
 "A command: its name and its arguments."
 
@@ -159,10 +162,11 @@ class _Wire(asyncio.Protocol):
     """One open connection's two directions."""
 
     def __init__(self) -> None:
-        self._reader = hiredis.Reader(replyError=ResponseError)
+        self._reader = hiredis.Reader(replyError=_complaint)
         self._waiting: deque[_Asked] = deque()
         self._transport: asyncio.Transport | None = None
         self.is_lost = False
+        self._why = "closed by the server"
 
     def ask(self, commands: Sequence[Words], came: Came | None = None) -> Begun:
         """Write these; what will hold their replies."""
@@ -199,6 +203,12 @@ class _Wire(asyncio.Protocol):
         reader, waiting = self._reader, self._waiting
         reader.feed(data)
         while (reply := reader.gets()) is not False:
+            if (
+                not waiting or type(reply) is ConnectionError
+            ):  # nobody's reply: the server's last word
+                self._why = str(reply)
+                self.abort()
+                return
             asked = waiting[0]
             asked.replies.append(reply)
             if len(asked.replies) == asked.wanted:
@@ -208,11 +218,16 @@ class _Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
-        error = ConnectionError(f"connection lost: {exc or 'closed by the server'}")
+        error = ConnectionError(f"connection lost: {exc or self._why}")
         while self._waiting:
             future = self._waiting.popleft().future
             if not future.done():
                 future.set_exception(error)
+
+
+def _complaint(said: str) -> Exception:
+    """An error as a reply, or as the end of the connection."""
+    return ConnectionError(said) if said.startswith(TURNED_AWAY) else ResponseError(said)
 
 
 def _settle(future: Begun, replies: list[Any], came: Came | None) -> None:

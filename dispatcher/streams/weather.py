@@ -1,7 +1,7 @@
 """What can go wrong with a server, as the one `StreamError` that everybody else knows."""
 
 import asyncio
-from typing import Any
+from typing import Any, TypeGuard
 
 import redis.exceptions
 
@@ -26,7 +26,7 @@ class Weather:
         if _times_cancelled() > self._asked and not isinstance(error, asyncio.CancelledError):
             raise asyncio.CancelledError from error
         # redis-py's errors of a Cluster are a family of their own.
-        if isinstance(
+        if _is_closed(error) or isinstance(
             error,
             redis.exceptions.RedisError
             | redis.exceptions.RedisClusterException
@@ -57,6 +57,11 @@ HINTS = {
     "used memory > 'maxmemory'": "it is full, see docs/DEPLOYMENT.md, Memory",
 }
 "What a server says that is asked for something it cannot give, and what it wants."
+
+
+def _is_closed(error: object) -> TypeGuard[RuntimeError]:
+    """Whether redis-py wrote to a connection that was lost meanwhile: uvloop has no error of its own for that."""
+    return isinstance(error, RuntimeError) and "the handler is closed" in str(error)
 
 
 def _explained(said: str) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+from servers import BINARIES, serving
 
 from dispatcher.streams import dispatch
 from dispatcher.streams.connection import Connection
@@ -136,6 +137,23 @@ class TestPipe:
         assert (who, there, await ask(pipe, ("GET", "x"))) == (b"me", b"1", [None])
         mine.close()
         await ask(pipe, ("ACL", "DELUSER", "me"))
+
+    async def test_who_is_turned_away_has_no_answer(self, tmp_path):
+        """A server without room says so and closes: that is nobody's reply, and all who asked learn of it."""
+        bugs = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: bugs.append(what))
+        with serving(next(iter(BINARIES.values())), tmp_path, "maxclients 1") as port:
+            inside, outside = (Pipe(Address("127.0.0.1", port, "", ())) for _ in range(2))
+            assert await ask(inside, ("PING",)) == [b"PONG"]
+
+            for _ in range(50):
+                with pytest.raises(ConnectionError, match="max number of clients"):
+                    await ask(outside, ("PING",))
+            with pytest.raises(ConnectionError):
+                await ask(outside, ("PING",), ("PING",))
+            inside.close()
+
+        assert not bugs
 
     async def test_a_password_that_the_server_does_not_want(self, redis_url):
         """It is let pass, as over redis-py's connections: both kinds agree on who may in."""
