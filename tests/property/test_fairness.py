@@ -110,13 +110,16 @@ def test_who_waits_is_passed_by_a_bounded_amount(weights, urgent, data):
 @given(
     weights=weights,
     rows=st.lists(st.tuples(names, st.floats(0, 9), st.integers(0, LONGEST)), max_size=30),
+    had=st.dictionaries(names, st.integers(0, 3 * QUANTUM)),
     count=st.integers(0, 40),
 )
-def test_nobody_who_waits_is_left_out(weights, rows, count):
+def test_nobody_who_waits_is_left_out(weights, rows, had, count):
     """Work conservation: the line is all who wait, each once, and each tenant's own order is the policy's."""
     lines = lines_of(weights)
     for number, (tenant, rank, tokens) in enumerate(rows):
         lines.add(ticket(number, tenant, rank, tokens))
+    for tenant, service in had.items():
+        lines.turns.charge(tenant, service)
 
     order = lines.waiting.head(len(rows))
 

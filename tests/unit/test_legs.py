@@ -149,6 +149,19 @@ def test_kv_that_is_lost_while_it_waits_is_computed_again(pool, lost_by):
     assert [leg for leg, _ in pool.assigned()] == ["prefill"]
 
 
+def test_a_deadline_ends_who_waits_between_the_legs(pool):
+    """Nobody asks for its answer any more: not even the wait for an endpoint that decodes goes on."""
+    pool.ask(deadline_at=pool.now + 5.0)
+    pool.assigned()
+    pool.core.receive(beat("d0", "decode", state="draining"), pool.now)
+    pool.answer("prefilled", kv_params=PARAMS)
+    assert pool.assigned() == []
+    assert pool.core.wakeup_at() <= pool.now + 5.0
+    pool.now += 5.0
+    ended = [c for c in pool.core.decide(pool.now) if not isinstance(c, Note)]
+    assert [c.result.outcome for c in ended] == ["expired"]
+
+
 @pytest.mark.parametrize("kv_params", [b"", b"x" * 131_073], ids=["none", "too long"])
 def test_a_prefill_leg_that_does_not_say_where_its_kv_is_has_failed(pool, kv_params):
     pool.ask(max_attempts=1)

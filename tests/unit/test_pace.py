@@ -49,6 +49,20 @@ class TestPace:
         joined_s = made.load(np.full(2, 20.0), np.full(2, 30_000.0), now=0.0).joined_s
         assert 1.7 < joined_s[1] / joined_s[0] < 2.3
 
+    def test_a_slow_engine_speaks_no_louder(self):
+        """Errors are relative: a class ten times as slow, with the same errors, teaches the same weights."""
+        learned = []
+        for factor in (1.0, 10.0):
+            made, rng = pace(), np.random.default_rng(0)
+            for _ in range(60):
+                batch = float(rng.integers(1, 60))
+                row = factor * np.array(made.row(0, batch, 1500 * batch, now=0.0))
+                made.learn(0, row, float(row @ [1.0, 1.5, 0.7, 1.0] * rng.lognormal(0, 0.2)))
+            learned.append(made.export().weights)
+
+        assert learned[0] != (1.0, 1.0, 1.0, 1.0)
+        assert np.allclose(learned[0], learned[1])
+
     @pytest.mark.parametrize("absurd", [0.0, -1.0, math.inf, math.nan, 1e6])
     def test_what_is_no_pace_teaches_nothing(self, absurd):
         """Rewards come from Redis."""

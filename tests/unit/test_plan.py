@@ -586,6 +586,20 @@ class TestFill:
 
             assert served(made) == [("r", slot)]
 
+    @pytest.mark.parametrize(
+        ("one", "slot"),
+        [(ticket("r", 1000), 0), (ticket("r", 1000, due_at=100.0), 1), (paced("r", 1000), 1)],
+        ids=["nothing", "a first token", "a pace"],
+    )
+    def test_whoever_was_promised_anything_is_spread_more_evenly(self, one, slot):
+        """A half full endpoint is next to nothing to who was promised nothing; a crowded batch breaks promises."""
+        made = planner([0.001, 0.0011])
+        made.room.used[:] = 0.5, 0.1
+
+        made.serve([one])
+
+        assert served(made) == [("r", slot)]
+
     def test_who_would_be_late_there_does_not_pay_for_others(self):
         """Its slack ends before the emptier endpoint's first token."""
         made = planner([0.001, 0.0011])
