@@ -7,6 +7,7 @@ import numpy as np
 import planned
 import pytest
 
+from scheduler import cost
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.endpoints import FORGIVEN_MAX, MISSED_S
 from scheduler.events import (
@@ -151,6 +152,22 @@ class TestArrival:
         assert {f.split("=")[0] for f in assign.job.features} >= {"tokens", "overhead", "start"}
         assert "e0" in assign.decision.reason
         assert 0 < assign.decision.slack_s < 1.0
+
+    def test_what_is_learned_from_is_what_was_predicted_with(self):
+        """Untaught, the five terms that ride in the job add up to its prediction, whatever stands before it."""
+        pool = Pool(plan=WIDE)
+        pool.beat("e0")
+        for name in "abc":
+            pool.ask(name, prompt_tokens=2000)
+
+        assigned = pool.decide()
+
+        assert [a.job.id for a in assigned] == ["a", "b", "c"]
+        for behind, assign in enumerate(assigned):
+            terms = dict(feature.split("=") for feature in assign.job.features)
+            seconds = sum(float(terms[name]) for name in cost.FEATURES)
+            assert seconds == pytest.approx(assign.job.predicted_s, rel=1e-4)
+            assert seconds > (1 + behind) * 2000 * A100_TOKEN_S
 
     def test_an_expected_length_is_planned_with(self):
         """Of a deadline a long answer leaves less to spare; the worker is told what was expected."""
