@@ -380,12 +380,17 @@ class Endpoint:
         self._hands.running.clear()
 
     async def _is_forgotten(self) -> bool:
-        """Whether Redis has lost our name (emptied, or failed over), rather than given it to another."""
-        try:
-            found = await self._connection.command("HGET", self._keys.endpoint(self.name), "epoch")
-        except StreamError:
-            return False
-        return found is None
+        """Whether Redis has lost our name (emptied, failed over, or without its last second), rather than given it to another."""
+        while True:
+            try:
+                found = await self._connection.command(
+                    "HGET", self._keys.endpoint(self.name), "epoch"
+                )
+            except StreamError as error:
+                log.warning("redis_away", endpoint=self.name, reason=str(error))
+                await asyncio.sleep(RETRY_S)
+            else:
+                return int(found or 0) < self._epoch
 
     # Telling.
 

@@ -605,6 +605,20 @@ class TestLease:
         assert (await hand.result("r1")).outcome == "completed"
         assert await hand.text("r1") == await whole_text(emulator, body)
 
+    @pytest.mark.parametrize("left", ["", "1"], ids=["nothing", "an older epoch"])
+    async def test_a_redis_that_forgot_it_is_joined_anew(self, emulator, hand, rig, left):
+        """What Redis has lost, its last second or everything, is no newer worker: the name is taken up again."""
+        await rig.start(emulator.url)
+        first = await hand.ready()
+
+        glance = hand.keys.endpoint("e0")
+        words = ("HSET", glance, "epoch", left) if left else ("DEL", glance)
+        await hand.redis.command(*words)
+
+        second = await hand.ready(after=first.epoch)
+        await hand.submit("r1", chat(5), second.epoch)
+        assert (await hand.result("r1")).outcome == "completed"
+
     async def test_jobs_of_another_epoch_are_left_alone(self, emulator, hand, rig):
         """A job for an older life of the endpoint is acknowledged and nothing else."""
         await rig.start(emulator.url)
