@@ -166,7 +166,8 @@ class TestArrival:
         for behind, assign in enumerate(assigned):
             terms = dict(feature.split("=") for feature in assign.job.features)
             seconds = sum(float(terms[name]) for name in cost.FEATURES)
-            assert seconds == pytest.approx(assign.job.predicted_s, rel=1e-4)
+            predicted_s = assign.decision.start_s + assign.decision.prefill_s
+            assert seconds == pytest.approx(predicted_s, rel=1e-4)
             assert seconds > (1 + behind) * 2000 * A100_TOKEN_S
 
     def test_an_expected_length_is_planned_with(self):
