@@ -958,6 +958,19 @@ class TestMissing:
 
         assert [type(c) for c in pool.decide()] == [Reclaim, Assign]
 
+    def test_an_answer_that_comes_in_the_same_breath_counts(self):
+        """Its worker forgot it because it was done."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r")
+        [given] = pool.decide()
+        for _ in range(2):
+            pool.now += MISSED_S
+            pool.beat(read_at=pool.now)
+        pool.reward(given)
+
+        assert pool.decide() == []
+
     def test_one_that_was_cancelled_ends(self):
         """Nobody would tell its client otherwise."""
         pool = self.handed_over()
