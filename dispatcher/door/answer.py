@@ -6,6 +6,7 @@ nothing but its own connection: past the transport's buffer the log is read no f
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -15,7 +16,8 @@ from aiohttp import web
 from dispatcher.client.handle import Handle
 from dispatcher.door.ask import Ask
 from dispatcher.door.chunks import Chunks
-from dispatcher.door.refusal import Refusal
+from dispatcher.door.refusal import Refusal, redis_away
+from scheduler.errors import StreamError
 from scheduler.wire.worker import Result
 
 STREAM_HEADERS = {
@@ -31,17 +33,24 @@ Judge = Callable[[Result, str], Awaitable[Refusal]]
 "What a record that is no answer is to the client."
 
 
-async def whole(ask: Ask, handle: Handle, refused: Judge) -> web.Response:
-    """The answer in one piece.
+async def whole(request: web.Request, ask: Ask, handle: Handle, refused: Judge) -> web.Response:
+    """The answer in one piece, written: what is counted of it can wait.
 
     Raises:
-        Refusal: it ended otherwise.
+        Refusal: it ended otherwise, or Redis has lost it.
     """
-    record = await handle.record()
+    try:
+        record = await handle.record()
+    except StreamError as error:
+        raise redis_away(error) from None
     if record.outcome != "completed":
         raise await _refusal(record, ask, refused)
     headers = named(ask, handle) | _server(record)
-    return web.Response(body=record.body, content_type="application/json", headers=headers)
+    response = web.Response(body=record.body, content_type="application/json", headers=headers)
+    with contextlib.suppress(ConnectionError):  # aiohttp finds the client gone as well, and ends it
+        await response.prepare(request)
+        await response.write_eof()
+    return response
 
 
 class _Events(web.StreamResponse):
@@ -74,30 +83,43 @@ class Stream:
         """Write it from its first word to its end.
 
         Raises:
-            Refusal: it ended without an answer before anything was sent.
+            Refusal: it ended without an answer, or Redis lost it, before anything was sent.
             ConnectionResetError: the client is gone, or takes nothing.
         """
+        try:
+            return await self._run(refused, begun)
+        except StreamError as error:
+            refusal = redis_away(error)
+            if not self._response.prepared:
+                raise refusal from None
+            await self._write(self._broken(refusal))
+            await self._response.write_eof()
+            return self._response
+
+    async def _run(self, refused: Judge, begun: Callable[[], None]) -> web.StreamResponse:
         has_begun = False
         async with aclosing(self._handle.pieces(quiet_s=self._quiet_s)) as pieces:
             async for piece in pieces:
                 events = self._chunks.piece(piece)
+                await self._write(events or STILL_HERE)
                 if events and not has_begun:
                     has_begun = True
                     begun()
-                await self._write(events or STILL_HERE)
         record = await self._handle.record()
         if record.outcome != "completed" and not self._response.prepared:
             raise await _refusal(record, self._ask, refused)
+        await self._write(await self._ending(record, refused))
         if record.outcome == "completed" and not has_begun:
             begun()
-        await self._write(await self._ending(record, refused))
         await self._response.write_eof()
         return self._response
 
     async def _ending(self, record: Result, refused: Judge) -> bytes:
         if record.outcome == "completed":
             return self._chunks.end(record)
-        refusal = await refused(record, self._ask.model)
+        return self._broken(await refused(record, self._ask.model))
+
+    def _broken(self, refusal: Refusal) -> bytes:
         self.broken_by = refusal.reason
         return self._chunks.broken(refusal)
 

@@ -197,7 +197,7 @@ class Door:
             self._meter.first_byte.observe(perf_counter() - began_at)
 
         if not ask.is_stream:
-            response = await answer.whole(ask, handle, self._desk.refused)
+            response = await answer.whole(request, ask, handle, self._desk.refused)
             begun()
             return response
         stream = Stream(
