@@ -18,6 +18,8 @@ class Awaited:
         """With its record, or without."""
         self.record = record
         "None: it is not here."
+        self.is_sent = False
+        "Redis has taken the request: where it knows it no more, it has lost it."
         self._error: StreamError | None = None
         self._waiters: set[asyncio.Future[None]] = set()
         self._callbacks: list[Callable[[], object]] = []

@@ -289,6 +289,8 @@ class Client:
             raise reply
         assert isinstance(reply, list)
         code, what = reply
+        if code > 0:
+            self.records.sent(handle.id)
         if code == 0:
             handle.is_found = True
             await self._seek(handle.id)

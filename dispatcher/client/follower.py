@@ -39,13 +39,20 @@ IsLast = Callable[[Mapping[bytes, bytes]], bool]
 "Whether an entry with these fields is its stream's last."
 
 Told = Callable[["Following"], None]
-"Called when entries have come."
+"Called when entries have come, or Redis is back."
 
 
 class Following:
     """One stream being followed: entries that came, and a signal that some did."""
 
-    def __init__(self, stream: str, after: str, is_last: IsLast, told: Told | None) -> None:
+    def __init__(
+        self,
+        stream: str,
+        after: str,
+        is_last: IsLast,
+        told: Told | None,
+        resumed: Told | None,
+    ) -> None:
         self.stream = stream
         self.after = after
         "The last entry that was read."
@@ -55,6 +62,7 @@ class Following:
         self.room.set()
         self._is_last = is_last
         self._told = told
+        self._resumed = resumed
         self._entries: deque[Entry] = deque()
 
     def put(self, entries: list[Entry]) -> None:
@@ -67,6 +75,11 @@ class Following:
         if self._told is not None:
             self._told(self)
         self.news.set()
+
+    def resume(self) -> None:
+        """Redis was away, and could be read again."""
+        if self._resumed is not None:
+            self._resumed(self)
 
     def take(self) -> list[Entry]:
         """All that has come since the last call."""
@@ -104,12 +117,14 @@ class Follower:
         *,
         is_last: IsLast = lambda _: False,
         told: Told | None = None,
+        resumed: Told | None = None,
     ) -> Following:
         """Read the stream from behind `after` until its last entry, or until `stop`.
 
-        `told` may take what came at once; whoever waits for `news` has his turn after it.
+        `told` may take what came at once; whoever waits for `news` has his turn after it. `resumed` hears that Redis
+        was away and is back.
         """
-        following = Following(stream, after, is_last, told)
+        following = Following(stream, after, is_last, told, resumed)
         if len(self._readers) < READERS_MAX:
             reader = _Reader(self._connection)
             task = asyncio.create_task(self._run(reader), name=f"headgate-reader-{stream}")
@@ -161,7 +176,7 @@ class _Reader:
 
     async def run(self) -> None:
         """Read until the last stream is over."""
-        delay_s = RETRY_FIRST_S
+        delay_s, was_away = RETRY_FIRST_S, False
         while self._living():
             try:
                 await self._turn()
@@ -170,9 +185,12 @@ class _Reader:
             except StreamError as error:
                 log.warning("cannot read replies, trying again in %.2g s: %s", delay_s, error)
                 await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, RETRY_MAX_S)
+                delay_s, was_away = min(2 * delay_s, RETRY_MAX_S), True
             else:
-                delay_s = RETRY_FIRST_S
+                if was_away:
+                    for one in self.share:
+                        one.resume()
+                delay_s, was_away = RETRY_FIRST_S, False
 
     def _break_off(self, after_s: float) -> None:
         """End the wait under way, if it has not ended by then; the reader looks at its share anew."""

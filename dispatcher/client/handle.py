@@ -74,11 +74,15 @@ class Handle:
         return self._ended.record
 
     def when_done(self, tell: Callable[["Handle"], None]) -> None:
-        """Call this when its terminal record is here, or the client is closed."""
+        """Call this when its terminal record is here, or will not come."""
         self._ended.tell(lambda: tell(self))
 
     async def record(self) -> Result:
-        """Its terminal record, whatever the outcome."""
+        """Its terminal record, whatever the outcome.
+
+        Raises:
+            StreamError: Redis was away and came back without the request, or the client was closed.
+        """
         return await self._ended.wait()
 
     async def cancel(self, reason: str = "") -> bool:

@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
 
 from dispatcher.client.awaited import Awaited
 from dispatcher.client.follower import Follower, Following, ended
 from dispatcher.client.handle import BEGINNING
-from dispatcher.client.standing import Standing
+from dispatcher.client.standing import Standing, standing
 from dispatcher.streams import cut
 from dispatcher.streams.connection import Connection
 from scheduler import codec
@@ -17,6 +18,13 @@ from scheduler.keys import Keys
 from scheduler.wire.worker import Result
 
 TRIM_EVERY_S = 60.0
+
+LOOK_BATCH = 500
+"Requests looked for in one round trip."
+
+LOOK_AGAIN_S = 0.5
+"After a look that failed."
+
 log = logging.getLogger("headgate.client")
 
 
@@ -26,6 +34,7 @@ class Records:
     1. `expect` before the request is sent: from then on its record cannot be missed.
     2. The client's own stream is read from its beginning, all the time.
     3. `seek` finds the record of a request somebody else sent: in its hash, or on that one's reply stream.
+    4. Whenever Redis was away, all that are waited for are looked for: it may have come back without some.
     """
 
     def __init__(
@@ -45,6 +54,7 @@ class Records:
         self._expected: dict[str, Awaited] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._foreign: dict[str, set[str]] = {}
+        self._looking: asyncio.Task[None] | None = None
         self._kept_s = kept_s
         self._trimmed_at = time.monotonic()
 
@@ -55,7 +65,7 @@ class Records:
     async def close(self) -> None:
         """Stop reading; who still waits gets a `StreamError`."""
         try:
-            await ended(self._readers.values())
+            await ended([*self._readers.values(), *([self._looking] if self._looking else [])])
         finally:
             for awaited in self._expected.values():
                 awaited.give_up(StreamError("the client was closed before the request ended"))
@@ -70,6 +80,11 @@ class Records:
         if request_id not in self._expected:
             self._expected[request_id] = Awaited()
         return self._expected[request_id]
+
+    def sent(self, request_id: str) -> None:
+        """Redis has it."""
+        if request_id in self._expected:  # else it has ended already
+            self._expected[request_id].is_sent = True
 
     def forget(self, request_id: str) -> None:
         """It was not sent after all."""
@@ -90,6 +105,7 @@ class Records:
         if standing.state == "terminal":
             await self._fetch(standing)
             return
+        self.sent(standing.id)
         reply = await self._reply_stream(standing)
         if reply == self._own:
             return
@@ -124,7 +140,8 @@ class Records:
         self._readers[stream] = reader
 
     async def _bring(self, stream: str, after: str) -> None:
-        following = self._follower.follow(stream, after, told=self._take)
+        resumed = self._look if stream == self._own else None
+        following = self._follower.follow(stream, after, told=self._take, resumed=resumed)
         try:
             while stream == self._own or self._is_wanted(stream):
                 await following.news.wait()
@@ -141,6 +158,44 @@ class Records:
                 self.arrived(codec.decode(Result, fields))
             except WireError as error:
                 log.warning("entry %s of %s is no record: %s", entry, following.stream, error)
+
+    def _look(self, _: Following) -> None:
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_for_all(), name="headgate-records-look")
+
+    async def _look_for_all(self) -> None:
+        """Bring what ended meanwhile; who waits for what Redis has lost must not wait for ever."""
+        sent = [one for one, awaited in self._expected.items() if awaited.is_sent]
+        while sent:
+            part = sent[:LOOK_BATCH]
+            try:
+                hashes = await self._connection.commands(
+                    [("HGETALL", self._keys.request(one)) for one in part]
+                )
+                for request_id, raw in zip(part, hashes, strict=True):
+                    await self._found(request_id, raw)
+            except StreamError:
+                await asyncio.sleep(LOOK_AGAIN_S)
+            else:
+                del sent[:LOOK_BATCH]
+
+    async def _found(self, request_id: str, raw: Mapping[bytes, bytes]) -> None:
+        awaited = self._expected.get(request_id)
+        if awaited is None:
+            return
+        why = f"redis at {self._connection.shown} has lost request {request_id!r}, send it again"
+        if raw:
+            at = standing(request_id, raw)
+            if at.state != "terminal":
+                return
+            try:
+                await self._fetch(at)
+            except UnknownRequestError as error:
+                why = str(error)
+            else:
+                return
+        self.forget(request_id)
+        awaited.give_up(StreamError(why))
 
     def _is_wanted(self, stream: str) -> bool:
         wanted = self._foreign.get(stream, set())

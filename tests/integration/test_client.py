@@ -24,6 +24,8 @@ from scheduler.settings import LimitSettings
 from scheduler.wire.words import Outcome
 from scheduler.wire.worker import Result
 
+LIMIT_S = 20
+
 
 @pytest.fixture
 async def client(redis_url, pool):
@@ -334,6 +336,40 @@ class TestWeather:
         await played.finish(played.held[0])
 
         assert (await handle).text == "x "
+
+    async def test_what_redis_has_lost_is_not_waited_for(self, played, client):
+        """After an outage who waits for what did not come back is told so; what did come back goes on."""
+        names = ("lost", "lost-stream", "kept")
+        handles = [
+            await client.submit(says(one), id=one, tenant="hold", stream="stream" in one)
+            for one in names
+        ]
+        await played.holds(3)
+        reading = asyncio.create_task(anext(aiter(handles[1])))
+
+        await client.connection.command("DEL", *map(client.keys.request, names[:2]))
+        await client.connection.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+        async with asyncio.timeout(LIMIT_S):
+            with pytest.raises(StreamError, match="has lost request 'lost'"):
+                await handles[0].record()
+            with pytest.raises(StreamError, match="has lost request 'lost-stream'"):
+                await reading
+            await played.finish(played.held[2])
+            assert (await handles[2]).text == "kept "
+
+    async def test_an_end_that_is_not_on_the_reply_stream_is_found(self, played, client):
+        """A Redis that comes back with another clock writes records behind what was read: each is looked for."""
+        handle = await client.submit(says("x"), tenant="hold")
+        await played.holds(1)
+        [reader] = client.follower._readers.values()
+        reader.share[0].after = f"{10**15}-0"  # as far as the old clock had come
+        await played.finish(played.held[0])
+
+        await client.connection.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+        async with asyncio.timeout(LIMIT_S):
+            assert (await handle).text == "x "
 
     async def test_leaving_while_redis_is_away(self, tmp_path, pool, caplog):
         """Readers between two tries end like any other."""

@@ -223,6 +223,29 @@ class TestEnds:
 
         assert found[:3] == (503, "redis_away", "1")
 
+    async def test_redis_has_lost_it(self, front):
+        """503 where nothing was said yet, a chunk after the first word: nobody waits for what will not come."""
+        asked = [
+            asyncio.ensure_future(front.post(said=HOLD | {"x-request-id": name}, stream=is_stream))
+            for name, is_stream in (("whole", False), ("mute", True), ("begun", True))
+        ]
+        await front.played.holds(3)
+        held = {one.job.id: one for one in front.played.held}
+        await front.played.say(held["begun"], 0, "one ")
+        begun = await asked[2]
+
+        command = front.played.connection.command
+        await command("DEL", *map(front.played.keys.request, held))
+        await command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+        async with asyncio.timeout(20):
+            for answer in [await one for one in asked[:2]]:
+                assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+                assert "has lost request" in await answer.text()
+            events = (await begun.text()).split("\n\n")
+        assert json.loads(events[1][6:])["error"]["code"] == 503
+        assert events[2:] == ["data: [DONE]", ""]
+
     async def test_too_large_and_too_slow(self, redis_url, pool):
         """413 past the limit; 408 for who never finishes the sentence."""
         limits = LimitSettings(body_bytes=4096)
