@@ -10,8 +10,11 @@ import msgspec
 
 from scheduler.errors import UNREADABLE, EngineError
 from scheduler.wire.dispatcher import Job
+from workers import chunk as chunks
 from workers.body import CHAT, NOTHING, Written
+from workers.chunk import Choice, Chunk, Fault, Fields, Times, Usage
 from workers.halves import NO_KV
+from workers.said import Said
 
 GOOD = frozenset({"stop", "length", "tool_calls", "repetition"})
 "Finish reasons of an answer that is one; the last where `repetition_detection` was asked for."
@@ -24,74 +27,6 @@ ANSWER_BYTES = 128 * 2**20
 
 BLAMES_REQUEST = frozenset({400, 405, 413, 415, 422})
 "Statuses that would come from any engine for the same request; 404 is a model that another may serve."
-
-Fields = dict[str, object]
-
-
-class Delta(msgspec.Struct):
-    role: str | None = None
-    content: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    tool_calls: list[Fields] | None = None
-
-
-class Choice(msgspec.Struct):
-    index: int = 0
-    delta: Delta | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    logprobs: Fields | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-    "Of a completion; a chat's stand beside its choices."
-
-
-class Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: Details | None = None
-    completion_tokens_details: Fields | None = None
-
-
-class Fault(msgspec.Struct):
-    message: str = ""
-    code: int | str | None = None
-
-    @property
-    def status(self) -> int:
-        """The HTTP status that it stands for; 0: none that can be read."""
-        try:
-            return int(self.code or 0)
-        except ValueError:
-            return 0
-
-
-class Times(msgspec.Struct):
-    """`--enable-per-request-metrics`, in the last chunk."""
-
-    queue_time_ms: float | None = None
-    time_to_first_token_ms: float | None = None
-
-
-class Chunk(msgspec.Struct):
-    id: str = ""
-    created: int = 0
-    model: str = ""
-    choices: list[Choice] = []
-    usage: Usage | None = None
-    error: Fault | str | None = None
-    metrics: Times | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-_decode = msgspec.json.Decoder(Chunk).decode
 
 
 class Answer:
@@ -116,7 +51,7 @@ class Answer:
         self._rest = b""
         self._error: Fault | None = None
         self._head: Chunk | None = None
-        self._choices: dict[int, _Said] = {}
+        self._choices: dict[int, Said] = {}
 
     @property
     def output_tokens(self) -> int:
@@ -215,7 +150,7 @@ class Answer:
         details = self.usage.completion_tokens_details if self.usage else None
         if details is not None and not written.pieces:  # of the whole answer, or of nothing
             usage["completion_tokens_details"] = details
-        self._choices = self._choices or {0: _Said("length")}
+        self._choices = self._choices or {0: Said("length")}
         return msgspec.json.encode(
             {
                 "id": head.id or job.id,
@@ -233,7 +168,7 @@ class Answer:
 
     def _event(self, payload: bytes) -> None:
         try:
-            chunk = _decode(payload)
+            chunk = chunks.decode(payload)
         except UNREADABLE:
             if payload.strip() == b"[DONE]":
                 self.is_done = True
@@ -271,7 +206,7 @@ class Answer:
         """Take in a choice's part of a chunk; whether it is more than text of the first choice."""
         said = self._choices.get(choice.index)
         if said is None:
-            said = self._choices[choice.index] = _Said()
+            said = self._choices[choice.index] = Said()
         if text:
             said.text.append(text)
             self._bytes += len(text)
@@ -287,81 +222,6 @@ class Answer:
 
     def _refusal(self, error: Fault) -> EngineError:
         return refusal(error.status, error.message)
-
-
-class _Said:
-    """One choice so far."""
-
-    __slots__ = (
-        "finish_reason",
-        "logprobs",
-        "prompt_token_ids",
-        "reasoning",
-        "refusal",
-        "stop_reason",
-        "text",
-        "token_ids",
-        "tools",
-    )
-
-    def __init__(self, finish_reason: str = "") -> None:
-        self.text: list[str] = []
-        self.reasoning: list[str] = []
-        self.refusal: list[str] = []
-        self.tools: dict[object, Fields] = {}
-        self.logprobs: Fields = {}
-        self.token_ids: list[int] = []
-        self.prompt_token_ids: list[int] | None = None
-        self.finish_reason = finish_reason
-        self.stop_reason: int | str | None = None
-
-    def add(self, choice: Choice) -> bool:
-        """Take in what is more than text; whether there was any."""
-        is_rich = bool(choice.token_ids)
-        delta = choice.delta
-        if delta is not None:
-            reasoning = delta.reasoning or delta.reasoning_content
-            if reasoning:
-                self.reasoning.append(reasoning)
-                is_rich = True
-            if delta.refusal:
-                self.refusal.append(delta.refusal)
-                is_rich = True
-            for call in delta.tool_calls or ():
-                _merge_call(self.tools.setdefault(call.get("index", 0), {}), call)
-                is_rich = True
-        if choice.logprobs:
-            _extend(self.logprobs, choice.logprobs)
-            is_rich = True
-        return is_rich
-
-    def add_ids(self, choice: Choice) -> None:
-        """Take in tokens as numbers, which an answer has where they were asked for."""
-        self.token_ids += choice.token_ids or ()
-        self.prompt_token_ids = self.prompt_token_ids or choice.prompt_token_ids
-
-    def choice(self, index: int, before: str, *, is_chat: bool) -> Fields:
-        text = before + "".join(self.text)
-        content: Fields = {"message": self._message(text)} if is_chat else {"text": text}
-        return {
-            "index": index,
-            **content,
-            "logprobs": self.logprobs or None,
-            "finish_reason": self.finish_reason or None,
-            "stop_reason": self.stop_reason,
-            **({"token_ids": self.token_ids} if self.token_ids else {}),
-            **({"prompt_token_ids": self.prompt_token_ids} if self.prompt_token_ids else {}),
-        }
-
-    def _message(self, text: str) -> Fields:
-        message: Fields = {"role": "assistant", "content": text or (None if self.tools else "")}
-        if self.reasoning:
-            message["reasoning"] = message["reasoning_content"] = "".join(self.reasoning)
-        if self.refusal:
-            message["refusal"] = "".join(self.refusal)
-        if self.tools:
-            message["tool_calls"] = list(self.tools.values())
-        return message
 
 
 def refusal(status: int, message: str) -> EngineError:
@@ -382,27 +242,3 @@ def fault_in(data: bytes) -> str:
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or error
     return str(error)[:1000]
-
-
-def _merge_call(known: Fields, more: Fields) -> None:
-    """One tool call's pieces: names and ids come once, arguments bit by bit."""
-    for key, value in more.items():
-        if key == "index" or value is None:
-            continue
-        if isinstance(value, dict):
-            inner = known.setdefault(key, {})
-            assert isinstance(inner, dict)
-            _merge_call(inner, value)
-        elif key == "arguments":
-            known[key] = str(known.get(key, "")) + str(value)
-        else:
-            known[key] = value
-
-
-def _extend(known: Fields, more: Fields) -> None:
-    for key, value in more.items():
-        before = known.get(key)
-        if isinstance(before, list) and isinstance(value, list):
-            before.extend(value)
-        elif before is None:
-            known[key] = value

@@ -4,7 +4,8 @@ import msgspec
 
 from scheduler.errors import UNREADABLE, EngineError
 from workers import halves
-from workers.answer import Answer, Fault, Times, Usage, refusal
+from workers.answer import Answer, refusal
+from workers.chunk import Fault, Times, Usage
 
 ANSWER_BYTES = 16 * 2**20
 "The longest that is read: a token, perhaps with its log probabilities, and the blocks of a long prompt."
