@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+from functools import partial
 from typing import get_args
 
 import pytest
+from hand import until
 from played import Played
 
 from dispatcher.client import BlockingClient, Client, follower
@@ -364,9 +366,12 @@ class TestWeather:
         await played.holds(1)
         [reader] = client.follower._readers.values()
         reader.share[0].after = f"{10**15}-0"  # as far as the old clock had come
+        command = client.connection.command
+        await command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await until(partial(_is_reading, command))
         await played.finish(played.held[0])
 
-        await client.connection.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        await command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
 
         async with asyncio.timeout(LIMIT_S):
             assert (await handle).text == "x "
@@ -385,6 +390,10 @@ class TestWeather:
 
                 with pytest.raises(asyncio.CancelledError):
                     await following
+
+
+async def _is_reading(command):
+    return b"cmd=xread " in await command("CLIENT", "LIST")
 
 
 class TestBlocking:
