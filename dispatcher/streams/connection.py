@@ -13,13 +13,12 @@ the 101st call at once is an error (so calls wait for one of few connections).
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import msgspec
 import redis.exceptions
 
-from dispatcher.streams import replies
+from dispatcher.streams import greeting, replies
 from dispatcher.streams.clock import READINGS, Clock, Reading
 from dispatcher.streams.pipe import Address, Begun, Pipe, Words
 from dispatcher.streams.replies import Entry, Read
@@ -31,9 +30,6 @@ __all__ = ("Begun", "Call", "Connection", "Entry", "Read", "Value", "Where")
 
 PREFIX = "hg5_"
 "What our functions' names begin with: the number is the calling convention of functions.lua."
-
-FLOOR = (7, 0)
-"Functions and a group's lag came with Redis 7.0; every Valkey has them."
 
 AGAIN_S = (0.0, 0.02, 0.1)
 "Before a batch is said again over a new connection; who must wait longer does so by himself."
@@ -81,8 +77,8 @@ class Connection:
         except (ValueError, redis.exceptions.RedisError) as error:
             raise StreamError(f"redis url {shown!r} is not usable: {error}") from None
         try:  # one door: whatever fails here, nothing stays open
-            await self._check_version()
-            await self._load_functions()
+            await greeting.check_version(self._client, shown)
+            await greeting.load_functions(self._client, shown)
             await self.refresh_clock()
         except BaseException:
             await self.close()
@@ -150,7 +146,7 @@ class Connection:
             return found
         if any(is_unknown_function(error) for error in errors):
             # The server was restarted empty; every call may be said again.
-            await self._load_functions()
+            await greeting.load_functions(self._client, self.shown)
             found = await self._batch(calls)
         return [as_stream_error(reply, self.shown) for reply in found]
 
@@ -374,39 +370,6 @@ class Connection:
             raise as_stream_error(reply, self.shown)
         return read
 
-    async def _check_version(self) -> None:
-        try:
-            with Weather(self.shown):
-                info = await self._client.info("server")
-        except StreamError as error:
-            if _is_without_hello(str(error)):
-                raise StreamError(
-                    f"redis at {self.shown} does not know HELLO, so it is older than 6.0; wanted 7.0 or newer"
-                ) from None
-            if hint := _about_tls(str(error), is_secure=self.shown.startswith("rediss")):
-                raise StreamError(f"{error} {hint}") from None
-            raise
-        # A cluster answers by node.
-        info = next(iter(info.values())) if "redis_version" not in info else info
-        found = str(info["redis_version"])
-        if tuple(int(part) for part in found.split(".")[:2]) < FLOOR:
-            raise StreamError(f"redis at {self.shown} is {found}, wanted 7.0 or newer")
-
-    async def _load_functions(self) -> None:
-        code = resources.files("dispatcher.streams").joinpath("functions.lua").read_text()
-        with Weather(self.shown):
-            try:
-                await self._client.function_load(code, replace=True)
-            except (
-                # Where ACL users are told apart only a dispatcher may load, since functions run with their
-                # caller's rights. Until one has, every call says "Function not found".
-                redis.exceptions.NoPermissionError,
-                # One may look at a replica and at a server that is full, and lead the latter.
-                redis.exceptions.ReadOnlyError,
-                redis.exceptions.OutOfMemoryError,
-            ):
-                return
-
 
 async def _insisted(pipe: Pipe, many: Sequence[Words]) -> list[Any]:
     """Ask again after a lost connection: every function recognises its own repetition."""
@@ -426,17 +389,3 @@ def _words(call: Call) -> Words:
 
 def _block_ms(block_s: float) -> int:
     return max(1, round(block_s * 1000))  # 0 would wait for ever
-
-
-def _about_tls(complaint: str, *, is_secure: bool) -> str:
-    """What to try where one side may speak TLS and the other not: neither then says so."""
-    if is_secure and "Timeout connecting" in complaint:
-        return "(does it speak TLS? if not: redis://)"
-    if not is_secure and "Connection closed by server" in complaint:
-        return "(does it want TLS? if so: rediss://)"
-    return ""
-
-
-def _is_without_hello(complaint: str) -> bool:
-    lowered = complaint.lower()
-    return "unknown command" in lowered and "hello" in lowered
