@@ -128,6 +128,20 @@ def test_a_decode_leg_lost_before_its_first_token_is_prefilled_again(pool):
     assert pool.assigned() == [("prefill", "p0")]
 
 
+@pytest.mark.parametrize(("first_token_at", "is_kept"), [(None, True), (1000.0, False)])
+def test_kv_is_kept_until_the_other_leg_has_fetched_it(first_token_at, is_kept):
+    """An answer that failed behind its first token had its KV; before that, the engine keeps it for nobody."""
+    pool = Pool(beat("p0", "prefill", kv_tokens=10_000), beat("d0", "decode"))
+    pool.ask()
+    pool.assigned()
+    pool.answer("prefilled", kv_params=PARAMS)
+    assert pool.assigned() == [("decode", "d0")]
+    pool.answer("failed", first_token_at=first_token_at)
+
+    pool.ask("r2")
+    assert (("prefill", "p0") not in pool.assigned()) == is_kept
+
+
 @pytest.mark.parametrize("lost_by", ["a new life", "its lease", "its engine"])
 def test_kv_that_is_lost_while_it_waits_is_computed_again(pool, lost_by):
     pool.ask()

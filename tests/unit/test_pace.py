@@ -38,6 +38,16 @@ class TestPace:
         )
         assert made.load(np.zeros(1), np.zeros(1), now=99.0).joined_s[0] == pytest.approx(idle_s)
 
+    def test_what_is_learned_from_is_what_was_predicted(self):
+        """The terms of the sequence that has just joined add up to the pace that was predicted for it, prefill and all."""
+        made = pace("a100", "l40s")
+        made.prefill(1, 2.0, now=10.0)
+
+        joined_s = made.load(np.full(2, 9.0), np.full(2, 50_000.0), now=12.0).joined_s
+
+        for slot in range(2):
+            assert sum(made.row(slot, 10.0, 50_000.0, now=12.0)) == pytest.approx(joined_s[slot])
+
     def test_a_slow_server_is_known_by_its_answers(self):
         """Twice as slow as declared: forty answers tell, and its neighbour is not blamed."""
         made, rng = pace("a100", "a100"), np.random.default_rng(0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.ledger import Backlog, Ledger, Line, Rates
+from scheduler.ledger import Backlog, Ledger, Line, Rates, uncached
 from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
 from scheduler.plan import PlanSettings
@@ -314,6 +314,14 @@ def test_equals_are_drawn_with_their_propensity():
 
 
 class TestLedger:
+    def test_a_new_leader_counts_as_the_old_one_did(self):
+        """What is taken over without a word about its cache stands there as if planned on an empty one."""
+        made, one = planner([0.001]), ticket("r", 1000)
+        one.output_tokens = 300
+        made.serve([one])
+
+        assert made.choices[0].line == uncached(one, answer_part=1.0, kv_max=math.inf)
+
     def test_a_head_is_presumed_to_progress_but_never_to_be_done(self):
         """Dead reckoning between the facts: half its time, half its tokens; at the end 5 % are left."""
         rates = Rates(overhead_s=np.zeros(1), token_s=np.full(1, 0.001), pair_s=np.zeros(1))
