@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from dispatcher.delivery import Delivery, wait_out
+from dispatcher.delivery import Delivery
 from dispatcher.intake import Intake, Unreadable, stamped_at
 from dispatcher.journal import Core
 from dispatcher.metrics import Meter
 from dispatcher.moves import Move, Moves, whose
+from dispatcher.reading import Reading
 from dispatcher.recovery import FORMAT, Recovery, Saved
 from dispatcher.streams.connection import Begun, Connection, Read
 from scheduler.errors import FencedError, StreamError
@@ -39,9 +40,6 @@ from scheduler.wire.client import Control
 
 if TYPE_CHECKING:
     from scheduler.wire.dispatcher import Decision
-
-BLOCK_S = 1.0
-"How long one read waits on the server; a stop or a changed cursor waits for it at most."
 
 INBOX_MAX = 8
 "Reads that may wait for the next turn; then the readers wait, and Redis keeps the rest."
@@ -94,13 +92,20 @@ class Loop:
         self._connection = connection
         self._keys = keys
         self._core = core
-        self._node = node
         self._settings = settings
         self._reader = reader
         self._moves = moves
         self._recovery = recovery
         self._delivery = delivery
         self._meter = meter
+        self._reading = Reading(
+            connection,
+            keys,
+            node,
+            count=settings.read_max,
+            came=self._came,
+            queue=self._queue,
+        )
         self._inbox: asyncio.Queue[Read] = asyncio.Queue(INBOX_MAX)
         self._is_idle = False
         "Nothing is under way and nothing waits: news may begin a turn."
@@ -138,8 +143,8 @@ class Loop:
     async def run(self) -> None:
         """Turn until cancelled or fenced."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read_requests())
-            tasks.create_task(self._read_logs())
+            tasks.create_task(self._reading.requests(self._delivered))
+            tasks.create_task(self._reading.logs(self._cursors))
             while True:
                 await self._finish(await self._next())
                 if self._connection.now() >= self._strays_at:
@@ -339,58 +344,6 @@ class Loop:
             if not isinstance(subject, Arrived):  # a duplicate entry has nothing more to tell
                 unreadable += self._receive(await self._recovery.entry(entry))
         assert not unreadable, "what was read once can be read again"
-
-    # Reading
-
-    async def _read_requests(self) -> None:
-        """New entries, each once; after a failure first what the lost reply may have held."""
-        requests, last, is_sure, tries = self._keys.requests, self._delivered, True, 0
-        while True:
-            try:
-                if is_sure:
-                    read = await self._connection.read_group(
-                        DISPATCHER_GROUP,
-                        self._node,
-                        [requests],
-                        count=self._settings.read_max,
-                        block_s=BLOCK_S,
-                        came=self._came,
-                    )
-                else:
-                    await self._connection.ensure_group(requests, DISPATCHER_GROUP)
-                    entries = await self._connection.history(
-                        DISPATCHER_GROUP,
-                        self._node,
-                        requests,
-                        after=last,
-                        count=self._settings.read_max,
-                    )
-                    is_sure = not entries
-                    read = {requests: entries} if entries else {}
-                tries = 0
-            except StreamError as error:
-                is_sure = False
-                tries = await wait_out(str(error), tries)
-                continue
-            if read:
-                last = read[requests][-1][0]
-                await self._queue(read)
-
-    async def _read_logs(self) -> None:
-        """Rewards, beats and controls, each from its own cursor."""
-        cursors, tries = dict(self._cursors), 0
-        while True:
-            try:
-                read = await self._connection.read(
-                    cursors, count=self._settings.read_max, block_s=BLOCK_S, came=self._came
-                )
-                tries = 0
-            except StreamError as error:
-                tries = await wait_out(str(error), tries)
-                continue
-            for stream, entries in read.items():
-                cursors[stream] = entries[-1][0]
-            await self._queue(read)
 
 
 def _say(command: Command) -> None:

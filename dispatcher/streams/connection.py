@@ -26,7 +26,7 @@ from dispatcher.streams.weather import Trouble, Weather, as_stream_error, is_unk
 from dispatcher.streams.where import REPLY_TIMEOUT_S, Where, client, without_password
 from scheduler.errors import StreamError
 
-__all__ = ("Begun", "Call", "Connection", "Entry", "Read", "Value", "Where")
+__all__ = ("Begun", "Call", "Came", "Connection", "Entry", "Read", "Value", "Where")
 
 PREFIX = "hg5_"
 "What our functions' names begin with: the number is the calling convention of functions.lua."
