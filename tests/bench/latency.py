@@ -3,8 +3,9 @@
 
     python tests/bench/latency.py [--requests 300] [--time-scale 1000] [--pause-ms 0]
 
-The engine is emulated and so fast that it costs nothing but its HTTP. All ways are asked in turn, so that a noisy
-neighbour disturbs all, each request as soon as the one before is answered. `--pause-ms` rests before each: then what
+The engine is emulated and so fast that it costs nothing but its HTTP. It and the door are asked by aiohttp; `posts` asks
+the engine as a worker does, which shows what of the engine's own is that client's. All ways are asked in turn, so that a
+noisy neighbour disturbs all, each request as soon as the one before is answered. `--pause-ms` rests before each: then what
 follows an answer is over, and all code is cold. Printed: the 5th, 50th and 95th percentile of each way in milliseconds,
 what it adds to the engine's own, the stages between the moments that the rewards keep, and what a request costs whoever
 else is busy: the CPU of every process and the commands of Redis. On a busy machine the 5th percentile is the one to
@@ -25,11 +26,13 @@ from statistics import median, quantiles
 from time import perf_counter
 
 import aiohttp
+import msgspec
 import uvloop
 
 from dispatcher.client import Client
 from scheduler import codec
 from scheduler.wire.worker import Reward
+from workers.posts import Posts
 
 HEADGATE = Path(sys.executable).with_name("headgate")
 
@@ -65,13 +68,16 @@ def main() -> None:
 async def compare(up, requests: int, pause_s: float) -> None:
     ways = {"engine": up["endpoints"][0]["url"], "door": up["door"]}
     named = up["pids"] | {"client": os.getpid()}
+    posts = Posts(ways["engine"], {"Content-Type": "application/json"}, connect_s=5.0)
     async with aiohttp.ClientSession() as session, Client(redis=up["redis"]) as client:
         for is_stream in (False, True):
-            taken = {name: [] for name in (*ways, "client")}
+            taken = {name: [] for name in (*ways, "posts", "client")}
             for number in range(WARM + requests):
                 for name, url in ways.items():
                     await asyncio.sleep(pause_s)
                     taken[name].append(await http(session, url, is_stream=is_stream))
+                await asyncio.sleep(pause_s)
+                taken["posts"].append(await post(posts, is_stream=is_stream))
                 await asyncio.sleep(pause_s)
                 taken["client"].append(await library(client, is_stream=is_stream, number=number))
             show("stream, to its first token" if is_stream else "whole", taken)
@@ -90,6 +96,7 @@ async def compare(up, requests: int, pause_s: float) -> None:
             more = (await commands(client)) - asked
             shown = "  ".join(f"{name} {n / requests:.2f}" for name, n in more.most_common(12))
             print(f"Redis' commands a request: {shown}")
+    posts.close()
 
 
 async def commands(client: Client) -> Counter[str]:
@@ -122,6 +129,15 @@ async def http(session, url: str, *, is_stream: bool) -> float:
         assert first
         await answer.read()
     return took_s
+
+
+async def post(posts: Posts, *, is_stream: bool) -> float:
+    began_at = perf_counter()
+    heard_at = []
+    asked = ("/v1/chat/completions", msgspec.json.encode(body(is_stream=is_stream)), {})
+    status, _ = await posts.send(*asked, lambda _: heard_at.append(perf_counter()))
+    assert status == 200
+    return (heard_at[0] if is_stream else perf_counter()) - began_at
 
 
 async def library(client: Client, *, is_stream: bool, number: int) -> float:
