@@ -24,6 +24,7 @@ from scheduler.events import (
 )
 from scheduler.fairness import FairnessSettings
 from scheduler.plan import PlanSettings
+from scheduler.planning import TICK_S
 from scheduler.policies import Fcfs, Urgency
 from scheduler.profile.pickers import Random
 from scheduler.profile.profile import Profile
@@ -605,6 +606,19 @@ class TestFleet:
         pool.beat(started=("r0:1",), first_tokens=("r0:1:500",))
 
         assert [c.job.id for c in pool.decide()] == ["r2"]
+
+    def test_the_next_is_handed_over_when_it_comes_within_the_window(self):
+        """Nothing need happen: `wakeup_at` names the moment, no sooner and no later."""
+        pool = Pool(policy=Fcfs(), plan=WIDE)
+        pool.beat()
+        for i in range(4):
+            pool.ask(f"r{i}", prompt_tokens=9000)
+        assert [c.job.id for c in pool.decide()] == ["r0", "r1"]
+        wait_s = pool.core.wakeup_at() - pool.now
+        assert wait_s > 2 * 9000 * A100_TOKEN_S - WIDE.commit_window_s
+
+        assert pool.decide(after_s=wait_s - 2 * TICK_S) == []
+        assert [c.job.id for c in pool.decide(after_s=2 * TICK_S + 1e-6)] == ["r2"]
 
     def test_a_first_token_teaches_at_once_while_little_is_known(self):
         """The reward comes with the answer's end, which may be a minute away, and teaches nothing twice."""

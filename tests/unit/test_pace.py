@@ -85,6 +85,18 @@ class TestPace:
 
 
 class TestNoise:
+    def test_it_is_what_answers_were_off_by(self):
+        """Until enough were seen, a guess; then their own scatter."""
+        made, rng = pace(), np.random.default_rng(0)
+        assert made.noise() == Noise()
+        for _ in range(300):
+            batch = float(rng.integers(1, 60))
+            row = np.array(made.row(0, batch, 1500 * batch, now=0.0))
+            made.learn(0, row, float(row.sum() * rng.lognormal(0, 0.4)))
+
+        assert made.noise().sigma == pytest.approx(0.4, abs=0.06)
+        assert made.noise().bias == pytest.approx(0.0, abs=0.1)
+
     def test_harm_is_greatest_where_it_is_doubtful(self):
         """Far below or far above the promise one more changes nothing; near it, a little changes much."""
         odds = Noise().odds(np.full(3, 0.05), np.array([0.02, 0.05, 0.2]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from river import linear_model
 
+from scheduler.guard import Guard
 from scheduler.predict import Predictor
 from scheduler.regression import DecayedRegression
 from scheduler.wire.worker import Beat, Reward
@@ -190,3 +191,27 @@ def test_other_hardware_under_the_same_name_starts_cold():
 def test_we_still_stand_on_rivers_regression():
     """The base class is River's, and the detector's interface is as we use it."""
     assert issubclass(DecayedRegression, linear_model.BayesianLinearRegression)
+
+
+class TestGuard:
+    def guard(self) -> Guard:
+        made = Guard()
+        made.open(0)
+        return made
+
+    def test_noise_that_hits_both_alike_never_trips_it(self):
+        """However long: neither prediction was the better one."""
+        made = self.guard()
+        for error in np.random.default_rng(0).normal(0.0, 0.5, 5000).tolist():
+            made.judge(0, learned=error, prior=error)
+
+        assert not made.is_on
+        assert made.switches == [0]
+
+    def test_one_bad_surprise_is_forgiven_and_two_are_not(self):
+        """A prediction ten times off, beside one that was right."""
+        made = self.guard()
+        made.judge(0, learned=math.log(10), prior=0.0)
+        assert not made.is_on
+        made.judge(0, learned=math.log(10), prior=0.0)
+        assert made.distrusted.tolist() == [True]
