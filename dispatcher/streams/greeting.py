@@ -57,7 +57,7 @@ def _about_tls(complaint: str, *, is_secure: bool) -> str:
     """What to try where one side may speak TLS and the other not: neither then says so."""
     if is_secure and "Timeout connecting" in complaint:
         return "(does it speak TLS? if not: redis://)"
-    if not is_secure and "Connection closed by server" in complaint:
+    if not is_secure and any(word in complaint for word in ("closed by server", "reset by peer")):
         return "(does it want TLS? if so: rediss://)"
     return ""
 

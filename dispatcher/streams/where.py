@@ -1,6 +1,7 @@
 """Where a Redis is and how redis-py reaches it: one server, TLS, a unix socket, Sentinel or a Cluster."""
 
 import os
+import ssl
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -115,6 +116,19 @@ def _check_files(where: Where) -> None:
             Path(path or os.devnull).open("rb").close()
         except OSError as error:
             raise ValueError(f"redis.{name} {path!r} cannot be read: {error.strerror}") from None
+    context, ca, own = ssl.create_default_context(), where.tls_ca_file, where.tls_cert_file
+    try:
+        if ca is not None:
+            context.load_verify_locations(ca)
+    except ssl.SSLError as error:
+        raise ValueError(f"redis.tls_ca_file {ca!r} holds no certificate: {error.reason}") from None
+    try:
+        if own is not None:
+            context.load_cert_chain(own, where.tls_key_file)
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"redis.tls_cert_file {own!r} does not go with redis.tls_key_file {where.tls_key_file!r}: {error.reason}"
+        ) from None
 
 
 def _check(url: SplitResult) -> None:

@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import ssl
+import struct
 import sys
 from pathlib import Path
 
@@ -163,6 +165,42 @@ async def test_a_url_without_tls_is_told_of_it(relay, environ):
     environ["HEADGATE_REDIS_URL"] = relay.url.replace("rediss://", "redis://")
 
     with pytest.raises(StreamError, match=r"does it want TLS\? if so: rediss://"):
+        async with Client.from_env(environ):
+            pass
+
+
+async def test_a_reset_is_told_of_it(environ):
+    """Redis itself does not close but reset: the advice is the same."""
+
+    async def reset(reader, writer):
+        await reader.read(1)
+        linger = struct.pack("ii", 1, 0)  # not 0 s long: no goodbye
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.close()
+
+    async with await asyncio.start_server(reset, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        environ["HEADGATE_REDIS_URL"] = f"redis://127.0.0.1:{port}"
+        with pytest.raises(StreamError, match=r"does it want TLS\? if so: rediss://"):
+            async with Client.from_env(environ):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CA_FILE", "redis.tls_ca_file '{path}' holds no certificate"),
+        ("CERT_FILE", "redis.tls_cert_file '{path}' does not go with redis.tls_key_file"),
+        ("KEY_FILE", "does not go with redis.tls_key_file '{path}'"),
+    ],
+)
+async def test_a_file_that_holds_something_else_is_named(environ, name, message, tmp_path):
+    """OpenSSL says what it misses, but not where."""
+    path = tmp_path / "wrong"
+    path.write_text("no certificate")
+    environ[f"HEADGATE_REDIS_TLS_{name}"] = str(path)
+
+    with pytest.raises(StreamError, match=message.format(path=path)):
         async with Client.from_env(environ):
             pass
 
