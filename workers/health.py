@@ -2,9 +2,13 @@
 
 ready ──probe fails, paused, asleep──> away ──probe succeeds──> ready
 ready ──several failures in a row────> away ──it makes one token──> ready
+
+What it serves is read whenever it comes, whenever it does not know a model, and now and then: behind a proxy it may be
+another one between two probes, and adapters come and go without any restart.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from time import perf_counter
 
@@ -13,12 +17,15 @@ import structlog
 from scheduler.errors import EngineError
 from scheduler.settings import EngineAddress, WorkerSettings
 from workers import features
-from workers.engine import Engine
+from workers.engine import Card, Engine
 from workers.features import Features
 from workers.scrape import Load
 
 BUSY = frozenset({404, 429})
 "Refusals that say nothing against the engine: it does not have the model, or has enough to do."
+
+CARDS_S = 10.0
+"How often an engine that is ready is asked what it serves."
 
 log = structlog.get_logger()
 
@@ -51,6 +58,9 @@ class Health:
         self.features = Features()
         "What it can do besides; looked at whenever it comes."
         self._failures = 0
+        self._cards_tick = float("-inf")
+        "When it was last asked what it serves."
+        self._reading = asyncio.Lock()
         self._doubting = asyncio.Lock()
         self._doubts = 0
         "How many wait to hear."
@@ -98,7 +108,22 @@ class Health:
             return  # tokens flow: a slow or overrun web server is no dead engine
         if not trouble and self.away:
             trouble = await self._proof()
+        elif not trouble and perf_counter() - self._cards_tick > CARDS_S:
+            await self.has_changed()
         self._turn(trouble)
+
+    async def has_changed(self) -> bool:
+        """Whether what it serves is another than when this was asked."""
+        asked_tick, before = perf_counter(), self._serves
+        async with self._reading:  # one answer serves all who asked before it
+            if self._cards_tick < asked_tick:
+                with contextlib.suppress(EngineError):  # the next probe says what is wrong
+                    await self._read_cards()
+        return self._serves != before
+
+    @property
+    def _serves(self) -> tuple[tuple[str, ...], int]:
+        return self.models, self.max_model_len
 
     @property
     def is_doubted(self) -> bool:
@@ -133,13 +158,9 @@ class Health:
     async def _proof(self) -> str:
         """Before it comes back: what it serves, and after failures that it really makes tokens."""
         try:
-            cards = await self._engine.models()
+            cards = await self._read_cards()
         except EngineError as error:
             return str(error)
-        if not self._address.models:
-            self.models = tuple(card.id for card in cards)
-        lengths = [card.max_model_len for card in cards if card.max_model_len]
-        self.max_model_len = self._address.max_model_len or min(lengths, default=0)
         if self._failures >= self._settings.failures_max:
             trouble = await self._engine.try_one(cards[0].id if cards else "")
             if trouble:
@@ -147,6 +168,23 @@ class Health:
         self._failures = 0
         await self._look(self.models[0] if self.models else "")
         return ""
+
+    async def _read_cards(self) -> list[Card]:
+        asked_tick, before = perf_counter(), self._serves
+        cards = await self._engine.models()
+        self._cards_tick = asked_tick
+        if not self._address.models:
+            self.models = tuple(card.id for card in cards)
+        lengths = [card.max_model_len for card in cards if card.max_model_len]
+        self.max_model_len = self._address.max_model_len or min(lengths, default=0)
+        if not self.away and self._serves != before:
+            log.warning(
+                "engine_changed",
+                endpoint=self._address.name,
+                models=self.models,
+                max_model_len=self.max_model_len,
+            )
+        return cards
 
     async def _look(self, model: str) -> None:
         """What it can do is good to know and no reason to stay away."""

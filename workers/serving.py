@@ -33,6 +33,9 @@ from workers.rhythm import Rhythm
 from workers.vigil import Vigil
 from workers.writer import Writer
 
+UNKNOWN_MODEL = 404
+"An engine's status for a model that it does not have."
+
 log = structlog.get_logger()
 
 
@@ -160,6 +163,8 @@ class Serving:
             if is_broken(error) or not is_alone:
                 has_turned = await self._health.doubt() or has_turned
                 self._changed.set()
+            elif error.status == UNKNOWN_MODEL:
+                has_turned = await self._health.has_changed()
             if has_turned:
                 await self._turned()
             return error

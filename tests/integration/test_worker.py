@@ -19,6 +19,7 @@ from scheduler.settings import (
     Settings,
     WorkerSettings,
 )
+from workers import health
 from workers.attempt import Stop
 from workers.emulator.server import Emulator
 from workers.emulator.settings import EmulatorSettings
@@ -133,6 +134,10 @@ def _id(entry):
     return int(milliseconds), int(sequence)
 
 
+async def _serves(hand, model):
+    return (await hand.beats())[-1].models == (model,)
+
+
 async def running_in(emulator):
     async with (
         aiohttp.ClientSession() as session,
@@ -180,6 +185,46 @@ class Gate:
                     self._open.clear()
                 if goes_in:
                     await self._open.wait()
+                target.write(data)
+        finally:
+            target.transport.abort()
+
+
+class Proxy:
+    """In front of one engine at a time, as a service in front of a rolling update."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self._pumps = []
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        await self._break_off()
+
+    async def turn_to(self, engine):
+        """From now on it is this one; what the other was asked breaks off."""
+        self.engine = engine
+        await self._break_off()
+
+    async def _break_off(self):
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _relay(self, reader, writer):
+        port = int(self.engine.url.rpartition(":")[2].strip("/"))
+        behind, before = await asyncio.open_connection("127.0.0.1", port)
+        for way in ((reader, before), (behind, writer)):
+            self._pumps.append(asyncio.ensure_future(self._pump(*way)))
+
+    async def _pump(self, source, target):
+        try:
+            while data := await source.read(65536):
                 target.write(data)
         finally:
             target.transport.abort()
@@ -758,6 +803,32 @@ class TestEngineState:
             return (await hand.beats())[-1].state == "ready"
 
         await until(is_back)
+
+    async def test_another_engine_between_two_probes(self, emulator, hand, rig):
+        """Nobody saw it go: the first request that it does not know the model of shows what it serves now."""
+        other = EmulatorSettings(model="other", max_model_len=4096, time_scale=20.0)
+        async with Emulator(other, die=lambda: None) as successor, Proxy(emulator) as proxy:
+            await rig.start(proxy.url, probe_s=60.0)
+            first = await hand.ready()
+            await proxy.turn_to(successor)
+
+            await hand.submit("r1", chat(5), first.epoch)
+
+            reward = await hand.reward("r1")
+            assert (reward.outcome, reward.retryable) == ("returned", True)
+            last = (await hand.beats())[-1]
+            assert (last.state, last.models, last.max_model_len) == ("ready", ("other",), 4096)
+
+    async def test_what_it_serves_is_asked_now_and_then(self, emulator, hand, rig, monkeypatch):
+        """Adapters and lengths change without a request that would show it."""
+        monkeypatch.setattr(health, "CARDS_S", 0.0)
+        other = EmulatorSettings(model="other", time_scale=20.0)
+        async with Emulator(other, die=lambda: None) as successor, Proxy(emulator) as proxy:
+            await rig.start(proxy.url)
+            await hand.ready()
+            await proxy.turn_to(successor)
+
+            await until(lambda: _serves(hand, "other"))
 
     async def test_failures_in_a_row_speak_louder_than_health(self, emulator, hand, rig):
         """An engine that fails everything is away although /health is 200; one real token brings it back."""
