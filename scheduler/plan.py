@@ -42,6 +42,14 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     It goes where it breaks less than that: 1 serves the late at once and makes others late, 0 waits for the unpromised.
     """
 
+    keep_clear: AtLeastNothing = 1.0
+    """
+    So much counts each promise of those to come that one who is late would probably break; 0: nothing.
+
+    It goes, where nobody urgent waits, to the endpoints that will be missed least: where that breaks less than
+    `late_worth`. The rest stay clear of long prompts that nobody can have in time, and of their answers.
+    """
+
     patience: AtLeastNothing = 1.0
     """
     A request with more time than so many of its own stays goes only where it breaks less; 0: wherever it may now.
@@ -128,10 +136,12 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     "Of a decode leg, what the predictor of transfers saw."
 
 
-class Turn(msgspec.Struct, frozen=True, kw_only=True):
+class Turn(msgspec.Struct, frozen=True):
     """A request that the plan sets aside or takes up again."""
 
     kind: Literal["set_aside", "take_up"]
     ticket: Ticket
     total_s: float
     "Predicted seconds to its first token on its best endpoint."
+    alone_s: float
+    "The same where nothing stands before it."

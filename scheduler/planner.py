@@ -67,6 +67,7 @@ class Planner:
         work: Callable[[Ticket], Work],
         barrier: Callable[[str], Floats],
         noise: Callable[[], Noise],
+        broken: Callable[[Offer], Floats],
         rng: np.random.Generator,
         standing: Callable[[str], float] | None = None,
         onward: Onward | None = None,
@@ -84,6 +85,7 @@ class Planner:
             work: what is left to compute of a request.
             barrier: by model, 0 for each slot where a request may go, `inf` where not.
             noise: how far off the predicted pace may be; asked once, if ever.
+            broken: by slot, how many of those to come one that is late would probably make late there.
             rng: decides between equals.
             standing: by tenant, what its promises count; None: all alike.
             onward: what follows a prefill leg; None where nobody only prefills.
@@ -104,10 +106,10 @@ class Planner:
         self.worth = Worth(
             room,
             self.offers,
-            pace_worth=settings.pace_worth,
+            settings=settings,
             noise=noise,
             standing=standing,
-            patience=settings.patience,
+            broken=broken,
             now=now,
             onward=onward,
             casting=casting,
@@ -203,7 +205,7 @@ class Planner:
                 return
             offer = self.offers.of(ticket)
             total_s = np.where(idle, self.offers.total_s(offer), np.inf)
-            worthy = self.worth.allows(offer, total_s, part=self.settings.late_worth)
+            worthy = self.worth.allows_late(offer, total_s)
             if worthy is not None:
                 total_s = np.where(worthy, total_s, np.inf)
             slot = int(total_s.argmin())
@@ -274,7 +276,8 @@ class Planner:
             offer.ticket.state == "set_aside"
         ):  # a change; a test without one says nothing
             kind: Literal["set_aside", "take_up"] = "take_up" if can_make_it else "set_aside"
-            self.turns.append(Turn(kind=kind, ticket=offer.ticket, total_s=float(total_s[best])))
+            turn = Turn(kind, offer.ticket, total_s=total_s.item(best), alone_s=offer.alone_s)
+            self.turns.append(turn)
         if not can_make_it:
             return
         slot, propensity, why = self.picker.pick(offer, total_s, best)

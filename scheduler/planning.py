@@ -4,6 +4,7 @@ import numpy as np
 from msgspec import structs
 
 from scheduler import assign
+from scheduler.demand import Demands
 from scheduler.memory import Memory
 from scheduler.onward import Onward
 from scheduler.plan import Choice
@@ -12,7 +13,7 @@ from scheduler.price import Usual
 from scheduler.profile.casting import Assembly, Casting
 from scheduler.room import Decodes, Room
 from scheduler.state import Floats, Ticket
-from scheduler.work import Works
+from scheduler.work import Offer, Works
 
 RETEST_MAX = 8
 "How many of those set aside are tested again in one step; the rest keep."
@@ -55,6 +56,7 @@ class Planning:
         profile = memory.settings.profile
         self._assembly = None if profile is None else Assembly(profile)
         self._usual = Usual()
+        self._demands = Demands()
         self._works = Works(memory.prefixes, memory.sessions, self._fleet.by_slot)
         self._room: Room | None = None
         "Of the last step, until it is settled."
@@ -111,6 +113,8 @@ class Planning:
             ticket.cached_tokens = choice.cached_tokens
             self._works.forget(ticket.id)
             self._usual.learn(choice.work_s, ticket.prompt_tokens)
+            if choice.leg != "decode" and choice.total_s <= ticket.due_at - memory.now:
+                self._demand(ticket, choice.work_s, choice.total_s - choice.start_s)
             memory.predictor.pace.prefill(slot, choice.work_s, memory.now)
             ticket.pace = memory.predictor.pace.row(slot, *load, memory.now)
             memory.prefixes.insert(slot, ticket.request.blocks)
@@ -207,11 +211,25 @@ class Planning:
             work=self._works.of,
             barrier=fleet.barrier,
             noise=self._memory.predictor.pace.noise,
+            broken=self._broken,
             rng=self._rng,
             standing=None if turns is None else turns.accounts.standing,
             casting=casting,
             onward=onward,
         )
+
+    def _broken(self, offer: Offer) -> Floats:
+        """How many of those to come one that is late would make late; longer than usual it counts as usual, or it would wait for ever."""
+        memory = self._memory
+        return self._demands.broken(
+            offer, self._usual.work_s, memory.predictor.declared_s, memory.now
+        )
+
+    def _demand(self, ticket: Ticket, work_s: float, alone_s: float) -> None:
+        """One was handed over in time, or set aside: somebody wants endpoints who could be in time if one were free."""
+        spare_s = ticket.due_at - ticket.enqueued_at - alone_s
+        if 0 <= spare_s < np.inf:
+            self._demands.add(ticket.request.model, work_s, spare_s, self._memory.now)
 
     def _serve_prefilled(self, planner: Planner, onward: Onward, prefilled: list[Ticket]) -> None:
         """Bind the decode legs; only then are the places kept for those whose prompts are being computed."""
@@ -258,6 +276,7 @@ class Planning:
                 memory.note(turn.ticket, "taken_up", "can make it after all", slack_s)
             else:
                 lines.set_aside(turn.ticket)
+                self._demand(turn.ticket, turn.alone_s, turn.alone_s)
                 reason = f"cannot make it: {-slack_s:.2f} s too late on the best endpoint"
                 memory.note(turn.ticket, "set_aside", reason, slack_s)
 

@@ -107,6 +107,12 @@ class Predictor:
             del self._remembered[next(iter(self._remembered))]
         self._speeds[slot] = None
 
+    @property
+    def declared_s(self) -> Floats:
+        """Seconds per token of a prompt on every slot, as its hardware is declared; float64[n_slots]."""
+        declared_s: Floats = self._prior[1]
+        return declared_s
+
     def rates(self, decode_kv: Floats) -> Rates:
         """What prefilling costs on every slot now, given what decodes there."""
         weighed, (speed, pair_s) = self._believed()

@@ -53,6 +53,11 @@ class Offer(msgspec.Struct, frozen=True):
     is_second: bool = False
     "Its prompt is computed, and only its decode leg is asked for."
 
+    @property
+    def alone_s(self) -> float:
+        """Seconds to its first token on its best endpoint, if nothing stood before it."""
+        return self.service_s.item(self.service_s.argmin())
+
     def best_cached(self, slot: int) -> tuple[float, float]:
         """Tokens of its prompt that this slot has, and the most that any has where it may go."""
         if self.cached is None:

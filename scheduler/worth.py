@@ -1,4 +1,4 @@
-"""What a request gains by being somewhere, less what it breaks there: promises per token against one another."""
+"""What a request gains by being somewhere, less what it breaks there: promises against one another."""
 
 import functools
 import math
@@ -10,6 +10,7 @@ import numpy as np
 from scheduler.offers import Offers
 from scheduler.onward import Onward
 from scheduler.pace import Noise
+from scheduler.plan import PlanSettings
 from scheduler.profile.casting import Casting
 from scheduler.room import Room
 from scheduler.state import Bools, Floats, Ticket
@@ -36,10 +37,10 @@ class Worth:
         room: Room,
         offers: Offers,
         *,
-        pace_worth: float,
+        settings: PlanSettings,
         noise: Callable[[], Noise],
         standing: Callable[[str], float] | None,
-        patience: float,
+        broken: Callable[[Offer], Floats],
         now: float,
         onward: Onward | None,
         casting: Casting | None,
@@ -49,20 +50,20 @@ class Worth:
         Args:
             room: of the step.
             offers: what fits where.
-            pace_worth: of `PlanSettings`.
+            settings: what is worth how much.
             noise: how far off the predicted pace may be; asked once, if ever.
             standing: by tenant, what its promises count; None: all alike.
-            patience: of `PlanSettings`.
+            broken: of those to come, how many promised first tokens it would probably break on each slot.
             now: unix seconds.
             onward: what follows a prefill leg; None where nobody only prefills.
             casting: a profile, which says itself where it is better put.
         """
         self._room = room
         self._offers = offers
-        self._pace_worth = pace_worth
+        self._settings = settings
         self._ask_noise = noise
         self._standing = standing
-        self._patience = patience
+        self._broken = broken
         self._now = now
         self._onward = onward
         self._casting = casting
@@ -114,11 +115,20 @@ class Worth:
         worthy: Bools = (value > 0) & (value >= least)
         return worthy
 
+    def allows_late(self, offer: Offer, total_s: Floats) -> Bools | None:
+        """Where one that is late breaks less than it counts, of those who are there and of those to come; as `allows`."""
+        part, clear = self._settings.late_worth, self._settings.keep_clear
+        worthy = self.allows(offer, total_s, part=part)
+        if clear <= 0 or self._casting is not None:
+            return worthy
+        spares = clear * self._broken(offer) <= part * self.weight(offer.ticket)
+        return spares if worthy is None else worthy & spares
+
     def of(self, offer: Offer, part: float = 1.0) -> Floats | None:
         """What it gains less what it breaks: the odds of its own pace against what it takes from the others'."""
         room, promise = self._room, offer.ticket.promise
         decodes, own_s = room.decodes, promise.tpot_s
-        if self._pace_worth <= 0 or (own_s is None and not decodes.is_bound):
+        if self._settings.pace_worth <= 0 or (own_s is None and not decodes.is_bound):
             return None
         read_s = decodes.load.token_s * room.held_kv(offer.prompt, offer.kv)
         pace_s = decodes.joined_s(read_s)
@@ -131,12 +141,12 @@ class Worth:
         left_s, weight = offer.ticket.due_at - self._now, part * self.weight(offer.ticket)
         if weight != 1.0:
             gain *= weight
-        if left_s < math.inf and self._patience > 0 and not offer.is_second:
+        if left_s < math.inf and self._settings.patience > 0 and not offer.is_second:
             # Waiting costs it nothing but time, as long as it has more than its stay is long. Load comes and goes
             # within a few stays, so who may wait for several finds a place that costs others less.
             # The same for all: where it would stay longer is no better place.
             stay_s = room.mean(pace_s) * max(1, offer.ticket.output_tokens)
-            gain *= min(1.0, self._patience * stay_s / max(left_s, 1e-6))
+            gain *= min(1.0, self._settings.patience * stay_s / max(left_s, 1e-6))
         added_s = decodes.load.sequence_s + read_s
         work_s = offer.work_s / max(SHORT_ANSWER, offer.ticket.output_tokens)
         value: Floats = gain - self._harm(others, (added_s + work_s) / pace_s)
@@ -174,5 +184,5 @@ class Worth:
         if self._seen != self._room.version:
             self._seen, decodes = self._room.version, self._room.decodes
             self._tightest_s[1] = np.minimum(decodes.tightest_s, PROMISE_MAX_S)
-            self._promised = self._pace_worth * decodes.promised
+            self._promised = self._settings.pace_worth * decodes.promised
         return self._tightest_s, self._promised

@@ -86,6 +86,26 @@ class Pool:
         return [c.decision.kind for c in self.core.decide(self.now) if isinstance(c, Note)]
 
 
+@pytest.mark.parametrize("keep_clear", [0.0, 1.0])
+def test_prompts_that_nobody_can_have_in_time_keep_to_the_slow(keep_clear):
+    """Short prompts come that can hardly wait, then three that would take 2 s of half a second: off, each has an endpoint."""
+    pool = Pool(plan=PlanSettings(keep_clear=keep_clear))
+    for turn in range(200):
+        pool.beat("slow", hardware="l40s")
+        pool.beat("quick-0")
+        pool.beat("quick-1")
+        pool.ask(f"short{turn}", prompt_tokens=3000, ttft_s=0.21)
+        for command in pool.decide(after_s=0.01):
+            pool.now += 0.1
+            pool.reward(command, prefill_s=0.19)
+    for name in ("a", "b", "c"):
+        pool.ask(name, prompt_tokens=30_000, ttft_s=0.5)
+
+    taken = [command.endpoint for command in pool.decide() if isinstance(command, Assign)]
+
+    assert sorted(taken) == (["slow"] if keep_clear else ["quick-0", "quick-1", "slow"])
+
+
 def test_whoever_waits_for_its_prefix_goes_elsewhere_at_the_moment_named():
     """Nothing need happen meanwhile: `wakeup_at` names the end of its patience, and then it is handed over."""
     pool = Pool(plan=PlanSettings(cache_patience=0.5))

@@ -57,6 +57,7 @@ def planner(
     asked: list[str] | None = None,
     settings: PlanSettings = SETTINGS,
     answer_part: float = 1.0,
+    broken: list[float] | None = None,
     **terms: float,
 ) -> Planner:
     """Endpoints of these speeds, at time 0, with nothing but tokens to cost anything."""
@@ -97,6 +98,7 @@ def planner(
         odds=lambda _, log_ratio: float(log_ratio >= 0),
         usual=usual(),
         noise=Noise,
+        broken=lambda _: np.array(broken or [0.0] * n),
         work=work,
         barrier=lambda _: np.zeros(n),
         rng=np.random.default_rng(0),
@@ -378,6 +380,26 @@ def paced(name: str, tokens: int = 100) -> Ticket:
     made = ticket(name, tokens)
     made.promise = msgspec.structs.replace(FREE, tpot_s=0.05)
     return made
+
+
+@pytest.mark.parametrize(
+    ("keep_clear", "late_worth", "expected"),
+    [
+        pytest.param(1.0, 0.3, [("late", 1)], id="where less is broken than it counts"),
+        pytest.param(0.0, 0.3, [("late", 0)], id="off: where it is soonest (I10)"),
+        pytest.param(1.0, 0.1, [], id="nowhere, if it counts less"),
+    ],
+)
+def test_the_late_keep_the_quick_clear_for_those_to_come(keep_clear, late_worth, expected):
+    """Both stand idle; at the quick one two of those to come would be late for it, at the slow one a fifth of one."""
+    settings = msgspec.structs.replace(SETTINGS, keep_clear=keep_clear, late_worth=late_worth)
+    made = planner([0.001, 0.002], broken=[2.0, 0.2], settings=settings)
+    late = ticket("late", 3000, due_at=-1.0)
+    late.turn("set_aside")
+
+    made.fill([late], is_calm=True)
+
+    assert served(made) == expected
 
 
 class TestPace:
