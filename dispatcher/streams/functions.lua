@@ -49,7 +49,8 @@ local function lead(keys, args)
     redis.call('HSET', keys[1], 'until', now + args[2])
     return {epoch, args[1], now + args[2]}
   end
-  if till > now then return {0, held[1], till} end
+  -- A lease that ends much later than any is given was given before the clock was put back: who waited for it waited for hours.
+  if till > now and till - now <= 100 * args[2] then return {0, held[1], till} end
   -- Time-based, so that a failover to a replica that missed a write can not hand an epoch out twice.
   epoch = math.max(epoch + 1, now)
   redis.call('HSET', keys[1], 'node', args[1], 'epoch', string.format('%d', epoch), 'until', now + args[2])

@@ -123,6 +123,15 @@ class TestLeadership:
 
         assert reply[0] == epoch
 
+    async def test_a_lease_from_before_the_clock_went_back_is_over(self, redis):
+        """A new master whose clock is hours behind is led within one lease, under a later epoch all the same."""
+        first = await led(redis, "d1")
+        hour_ms = 3_600_000
+        until = int(await redis.command("HGET", KEYS.leader, "until")) + hour_ms
+        await redis.command("HSET", KEYS.leader, "until", until, "epoch", first + hour_ms)
+
+        assert await led(redis, "d2") > first + hour_ms
+
     async def test_a_deposed_leader_moves_nothing(self, redis):
         """Every leader's move under an old epoch is refused and writes nothing."""
         old = await led(redis, "d1", ttl_s=0.0)
