@@ -88,7 +88,11 @@ class Requests:
 
     def recovered(self, event: Recovered) -> Ticket | None:
         """Take over what an earlier leader knew; what an endpoint holds, or keeps KV of, is returned, to be put there."""
-        # Redis says that it lives, whatever is remembered here: its move was refused, or the dead came back.
+        # Redis says that it lives, whatever is remembered here: its move was refused, the dead came back, or Redis lost
+        # the entry under which it lived and its client sent it again.
+        living = self._memory.book.tickets.get(event.request.id)
+        if living is not None and living.entry != event.entry:
+            self._forget(living)
         self._memory.book.finished.pop(event.request.id, None)
         if self._is_known(event):
             return None

@@ -430,6 +430,35 @@ class TestTakeover:
 
                 assert await results(redis, keys, 1) == {"anew": "completed"}
 
+    @pytest.mark.parametrize("is_held", [False, True], ids=["waiting", "held"])
+    async def test_what_was_lost_and_sent_again(self, redis_url, settings, redis, keys, is_held):
+        """Redis lost an entry that the core still knows; under a new one the same id is served, once."""
+        worker = PlayedWorker(redis, keys)
+        async with dispatching(redis_url, settings) as node:
+            await until(lambda: node.is_leader)
+            async with worker.beating() if is_held else contextlib.nullcontext():
+                lost = await enqueue(redis, keys, "r1")
+                held = await worker.jobs() if is_held else []
+                await decided(redis, keys, 1)
+                await redis.commands(
+                    [
+                        ("XACK", keys.requests, DISPATCHER_GROUP, lost),
+                        ("XDEL", keys.requests, lost),
+                        ("DEL", keys.request("r1"), keys.waiting),
+                        *(
+                            ("XACK", keys.jobs(worker.endpoint), "worker", one.job_entry)
+                            for one in held
+                        ),
+                    ]
+                )
+
+                await enqueue(redis, keys, "r1")
+                async with worker.beating():
+                    await worker.finish(await worker.jobs())
+
+                    assert await results(redis, keys, 1) == {"r1": "completed"}
+                    assert await pending(redis, keys) == 0
+
 
 class TestEnd:
     async def test_a_cancel_in_the_moment_of_a_failure_is_obeyed(
