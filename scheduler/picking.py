@@ -133,8 +133,10 @@ class Picker:
         """What giving KV away costs, where its answer would be decoded."""
         used = self._room.used
         ticket = offer.ticket
-        is_promised = ticket.due_at < math.inf or ticket.promise.tpot_s is not None
-        pressed = pressure(used, offer.new, is_promised=is_promised)
+        tpot_s = ticket.promise.tpot_s
+        is_promised = ticket.due_at < math.inf or tpot_s is not None
+        near = self._room.pressed(tpot_s)
+        pressed = pressure(used, offer.new, is_promised=is_promised, near=near)
         if self._onward is not None and not offer.is_second:
             # To whoever decodes what is prefilled elsewhere, all of it is new.
             target, _ = self._onward.target(ticket)

@@ -62,7 +62,8 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     What a prompt costs others where the KV is full, in predicted seconds to its own first token; 0: nothing.
 
     Such an endpoint decodes more slowly for all, evicts prefixes that others come back for, and soon takes nobody. Half
-    full it counts half of that; of who was promised nothing an eighth, and only what is not cached there: see `pressure`.
+    full it counts half of that; of who was promised nothing an eighth, and only what is not cached there; of who was
+    promised a pace that the pool keeps with ease, nothing: see `pressure`.
     """
 
     cache_patience: AtLeastNothing = 0.5

@@ -1,5 +1,6 @@
 """What the endpoints can still take in one step: time, seats, KV, and slower tokens. Every choice makes it smaller."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ import numpy as np
 from scheduler.ledger import Backlog, Line, Rates, asked_kv
 from scheduler.pace import WHOLE, Load
 from scheduler.pins import Pins
+from scheduler.pressure import pressed
 from scheduler.state import Bools, Floats, Ticket
 
 
@@ -40,6 +42,8 @@ class Decodes:
         self._added: list[tuple[int, float]] = []
         "and by how many seconds per token it slows all; of the last ones not reckoned yet."
         self.tightest_s = tightest_s
+        self.began_s = tightest_s
+        "The same when the step began."
         self.promised = promised
         self.is_bound = is_bound
         self._is_own = False
@@ -168,6 +172,18 @@ class Room:
                 free = np.divide(self.kv, self.kv_max, out=np.ones(len(self.kv)), where=known)
                 self._used = 1.0 - free
         return self._used
+
+    @functools.cached_property
+    def _pace_s(self) -> tuple[float, float]:
+        """When the step began: seconds per token in the mean over the slots, and the shortest that anybody was promised."""
+        return self.mean(self.decodes.load.joined_s), _least(self.decodes.began_s)
+
+    def pressed(self, tpot_s: float | None) -> float:
+        """How near this promise per token, or anybody's, is to breaking; 1 without one, or where prompts are computed apart."""
+        if tpot_s is None or self.only_prefills is not None:
+            return 1.0
+        pace_s, tightest_s = self._pace_s
+        return pressed(pace_s, min(tpot_s, tightest_s))
 
     def mean(self, values: Floats) -> float:
         """Over the slots that may take something; float64[n_slots]."""

@@ -281,6 +281,7 @@ def _scene(rng: np.random.Generator, n_slots: int, *, is_idle: bool) -> Scene:
         output_tokens=200.0,
         left_s=math.inf if is_idle else 2.0,
         tpot_s=None if is_idle else 0.05,
+        pressed=1.0 if is_idle else 0.5,
         beats=beats,
         eligible=read_only(eligible),
         work_s=numbers(1.0),

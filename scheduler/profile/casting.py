@@ -169,6 +169,7 @@ class Casting:
             output_tokens=float(ticket.output_tokens),
             left_s=ticket.due_at - self._now,
             tpot_s=promise.tpot_s,
+            pressed=room.pressed(promise.tpot_s),
             beats=self._beats,
             eligible=read_only(offer.service_s < math.inf),
             work_s=read_only(offer.work_s),

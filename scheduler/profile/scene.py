@@ -34,6 +34,8 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     "Until its first token is due; negative: too late; `inf`: nothing promised."
     tpot_s: float | None
     "Promised seconds per token."
+    pressed: float
+    "How near the pool is to breaking that, or a tighter one, from 0, at ease, to 1; 1 where nothing is promised per token."
 
     # The fleet.
 

@@ -50,7 +50,7 @@ class KvPressure(Scorer, frozen=True, tag="kv-pressure-scorer"):
         used = np.clip(scene.kv_used, 0.0, 1.0)
         new = (scene.prompt_tokens - scene.cached_tokens) / scene.prompt_tokens
         is_promised = scene.left_s < np.inf or scene.tpot_s is not None
-        return 1.0 - pressure(used, new, is_promised=is_promised)
+        return 1.0 - pressure(used, new, is_promised=is_promised, near=scene.pressed)
 
 
 class Load(Scorer, frozen=True, tag="load-aware-scorer"):

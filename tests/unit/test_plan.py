@@ -14,7 +14,7 @@ from scheduler.pins import Pins
 from scheduler.plan import PlanSettings
 from scheduler.planner import ASIDE_MAX, Planner
 from scheduler.policies import Terms
-from scheduler.pressure import pressure
+from scheduler.pressure import pressed, pressure
 from scheduler.price import Usual
 from scheduler.room import Decodes, Room
 from scheduler.slo import Promise
@@ -376,9 +376,9 @@ def decoding(
     return made
 
 
-def paced(name: str, tokens: int = 100) -> Ticket:
+def paced(name: str, tokens: int = 100, tpot_s: float = 0.05) -> Ticket:
     made = ticket(name, tokens)
-    made.promise = msgspec.structs.replace(FREE, tpot_s=0.05)
+    made.promise = msgspec.structs.replace(FREE, tpot_s=tpot_s)
     return made
 
 
@@ -592,6 +592,15 @@ class TestPressure:
         assert 0 <= least <= emptier <= fuller <= 1
         assert pressure(np.array([0.5 * high]), None, is_promised=promised)[0] <= 0.5 * high
 
+    @given(pace_s=st.floats(1e-4, 1), slower_s=st.floats(1e-4, 1), promised_s=st.floats(1e-3, 1))
+    def test_a_pace_presses_the_more_the_less_is_left_of_it(self, pace_s, slower_s, promised_s):
+        """Nobody below half of what was promised, everybody beyond three quarters."""
+        quick_s, slow_s = sorted((pace_s, slower_s))
+
+        assert 0 <= pressed(quick_s, promised_s) <= pressed(slow_s, promised_s) <= 1
+        assert pressed(0.49 * promised_s, promised_s) == 0
+        assert pressed(0.76 * promised_s, promised_s) == 1
+
 
 class TestFill:
     def test_among_near_equals_the_emptier_is_taken(self):
@@ -618,8 +627,13 @@ class TestFill:
 
     @pytest.mark.parametrize(
         ("one", "slot"),
-        [(ticket("r", 1000), 0), (ticket("r", 1000, due_at=100.0), 1), (paced("r", 1000), 1)],
-        ids=["nothing", "a first token", "a pace"],
+        [
+            (ticket("r", 1000), 0),
+            (ticket("r", 1000, due_at=100.0), 1),
+            (paced("r", 1000, tpot_s=0.013), 1),
+            (paced("r", 1000, tpot_s=0.02), 0),
+        ],
+        ids=["nothing", "a first token", "a pace", "a pace that all keep with ease"],
     )
     def test_whoever_was_promised_anything_is_spread_more_evenly(self, one, slot):
         """A half full endpoint is next to nothing to who was promised nothing; a crowded batch breaks promises."""
@@ -629,6 +643,17 @@ class TestFill:
         made.serve([one])
 
         assert served(made) == [("r", slot)]
+
+    def test_the_tightest_pace_of_the_pool_is_pressed_not_only_ones_own(self):
+        """Who has time to spare per token crowds those who have not."""
+        for tightest_s, slot in ((0.02, 0), (0.013, 1)):
+            made = planner([0.001, 0.0011])
+            made.room.used[:] = 0.5, 0.1
+            made.room.decodes.tightest_s[1] = tightest_s
+
+            made.serve([paced("r", 1000, tpot_s=0.1)])
+
+            assert served(made) == [("r", slot)]
 
     def test_who_would_be_late_there_does_not_pay_for_others(self):
         """Its slack ends before the emptier endpoint's first token."""

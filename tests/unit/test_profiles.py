@@ -137,6 +137,11 @@ class TestScorers:
                 {"kv_used": [0.0, 0.5, 0.5, 1.2], "cached_tokens": [0, 0, 500, 0]},
                 [1, 0.875, 0.9375, 0],
             ),
+            (
+                KvPressure(),
+                {"kv_used": [0.0, 0.5, 1.0, 1.2], "tpot_s": 0.05, "pressed": 0.5},
+                [1, 0.75, 0.5, 0.5],
+            ),
             (Load(), {"queued": [0, 64, 128, 999]}, [0.5, 0.25, 0, 0]),
             (LeastRequest(), {"queued": [0, 1, 0, 4], "running": [0, 1, 4, 0]}, [1, 0.5, 0, 0]),
             (PrefixCache(), {"cached_tokens": [0, 250, 500, 999]}, [0, 0.25, 0.5, 0.999]),
