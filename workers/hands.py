@@ -2,6 +2,7 @@
 
 import asyncio
 
+from scheduler.wire.dispatcher import Job
 from workers.attempt import Attempt
 
 
@@ -27,10 +28,13 @@ class Hands:
         """How many more may come."""
         return self._room - len(self.all)
 
-    def knows(self, request_id: str, attempt: int) -> bool:
-        """Whether this very attempt is here."""
-        known = self.all.get(request_id)
-        return known is not None and known.job.attempt == attempt
+    def knows(self, job: Job) -> bool:
+        """Whether this very attempt is here; of another entry it is another job, of a request that Redis lost and got again."""
+        known = self.all.get(job.id)
+        return known is not None and (known.job.attempt, known.job.entry) == (
+            job.attempt,
+            job.entry,
+        )
 
     def take(self, attempt: Attempt) -> None:
         """It is here."""

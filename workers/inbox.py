@@ -142,7 +142,7 @@ class Inbox:
                 return
 
     async def take(
-        self, epoch: int, cancel: Callable[[str, str], None], is_known: Callable[[str, int], bool]
+        self, epoch: int, cancel: Callable[[str, str], None], is_known: Callable[[Job], bool]
     ) -> list[Arrival]:
         """The jobs among what was read; words to cancel are passed to `cancel` as id and reason.
 
@@ -160,7 +160,7 @@ class Inbox:
                 self.read_at = self._seen_at
         return arrivals
 
-    def take_one(self, epoch: int, is_known: Callable[[str, int], bool]) -> Arrival | None:
+    def take_one(self, epoch: int, is_known: Callable[[Job], bool]) -> Arrival | None:
         """The one job that was read, where nothing of it must be fetched; None: `take` must look."""
         if self._taking.locked() or len(self._entries) != 1:
             return None
@@ -172,7 +172,7 @@ class Inbox:
         except WireError:
             return None
         is_checked = not job.body or job.kv_params == CLAIM
-        if job.epoch != epoch or _is_resumed(job) or is_checked or is_known(job.id, job.attempt):
+        if job.epoch != epoch or _is_resumed(job) or is_checked or is_known(job):
             return None
         self._entries.clear()
         self.read_at = self._seen_at
@@ -183,7 +183,7 @@ class Inbox:
         entries: Iterable[Entry],
         epoch: int,
         cancel: Callable[[str, str], None],
-        is_known: Callable[[str, int], bool],
+        is_known: Callable[[Job], bool],
     ) -> tuple[list[str], list[Held], list[Arrival]]:
         """What is over with, the jobs that are ours, and those that nobody can read."""
         done: list[str] = []
@@ -205,7 +205,7 @@ class Inbox:
                 continue
             if job.epoch < epoch:
                 done.append(entry)
-            elif job.epoch == epoch and not is_known(job.id, job.attempt):
+            elif job.epoch == epoch and not is_known(job):
                 held.append(Held(self._endpoint, job, entry))
         return done, held, odd
 

@@ -44,7 +44,7 @@ async def test_two_takers_pass_every_job_on_once(redis, pool):
     seen: list[str] = []
 
     async def take():
-        arrivals = await inbox.take(1, lambda *_: None, lambda name, _: name in seen)
+        arrivals = await inbox.take(1, lambda *_: None, lambda job: job.id in seen)
         seen.extend(arrival.held.job.id for arrival in arrivals)
 
     async def reader():

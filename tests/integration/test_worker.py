@@ -11,7 +11,7 @@ from hand import Hand, until
 
 from dispatcher.streams.connection import Connection, Where
 from scheduler.errors import FencedError
-from scheduler.keys import WORKER_GROUP, Keys
+from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
 from scheduler.settings import (
     EngineAddress,
     LeaseSettings,
@@ -132,6 +132,18 @@ async def fault(emulator, kind, **fields):
 def _id(entry):
     milliseconds, _, sequence = entry.partition("-")
     return int(milliseconds), int(sequence)
+
+
+async def _holds(hand, name):
+    return name in (await hand.beats())[-1].holds
+
+
+async def _is_delivered(hand, stream):
+    return (await hand.redis.command("XPENDING", stream, WORKER_GROUP))["pending"] == 1
+
+
+async def _is_settled(hand):
+    return await hand.pending() == 0
 
 
 async def _serves(hand, model):
@@ -691,6 +703,31 @@ class TestLease:
 
         assert len((await ghost)[stream]) == 1
         assert (await hand.result("r1")).outcome == "completed"
+
+    async def test_an_id_that_redis_lost_and_was_sent_again(self, emulator, hand, rig):
+        """The same attempt of another entry is another job: it replaces the one that is in hand, and nothing stays behind."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await fault(emulator, "freeze")
+        old = await hand.submit("r1", chat(5), beat.epoch)
+        await until(lambda: _holds(hand, "r1:1"))
+        requests, jobs = hand.keys.requests, hand.keys.jobs("e0")
+        [(job, _)] = await hand.redis.entries(jobs)
+        await hand.redis.commands(
+            [
+                ("XACK", requests, DISPATCHER_GROUP, old.entry),
+                ("XACK", jobs, WORKER_GROUP, job),
+                ("XDEL", jobs, job),
+                ("DEL", hand.keys.request("r1")),
+            ]
+        )
+
+        await hand.submit("r1", chat(7), beat.epoch)
+        await until(lambda: _is_delivered(hand, jobs))
+        await fault(emulator, "thaw")
+
+        assert (await hand.result("r1")).output_tokens == 7
+        await until(lambda: _is_settled(hand))
 
     async def test_beats_say_what_is_in_hand(self, emulator, hand, rig):
         """Each job read and not ended, by id; and up to when everything was read."""
