@@ -191,6 +191,15 @@ class TestArrival:
             assert seconds == pytest.approx(predicted_s, rel=1e-4)
             assert seconds > (1 + behind) * 2000 * A100_TOKEN_S
 
+    def test_who_is_handed_over_at_once_is_logged_once(self):
+        """That it was read is part of its assignment; of who waits it is a line of its own."""
+        pool = Pool()
+        pool.ask("waits")
+        assert pool.notes() == ["read"]
+        pool.beat("e0")
+        pool.ask("goes")
+        assert pool.notes() == []
+
     def test_an_expected_length_is_planned_with(self):
         """Of a deadline a long answer leaves less to spare; the worker is told what was expected."""
         pool = Pool()
@@ -1051,6 +1060,25 @@ class TestKvAccounts:
         [third] = pool.decide()
 
         assert third.job.cached_tokens < 256
+
+    def test_an_engine_that_finds_nothing_is_believed_to_keep_less(self):
+        """What others were believed to have left there goes as well: the oldest first."""
+        pool = Pool()
+        pool.beat("e0", kv_tokens=20 * 128)
+        ten = {name: tuple(f"{name}{n}" for n in range(10)) for name in ("old", "new")}
+        for name, blocks in ten.items():
+            pool.ask(name, prompt_tokens=1300, blocks=blocks)
+            [first] = pool.decide()
+            pool.reward(first)
+        for turn in range(7):
+            pool.ask(f"again{turn}", prompt_tokens=1300, blocks=ten["new"])
+            [again] = pool.decide()
+            assert again.job.cached_tokens == 1280
+            pool.reward(again, cached_tokens=0)
+
+        pool.ask("late", prompt_tokens=1300, blocks=ten["old"])
+        [late] = pool.decide()
+        assert late.job.cached_tokens < 1280
 
 
 class TestNoPrefixCache:

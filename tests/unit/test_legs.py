@@ -176,6 +176,18 @@ def test_a_deadline_ends_who_waits_between_the_legs(pool):
     assert [c.result.outcome for c in ended] == ["expired"]
 
 
+def test_a_pledged_place_goes_with_its_endpoint():
+    """A new life in that slot owes it to nobody."""
+    pool = Pool(beat("p0", "prefill"), beat("d0", "decode", kv_tokens=10_000))
+    pool.ask("r1")
+    assert pool.assigned() == [("prefill", "p0")]
+    pool.ask("r2")
+    assert pool.assigned() == []
+    pool.core.receive(beat("d0", "decode", epoch=2, kv_tokens=10_000), pool.now)
+
+    assert pool.assigned() == [("prefill", "p0")]
+
+
 @pytest.mark.parametrize("kv_params", [b"", b"x" * 131_073], ids=["none", "too long"])
 def test_a_prefill_leg_that_does_not_say_where_its_kv_is_has_failed(pool, kv_params):
     pool.ask(max_attempts=1)

@@ -265,6 +265,18 @@ def test_an_endpoint_that_hangs_makes_nobody_elses_time_dear():
     assert served(made) == [("r", 1)]
 
 
+def test_the_usual_request_is_the_mean_of_those_so_far():
+    """The first says all there is to say, and a thousandth next to nothing."""
+    made = Usual()
+    for work_s, mean_s in ((1.0, 1.0), (3.0, 2.0), (5.0, 3.0)):
+        made.learn(work_s, 100.0 * work_s)
+        assert (made.work_s, made.tokens) == pytest.approx((mean_s, 100.0 * mean_s))
+    for _ in range(1000):
+        made.learn(3.0, 300.0)
+    made.learn(103.0, 300.0)
+    assert made.work_s == pytest.approx(4.0, abs=0.01)
+
+
 def test_a_greater_worth_buys_dearer_time():
     """Where the price sets the usual aside, who counts ten times as much is served."""
     for weight, set_aside in ((1.0, True), (10.0, False)):

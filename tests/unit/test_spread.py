@@ -77,3 +77,11 @@ def test_one_band_says_nothing_of_another():
 
     assert made.ratios(0.0) == before
     assert [spread.band(s) for s in (0.0, 0.1, BEHIND_S)] == list(spread.BANDS)
+
+
+def test_before_anything_was_seen_odds_and_quantiles_are_of_one_curve():
+    """Whatever is said to take no longer in nine of ten cases has those odds."""
+    made = Spread()
+
+    for part, ratio in zip(PARTS, made.ratios(0.0), strict=True):
+        assert made.odds(0.0, math.log(ratio)) == pytest.approx(part)
