@@ -1,4 +1,4 @@
-"""How soon the shipped core has learned, paired with one that knows already; the figures are in docs/EVALUATION.md."""
+"""How soon the shipped core has learned, paired with one that knows already; the figures are in docs/LEARNING.md."""
 
 import importlib.util
 from pathlib import Path
