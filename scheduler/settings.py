@@ -327,7 +327,7 @@ class DoorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     "Requests open at once; one more is refused with 503."
 
     read_s: Seconds = 60.0
-    "How long a client may take to send its request."
+    "How long a client may take to send its request: its head, without which it is cut off, and its body."
 
     write_s: Seconds = 60.0
     "A client that takes nothing of its answer for so long is cut off."

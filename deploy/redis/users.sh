@@ -34,9 +34,11 @@ work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@block
   user dispatcher "~hg:{*}:* $work $speak +xread +xreadgroup +function|load"
   user worker "$(keys 'jobs:*' 'request:*' 'endpoint:*' 'body:*' 'kv:*' 'tokens:*' requests waiting results 'results:*' dead rewards beats) $work $speak +xread +xreadgroup"
   asks=$(keys requests 'request:*' 'body:*' 'tokens:*' waiting controls results 'results:*')
+  # `submit` and `batch` say it when nobody leads.
+  asks="$asks %R~hg:{*}:leader"
   user client "$asks $work $speak +xread"
-  # A client for others, that also hears from the endpoints which models are served, and whether anybody leads.
-  user door "$asks %R~hg:{*}:beats %R~hg:{*}:leader $work $speak +xread"
+  # A client for others, that also hears from the endpoints which models are served.
+  user door "$asks %R~hg:{*}:beats $work $speak +xread"
   # People who look after a pool: status, explain, cancel, drain, dead requeue.
   user operator "%R~hg:{*}:*$(keys requests 'request:*' controls dead) $work $speak +xread"
   # Probes and autoscalers: they count, change nothing and read no prompt and no answer. KEDA counts by a script, whose

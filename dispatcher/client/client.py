@@ -249,10 +249,7 @@ class Client:
         raw = await self.connection.command("HGETALL", self.keys.request(request_id))
         if raw:
             return standing(request_id, raw)
-        # One that a hand has just added, without an id: nobody has read it yet.
-        if re.fullmatch(r"\d+-\d+", request_id) and await self.connection.entries(
-            self.keys.requests, request_id, request_id
-        ):
+        if await self.records.is_unread(request_id):
             return Standing(id=request_id, state="queued", entry=request_id)
         raise UnknownRequestError(f"request {request_id!r} is not known in {self.keys.root}")
 

@@ -108,6 +108,7 @@ class Follower:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._outage = _Outage()
         self._readers: dict[asyncio.Task[None], _Reader] = {}
 
     def follow(
@@ -126,7 +127,7 @@ class Follower:
         """
         following = Following(stream, after, is_last, told, resumed)
         if len(self._readers) < READERS_MAX:
-            reader = _Reader(self._connection)
+            reader = _Reader(self._connection, self._outage)
             task = asyncio.create_task(self._run(reader), name=f"headgate-reader-{stream}")
             self._readers[task] = reader
         else:
@@ -153,13 +154,34 @@ class Follower:
         finally:
             # No wait between the last look at the share and this, so nobody can have joined.
             del self._readers[task]
+            self._outage.over(reader)
+
+
+class _Outage:
+    """Who cannot read: said when the first one cannot and when the last one can again, not by every reader at every try."""
+
+    def __init__(self) -> None:
+        self._without: set[_Reader] = set()
+
+    def note(self, reader: "_Reader", error: StreamError) -> None:
+        """It could not read."""
+        if not self._without:
+            log.warning("cannot read replies, trying until that works: %s", error)
+        self._without.add(reader)
+
+    def over(self, reader: "_Reader") -> None:
+        """It could, or reads no more."""
+        if reader in self._without:
+            self._without.discard(reader)
+            if not self._without:
+                log.info("replies can be read again")
 
 
 class _Reader:
     """One connection that waits for a share of the streams, while there is any."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, outage: _Outage) -> None:
+        self._connection, self._outage = connection, outage
         self.share: list[Following] = []
         self._waiting: asyncio.Timeout | None = None
         "The wait under way."
@@ -183,10 +205,11 @@ class _Reader:
             except TimeoutError:
                 continue  # the share is another
             except StreamError as error:
-                log.warning("cannot read replies, trying again in %.2g s: %s", delay_s, error)
+                self._outage.note(self, error)
                 await asyncio.sleep(delay_s)
                 delay_s, was_away = min(2 * delay_s, RETRY_MAX_S), True
             else:
+                self._outage.over(self)
                 if was_away:
                     for one in self.share:
                         one.resume()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Mapping
 
@@ -19,6 +20,9 @@ from scheduler.wire.worker import Result
 
 TRIM_EVERY_S = 60.0
 
+LOOK_EVERY_S = 10.0
+"A Redis emptied while it runs tells nobody: so often the request waited for longest is looked for, which is among the lost."
+
 LOOK_BATCH = 500
 "Requests looked for in one round trip."
 
@@ -34,7 +38,7 @@ class Records:
     1. `expect` before the request is sent: from then on its record cannot be missed.
     2. The client's own stream is read from its beginning, all the time.
     3. `seek` finds the record of a request somebody else sent: in its hash, or on that one's reply stream.
-    4. Whenever Redis was away, all that are waited for are looked for: it may have come back without some.
+    4. Whenever Redis was away, or has lost the oldest, all that are waited for are looked for: it may have lost more.
     """
 
     def __init__(
@@ -55,17 +59,20 @@ class Records:
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._foreign: dict[str, set[str]] = {}
         self._looking: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._kept_s = kept_s
         self._trimmed_at = time.monotonic()
 
     def start(self) -> None:
-        """Begin to read the client's own stream."""
+        """Begin to read the client's own stream, and to look after those that are waited for."""
         self._read(self._own, BEGINNING)
+        self._watching = asyncio.create_task(self._watch(), name="headgate-records-watch")
 
     async def close(self) -> None:
         """Stop reading; who still waits gets a `StreamError`."""
         try:
-            await ended([*self._readers.values(), *([self._looking] if self._looking else [])])
+            others = (self._watching, self._looking)
+            await ended([*self._readers.values(), *(one for one in others if one is not None)])
         finally:
             for awaited in self._expected.values():
                 awaited.give_up(StreamError("the client was closed before the request ended"))
@@ -159,7 +166,19 @@ class Records:
             except WireError as error:
                 log.warning("entry %s of %s is no record: %s", entry, following.stream, error)
 
-    def _look(self, _: Following) -> None:
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            oldest = next((one for one, at in self._expected.items() if at.is_sent), None)
+            if oldest is None:
+                continue
+            with contextlib.suppress(
+                StreamError
+            ):  # away: whoever reads notices, and all are looked for
+                if not await self._connection.command("HGETALL", self._keys.request(oldest)):
+                    self._look()
+
+    def _look(self, _: Following | None = None) -> None:
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look_for_all(), name="headgate-records-look")
 
@@ -179,9 +198,17 @@ class Records:
             else:
                 del sent[:LOOK_BATCH]
 
+    async def is_unread(self, request_id: str) -> bool:
+        """Whether a hand has added it, without an id, and nobody has read it yet: it is an entry and nothing else."""
+        return re.fullmatch(r"\d+-\d+", request_id) is not None and bool(
+            await self._connection.entries(self._keys.requests, request_id, request_id)
+        )
+
     async def _found(self, request_id: str, raw: Mapping[bytes, bytes]) -> None:
         awaited = self._expected.get(request_id)
         if awaited is None:
+            return
+        if not raw and await self.is_unread(request_id):
             return
         why = f"redis at {self._connection.shown} has lost request {request_id!r}, send it again"
         if raw:

@@ -1,6 +1,6 @@
 """The door's HTTP: routes, one place where every error gets OpenAI's shape, and the life of a request.
 
-1. read        within `read_s` and `body_bytes`, or 408 and 413
+1. read        within `read_s` and `body_bytes`, or 408 and 413 (half a head: closed, see `punctual`)
 2. understand  who asks, for what, with which wishes (`keyring`, `ask`, `headers`)
 3. hand in     one move into the pool's `requests` stream (`desk`)
 4. answer      whole or as a stream (`answer`)
@@ -29,6 +29,7 @@ from dispatcher.door.ask import Ask
 from dispatcher.door.desk import Desk
 from dispatcher.door.keyring import Keyring
 from dispatcher.door.meter import Meter
+from dispatcher.door.punctual import Site
 from dispatcher.door.refusal import Refusal
 from dispatcher.door.roster import Model, Roster
 from dispatcher.web import Pages
@@ -94,8 +95,6 @@ class Door:
         runner = web.AppRunner(
             self._application(),
             handler_cancellation=True,
-            access_log=None,
-            logger=_complaints,
             shutdown_timeout=self._settings.drain_s,
         )
         looking = asyncio.create_task(self._roster.run(), name="headgate-roster")
@@ -111,8 +110,15 @@ class Door:
 
     async def _listen(self, runner: web.AppRunner) -> int:
         settings = self._settings
-        tls = _tls(settings)
-        site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG, ssl_context=tls)
+        site = Site(
+            runner,
+            settings.host,
+            settings.port,
+            head_s=settings.read_s,
+            backlog=BACKLOG,
+            ssl_context=_tls(settings),
+            logger=_complaints,
+        )
         try:
             await site.start()
         except OSError as error:

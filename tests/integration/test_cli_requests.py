@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from played import ENDPOINT
+from played import ENDPOINT, Played
 
 from dispatcher.client import Client
 from dispatcher.streams import sidecar
@@ -55,6 +55,33 @@ class TestSubmit:
         code, out, _ = await headgate("submit", "--body", "-", "--stream", stdin=body)
 
         assert (code, out) == (0, "a b c \n")
+
+    @pytest.mark.parametrize("command", ["submit", "batch"])
+    async def test_that_nobody_leads_is_said(self, redis_url, pool, tmp_path, command):
+        """Who waits for what no dispatcher reads learns it, and gets the answer once one does."""
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
+        source = tmp_path / "in.jsonl"
+        source.write_text(json.dumps(line | {"body": {"model": "llama", "prompt": "hi"}}))
+        words = {
+            "submit": ("hi", "--model", "llama"),
+            "batch": (source, tmp_path / "out.jsonl"),
+        }
+        running = await asyncio.create_subprocess_exec(
+            *(HEADGATE, command, *words[command], "--redis", redis_url, "--pool", pool),
+            stderr=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+
+        async with asyncio.timeout(60):
+            said = (await running.stderr.readline()).decode()
+            played = await Played.start(redis_url, pool)
+            while not await played.turn(block_s=1.0):
+                pass
+            await running.communicate()
+        await played.close()
+
+        assert said.startswith(f"nobody leads pool {pool!r}: ")
+        assert running.returncode == 0
 
     async def test_json_is_the_record(self, played, headgate):
         """For machines: one line with the parsed body."""

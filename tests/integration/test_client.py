@@ -11,7 +11,7 @@ import pytest
 from hand import until
 from played import Played
 
-from dispatcher.client import BlockingClient, Client, follower
+from dispatcher.client import BlockingClient, Client, follower, records
 from dispatcher.client.completion import completion
 from dispatcher.local import Server
 from scheduler.errors import (
@@ -360,6 +360,43 @@ class TestWeather:
             await played.finish(played.held[2])
             assert (await handles[2]).text == "kept "
 
+    async def test_a_redis_emptied_while_it_runs(
+        self, played, client, redis_url, pool, monkeypatch
+    ):
+        """No connection breaks, nobody is told: who waits looks now and then, and passes over what nobody has read yet."""
+        monkeypatch.setattr(records, "LOOK_EVERY_S", 0.01)
+        async with Client(redis=redis_url, pool=pool) as waiting:
+            handles = [await waiting.submit(says(one), tenant="hold") for one in "ab"]
+            await played.holds(2)
+
+            await client.connection.command("FLUSHALL")
+            entry = await client.connection.add(client.keys.requests, {"model": "x", "body": "{}"})
+            unread = await waiting.attach(entry)
+
+            async with asyncio.timeout(LIMIT_S):
+                for handle in handles:
+                    with pytest.raises(StreamError, match="has lost request"):
+                        await handle.record()
+            await waiting.records._look_for_all()
+            assert not unread.is_done
+
+    async def test_an_outage_is_said_once(self, tmp_path, pool, caplog):
+        """By whichever of the readers notices it first, and not at every try."""
+        caplog.set_level("INFO", logger="headgate.client")
+        with Server(directory=tmp_path) as server:
+            async with Client(redis=server.url, pool=pool) as client, asyncio.timeout(LIMIT_S):
+                handles = [await client.submit(says("x"), stream=True) for _ in range(9)]
+                streams = [asyncio.create_task(anext(aiter(one))) for one in handles]
+                while len(client.follower._readers) < follower.READERS_MAX:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                server.stop()
+                readers = client.follower._readers.values()
+                await until(partial(_all_without, client.follower._outage, readers))
+                assert caplog.text.count("cannot read replies") == 1
+
+                for stream in streams:
+                    stream.cancel()
+
     async def test_an_end_that_is_not_on_the_reply_stream_is_found(self, played, client):
         """A Redis that comes back with another clock writes records behind what was read: each is looked for."""
         handle = await client.submit(says("x"), tenant="hold")
@@ -390,6 +427,10 @@ class TestWeather:
 
                 with pytest.raises(asyncio.CancelledError):
                     await following
+
+
+async def _all_without(outage, readers):
+    return outage._without == set(readers)
 
 
 async def _is_reading(command):

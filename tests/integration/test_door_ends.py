@@ -26,6 +26,9 @@ from scheduler.wire.worker import Beat
 
 COMPLETIONS = "/v1/completions"
 
+WHOLE = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
+"A head, and a request."
+
 HOLD = {"x-headgate-tenant": "hold"}
 "Assigned, and kept until the test ends it."
 
@@ -257,6 +260,33 @@ class TestEnds:
             assert b" 408 " in await reader.readline()
             writer.close()
             await writer.wait_closed()
+
+    @pytest.mark.parametrize(
+        "said", [b"", b"GET /healthz HTT", WHOLE + b"GET /healthz HTTP/1.1\r\n"]
+    )
+    async def test_half_a_head_holds_no_connection(self, redis_url, pool, said):
+        """Who says nothing, or half of it, at first or later, is cut off; who has said it all may be idle."""
+        async with (
+            asyncio.timeout(20),
+            opened(redis_url, pool, read_s=0.2) as front,
+        ):
+            port = int(front.url.rpartition(":")[2])
+            idle, idler = await asyncio.open_connection("127.0.0.1", port)
+            idler.write(WHOLE)
+            await idle.readuntil(b"ok\n")
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+            writer.write(said[: len(WHOLE)])
+            if said.startswith(WHOLE):
+                await reader.readuntil(b"ok\n")
+                writer.write(said[len(WHOLE) :])
+
+            assert await reader.read() == b""
+            idler.write(WHOLE)
+            assert b" 200 " in await idle.readline()
+            for one in (writer, idler):
+                one.close()
+                await one.wait_closed()
 
 
 class TestSilence:
