@@ -29,6 +29,10 @@ BLAMES_REQUEST = frozenset({400, 405, 413, 415, 422})
 "Statuses that would come from any engine for the same request; 404 is a model that another may serve."
 
 
+REASON_CHARS = 1000
+"What is passed on of an engine's own words: they go into results, logs and beats."
+
+
 class Answer:
     """What an engine has said so far. `feed` it the bytes as they come, then `check` and ask for the `response`."""
 
@@ -48,7 +52,11 @@ class Answer:
         "About what these hold in memory."
         self._bytes = 0
         "The same of the whole answer."
-        self._rest = b""
+        self._rest: list[bytes] = []
+        "What has come of an event that has not ended; put together once it has, or each packet of a long one would copy it all."
+        self._rest_bytes = 0
+        self._seam = b""
+        "Its last bytes, with which the next may end it."
         self._error: Fault | None = None
         self._head: Chunk | None = None
         self._choices: dict[int, Said] = {}
@@ -64,22 +72,34 @@ class Answer:
         Raises:
             EngineError: it is not a stream of chunks.
         """
-        if self._rest:
-            data = self._rest + data
+        if self._rest and (data := self._whole(data)) == b"":
+            return False
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n")
-        *events, self._rest = data.split(b"\n\n")
-        if len(self._rest) > EVENT_BYTES:
-            raise EngineError(f"an event of over {EVENT_BYTES} bytes")
+        *events, rest = data.split(b"\n\n")
+        self._rest = [rest] if rest else []
+        self._rest_bytes, self._seam = len(rest), rest[-3:]
         before = self.fresh_pieces
         for event in events:
-            if event[:5] == b"data:":
+            if self.is_done:
+                break  # as clients do: behind [DONE] nothing is of this answer
+            if event[:5] == b"data:" and b"\n" not in event:
                 self._event(event[5:])
-            elif event.strip() and event[:1] != b":" and event[:6] not in (b"event:", b"retry:"):
-                raise EngineError(f"garbage in the stream: {event[:80]!r}")
+            elif payload := _payload(event):
+                self._event(payload)
         if self._bytes > ANSWER_BYTES:
             raise EngineError(f"an answer of over {ANSWER_BYTES} bytes")
         return self.fresh_pieces > before
+
+    def _whole(self, data: bytes) -> bytes:
+        """The event that this ends, and what follows; nothing where it goes on."""
+        self._rest.append(data)
+        self._rest_bytes += len(data)
+        if self._rest_bytes > EVENT_BYTES:
+            raise EngineError(f"an event of over {EVENT_BYTES} bytes")
+        seam = self._seam + data
+        self._seam = seam[-3:]
+        return b"".join(self._rest) if b"\n\n" in seam or b"\n\r\n" in seam else b""
 
     def take(self) -> tuple[str, str, int]:
         """The text, the chunks as a JSON list (or nothing) and the number of pieces since the last time."""
@@ -102,15 +122,17 @@ class Answer:
             EngineError: says what was wrong, and whether another attempt may do better.
         """
         if self._error is not None:
-            raise self._refusal(self._error)
-        if self._rest.strip():
-            raise EngineError(f"the stream ended inside {self._rest[:80]!r}")
+            raise refusal(self._error.status, self._error.message)
+        rest = b"".join(self._rest).strip()
+        if rest and not self.is_done and rest != b"data: [DONE]":
+            raise _cut_off(rest)
         if not self.finish_reason:
             last = "ended with [DONE]" if self.is_done else "broke off"
             raise EngineError(f"the stream {last} without a finish reason")
         for said in self._choices.values():
             if said.finish_reason not in GOOD:
-                raise EngineError(f"finish reason is {said.finish_reason!r}, wanted stop or length")
+                found = said.finish_reason[:80]
+                raise EngineError(f"finish reason is {found!r}, wanted stop or length")
         if self.output_tokens + written.output_tokens <= 0:
             raise EngineError("the answer has no tokens")
 
@@ -169,17 +191,17 @@ class Answer:
     def _event(self, payload: bytes) -> None:
         try:
             chunk = chunks.decode(payload)
-        except UNREADABLE:
+        except UNREADABLE as error:
             if payload.strip() == b"[DONE]":
                 self.is_done = True
                 return
-            raise EngineError(f"a chunk is no JSON: {payload[:80]!r}") from None
+            raise EngineError(f"a chunk cannot be read ({error}): {payload[:80]!r}") from None
         if chunk.usage is not None:
             self.usage = chunk.usage
         if self._head is None or chunk.error is not None or chunk.metrics is not None:
             self._frame(chunk)
         has_piece = is_rich = False
-        for choice in chunk.choices:
+        for choice in chunk.choices or ():
             text = choice.delta.content if choice.delta else choice.text
             is_more = self._said(choice, text)
             has_piece = has_piece or is_more or bool(text)
@@ -199,8 +221,7 @@ class Answer:
         if chunk.metrics is not None:
             self.metrics = chunk.metrics
         if chunk.error is not None:
-            error = chunk.error
-            self._error = Fault(message=error) if isinstance(error, str) else error
+            self._error = _fault(chunk.error)
 
     def _said(self, choice: Choice, text: str | None) -> bool:
         """Take in a choice's part of a chunk; whether it is more than text of the first choice."""
@@ -220,13 +241,38 @@ class Answer:
             said.add_ids(choice)
         return said.add(choice) or choice.index > 0
 
-    def _refusal(self, error: Fault) -> EngineError:
-        return refusal(error.status, error.message)
+
+def _payload(event: bytes) -> bytes:
+    """What the lines of an event say; comments, and fields that are not data, are passed over."""
+    parts = []
+    for line in event.split(b"\n"):
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            parts.append(value)
+        elif name.strip() not in (b"", b"event", b"id", b"retry"):
+            raise EngineError(f"garbage in the stream: {event[:80]!r}")
+    return b"\n".join(parts)
 
 
-def refusal(status: int, message: str) -> EngineError:
+def _cut_off(rest: bytes) -> EngineError:
+    """A stream that ended inside this; some engines and gateways say so what is wrong, and no stream at all."""
+    try:
+        fault = chunks.decode(rest).error
+    except UNREADABLE:
+        fault = None
+    if fault is None:
+        return EngineError(f"the stream ended inside {rest[:80]!r}")
+    fault = _fault(fault)
+    return refusal(fault.status, fault.message)
+
+
+def _fault(error: Fault | str) -> Fault:
+    return Fault(message=error) if isinstance(error, str) else error
+
+
+def refusal(status: int, message: str | None) -> EngineError:
     """An engine's error, and whether the request itself is to blame."""
-    what = message or (
+    what = (message or "")[:REASON_CHARS] or (
         HTTPStatus(status).phrase if status in set(HTTPStatus) else "an error without words"
     )
     return EngineError(what, retryable=status not in BLAMES_REQUEST, status=status)
@@ -241,4 +287,4 @@ def fault_in(data: bytes) -> str:
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or error
-    return str(error)[:1000]
+    return str(error or "")[:REASON_CHARS]

@@ -1,8 +1,18 @@
 """One chunk of an engine's stream, as far as anybody here reads it."""
 
+from http import HTTPStatus
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 Fields = dict[str, object]
+
+Tokens = Annotated[int, Meta(ge=0, le=10**8)]
+"A count that can be one: no context is a tenth as long, and nobody should learn from what cannot be."
+
+CHOICES_MAX = 65_536
+"Choices of one answer; vLLM makes at most 16,384 a prompt."
 
 
 class Delta(msgspec.Struct):
@@ -15,7 +25,7 @@ class Delta(msgspec.Struct):
 
 
 class Choice(msgspec.Struct):
-    index: int = 0
+    index: Annotated[int, Meta(ge=0, lt=CHOICES_MAX)] = 0
     delta: Delta | None = None
     text: str | None = None
     finish_reason: str | None = None
@@ -27,27 +37,32 @@ class Choice(msgspec.Struct):
 
 
 class Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: Tokens | None = None
 
 
 class Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Tokens = 0
+    completion_tokens: Tokens = 0
     prompt_tokens_details: Details | None = None
     completion_tokens_details: Fields | None = None
 
 
+STATUS_END = 600
+"Behind the last HTTP status."
+
+
 class Fault(msgspec.Struct):
-    message: str = ""
+    message: str | None = ""
     code: int | str | None = None
 
     @property
     def status(self) -> int:
-        """The HTTP status that it stands for; 0: none that can be read."""
+        """The HTTP status of an error that it stands for; 0: none that is one."""
         try:
-            return int(self.code or 0)
+            status = int(self.code or 0)
         except ValueError:
             return 0
+        return status if status >= HTTPStatus.BAD_REQUEST and status < STATUS_END else 0
 
 
 class Times(msgspec.Struct):
@@ -61,7 +76,7 @@ class Chunk(msgspec.Struct):
     id: str = ""
     created: int = 0
     model: str = ""
-    choices: list[Choice] = []
+    choices: list[Choice] | None = None
     usage: Usage | None = None
     error: Fault | str | None = None
     metrics: Times | None = None

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
+from msgspec import Meta
 
 from dispatcher.streams.where import without_password
 from scheduler.errors import UNREADABLE, EngineError, SettingsError
@@ -29,19 +30,27 @@ TOKENIZED = (
 "What of a body makes its prompt."
 
 
+CARDS_MAX = 4096
+"Models and adapters of one engine; every beat names them."
+
+
 class _Tokens(msgspec.Struct):
     tokens: list[int]
+
+
+class _Paused(msgspec.Struct):
+    is_paused: bool
 
 
 class Card(msgspec.Struct):
     """A model as /v1/models shows it."""
 
-    id: str
-    max_model_len: int | None = None
+    id: Annotated[str, Meta(max_length=512)]
+    max_model_len: Annotated[int, Meta(ge=0, le=10**8)] | None = None
 
 
 class Cards(msgspec.Struct):
-    data: list[Card] = []
+    data: Annotated[list[Card], Meta(max_length=CARDS_MAX)] = []
 
 
 class Engine:
@@ -113,8 +122,9 @@ class Engine:
                 return f"/health says {status}"
             if self._pauses:
                 status, body = await self._get("/is_paused")
-                self._pauses = status == 200  # a development endpoint; most engines lack it
-                if self._pauses and b"true" in body:
+                is_paused = _is_paused(body) if status == 200 else None
+                self._pauses = is_paused is not None  # a development endpoint; most engines lack it
+                if is_paused:
                     return "paused"
         except EngineError as error:
             return str(error)
@@ -215,6 +225,14 @@ class Engine:
     def _http(self) -> Any:
         assert self._session is not None, "the engine's client is not open"
         return self._session
+
+
+def _is_paused(page: bytes) -> bool | None:
+    """None: this is no such page. Some gateways show one of their own whatever they are asked for."""
+    try:
+        return msgspec.json.decode(page, type=_Paused).is_paused
+    except UNREADABLE:
+        return None
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -3,7 +3,10 @@
 Everything here is optional. The worker uses what is there and does without what is not.
 """
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from scheduler.errors import UNREADABLE
 from scheduler.settings import EngineAddress
@@ -70,4 +73,4 @@ def version_in(page: bytes) -> str:
 
 
 class _Version(msgspec.Struct):
-    version: str = ""
+    version: Annotated[str, Meta(max_length=128)] = ""

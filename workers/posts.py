@@ -153,17 +153,23 @@ class _Connection(asyncio.Protocol):
         self._has_length = False
         self._parts: list[bytes] = []
         "Of the body, since the last bytes came; of an error all of it."
-        self._head_bytes = 0
+        self._bare_bytes = 0
+        "Come since the last of the body; of a sound answer its head, a chunk's size, its end."
+        self._has_body = False
         self._keeps = False
         self._is_complete = False
+        self._is_double = False
+        "Behind it came another, which nobody asked for: what of these is ours nobody can say."
 
     def post(self, request: bytes, heard: Heard) -> Reply:
         """Write the request; what will hold the status, and an error's body."""
         self._asker = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._heard, self._parts = heard, []
-        self._status = self._head_bytes = 0
-        self._has_length = self._is_complete = self.is_reusable = False
+        self._status = self._bare_bytes = 0
+        self._has_body = self._is_double = self._has_length = self._is_complete = (
+            self.is_reusable
+        ) = False
         if self.is_lost or self._transport is None:
             self._asker.set_exception(EngineError("connection: lost"))
         else:
@@ -194,10 +200,14 @@ class _Connection(asyncio.Protocol):
             return
         try:
             parser.feed_data(data)
+            if self._is_double:
+                raise EngineError("the engine sent two answers to one request")  # noqa: TRY301
             is_enough = self._is_enough(len(data))
             if self._status == 200 and self._parts:
                 parts, self._parts = self._parts, []
                 heard(parts[0] if len(parts) == 1 else b"".join(parts))
+        except httptools.HttpParserUpgrade:
+            asker.set_exception(EngineError("it switches to another protocol, unasked"))
         except httptools.HttpParserError as error:
             asker.set_exception(EngineError(f"no HTTP: {error}"))
         except Exception as error:  # noqa: BLE001
@@ -223,6 +233,9 @@ class _Connection(asyncio.Protocol):
 
     # What the parser says.
 
+    def on_message_begin(self) -> None:
+        self._is_double = self._is_complete
+
     def on_header(self, name: bytes, _: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
             self._has_length = True
@@ -235,17 +248,19 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)
+        self._has_body = True
 
     def on_message_complete(self) -> None:
         self._is_complete = bool(self._status)
 
     def _is_enough(self, size: int) -> bool:
-        """Whether an error has said as much as is read; a head that says too much is refused."""
-        if self._status:
+        """Whether an error has said as much as is read; a head that says too much is refused, and what trails the body."""
+        if self._has_body:
+            self._has_body, self._bare_bytes = False, 0
             return self._status != 200 and sum(map(len, self._parts)) >= ERROR_BYTES
-        self._head_bytes += size
-        if self._head_bytes > HEAD_BYTES:
-            raise EngineError(f"an answer's head of over {HEAD_BYTES} bytes")
+        self._bare_bytes += size
+        if self._bare_bytes > HEAD_BYTES:
+            raise EngineError(f"an answer's head or trailer of over {HEAD_BYTES} bytes")
         return False
 
     def _answer(self, asker: Reply) -> None:

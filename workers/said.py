@@ -1,5 +1,6 @@
 """What an engine has said of one choice: its pieces, put together as in an answer that is not streamed."""
 
+from scheduler.errors import EngineError
 from workers.chunk import Choice, Fields
 
 
@@ -42,7 +43,7 @@ class Said:
                 self.refusal.append(delta.refusal)
                 is_rich = True
             for call in delta.tool_calls or ():
-                _merge_call(self.tools.setdefault(call.get("index", 0), {}), call)
+                _merge_call(self.tools.setdefault(_place(call), {}), call)
                 is_rich = True
         if choice.logprobs:
             _extend(self.logprobs, choice.logprobs)
@@ -79,6 +80,13 @@ class Said:
         return message
 
 
+def _place(call: Fields) -> int:
+    index = call.get("index", 0)
+    if not isinstance(index, int):
+        raise EngineError(f"a tool call's index is {str(index)[:80]!r}, wanted a number")
+    return index
+
+
 def _merge_call(known: Fields, more: Fields) -> None:
     """One tool call's pieces: names and ids come once, arguments bit by bit."""
     for key, value in more.items():
@@ -86,7 +94,10 @@ def _merge_call(known: Fields, more: Fields) -> None:
             continue
         if isinstance(value, dict):
             inner = known.setdefault(key, {})
-            assert isinstance(inner, dict)
+            if not isinstance(inner, dict):
+                raise EngineError(
+                    f"a tool call's {key[:80]!r} was {str(inner)[:80]!r}, is an object"
+                )
             _merge_call(inner, value)
         elif key == "arguments":
             known[key] = str(known.get(key, "")) + str(value)

@@ -8,12 +8,16 @@ import msgspec
 _WANTED = re.compile(
     rb"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc|gpu_cache_usage_perc"
     rb"|engine_sleep_state|cache_config_info|prefix_cache_queries(?:_total)?|prefix_cache_hits(?:_total)?)"
-    rb"(\{[^}\n]*\})? ([0-9.eE+-]+|NaN)$",
+    rb"(\{[^\n]*\})? ([0-9.eE+-]+|NaN)$",
     re.MULTILINE,
 )
 "Only these lines are looked at: parsing all of a 50 KB page would cost 10 ms a second and engine."
 
-_LABEL = re.compile(rb'(\w+)="([^"]*)"')
+_LABEL = re.compile(rb'\b(\w++)="([^"]*)"')
+"A name is tried once, from its beginning: from each of its letters, a long one would hold the process for hours."
+
+MOST = 2**53
+"No count of anything is greater; beyond it a float counts no ones."
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,15 +55,15 @@ def parse(page: bytes) -> Load:
             is_awake = dict(_LABEL.findall(labels)).get(b"sleep_state") == b"awake"
             is_asleep = is_asleep or (is_awake and _number(value) == 0.0)
         else:
-            sums[name] = sums.get(name, 0.0) + _number(value)
+            sums[name] = min(sums.get(name, 0.0) + _number(value), MOST)
             counts[name] = counts.get(name, 0) + 1
     usage = b"kv_cache_usage_perc" if b"kv_cache_usage_perc" in sums else b"gpu_cache_usage_perc"
     return Load(
         running=int(sums.get(b"num_requests_running", 0)),
         queued=int(sums.get(b"num_requests_waiting", 0)),
-        kv_usage=sums.get(usage, 0.0) / counts.get(usage, 1),
+        kv_usage=min(sums.get(usage, 0.0) / counts.get(usage, 1), 1.0),
         block_tokens=size,
-        kv_tokens=tokens or blocks * size,
+        kv_tokens=min(tokens or blocks * size, MOST),
         no_prefix_cache=no_prefix_cache,
         is_asleep=is_asleep,
         prefix_queries=_either(sums, b"prefix_cache_queries"),
@@ -76,11 +80,11 @@ def _number(text: bytes) -> float:
         found = float(text)
     except ValueError:
         return 0.0
-    return found if math.isfinite(found) else 0.0
+    return min(max(found, 0.0), MOST) if math.isfinite(found) else 0.0
 
 
 def _whole(text: bytes | None) -> int:
     try:
-        return int(text or 0)
+        return min(max(int(text or 0), 0), MOST)
     except ValueError:
         return 0  # vLLM writes "None" where it does not know yet

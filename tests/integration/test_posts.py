@@ -144,6 +144,18 @@ async def test_an_endless_error_is_read_to_its_bound():
         ),
         pytest.param(b"SSH-2.0-nobody\r\n\r\n", "no HTTP", id="another protocol"),
         pytest.param(b"HTTP/1.1 200 OK\r\nX: " + b"x" * HEAD_BYTES, "head", id="endless head"),
+        pytest.param(
+            CHUNKED + b"1\r\na\r\n0\r\n" + b"X: x\r\n" * HEAD_BYTES, "trailer", id="endless trailer"
+        ),
+        pytest.param(
+            CHUNKED + b"1;x=" + b"x" * 9 * HEAD_BYTES, "trailer", id="endless chunk extension"
+        ),
+        pytest.param(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+            "another protocol, unasked",
+            id="switch",
+        ),
+        pytest.param(2 * (CHUNKED + b"1\r\na\r\n0\r\n\r\n"), "two answers", id="two answers"),
     ],
 )
 async def test_what_is_no_answer_is_an_engines_error(answer, reason):

@@ -185,6 +185,48 @@ class TestSuccess:
         """Proxies in between add both."""
         fed(b": ping\n\n", GOOD.replace(b"\n", b"\r\n")).check()
 
+    @pytest.mark.parametrize("line", [b": ping", b"event: message", b"id: 7", b"retry: 10", b""])
+    def test_what_stands_beside_the_data_takes_none_of_it_along(self, line):
+        """An event may have a comment and other fields, in lines before or behind its data."""
+        for stream in (
+            GOOD.replace(b"data:", line + b"\ndata:"),
+            GOOD.replace(b"\n\n", b"\n" + line + b"\n\n"),
+        ):
+            assert fed(stream).response(JOB) == fed(GOOD).response(JOB)
+
+    @pytest.mark.parametrize(
+        "more", [GOOD, said("more"), b"junk\n\n", b"data: [DONE]\n\n", b'data: {"id"']
+    )
+    def test_nothing_behind_done_is_of_the_answer(self, more):
+        """Whatever it is, in the same packet or in another, as for a client of the engine itself."""
+        for parts in ((GOOD + more,), (GOOD, more)):
+            answer = fed(*parts)
+            answer.check()
+            assert answer.response(JOB) == fed(GOOD).response(JOB)
+
+    @pytest.mark.parametrize("n_missing", [1, 2])
+    def test_done_needs_no_empty_line(self, n_missing):
+        """All is said: an engine that ends its stream there has not broken off."""
+        fed(GOOD[:-n_missing]).check()
+
+    def test_a_chunk_may_have_no_choices_at_all(self):
+        """Some say null where vLLM says []."""
+        fed(event(choices=None), GOOD).check()
+
+    @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+    def test_a_long_event_is_put_together_once(self, end):
+        """In many packets it costs what it costs in one, and ends wherever its end is cut."""
+        answer = Answer()
+        long = said("x" * 10_000)[:-2]
+        for at in range(len(long)):
+            assert not answer.feed(long[at : at + 1])
+        assert len(answer._rest) == len(long)
+
+        heard = [answer.feed(end[at : at + 1]) for at in range(len(end))]
+
+        assert heard[-1]
+        assert answer.take()[0] == "x" * 10_000
+
 
 class TestFailure:
     @pytest.mark.parametrize("more", [{}, {"reasoning": "y" * 9}])
@@ -216,6 +258,53 @@ class TestFailure:
         with pytest.raises(EngineError, match=words) as caught:
             fed(stream).check()
         assert caught.value.retryable
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            pytest.param({"usage": {"prompt_tokens": 1, "completion_tokens": 10**30}}, id="absurd"),
+            pytest.param({"usage": {"prompt_tokens": -7, "completion_tokens": 1}}, id="negative"),
+            pytest.param({"choices": [{"index": -1, "text": "a"}]}, id="no place"),
+            pytest.param({"choices": [{"index": 10**9, "text": "a"}]}, id="too many choices"),
+        ],
+    )
+    def test_a_number_that_cannot_be_is_named(self, wrong):
+        """Nobody is to learn from it, or to keep room for it."""
+        with pytest.raises(EngineError, match=r"a chunk cannot be read \(Expected `int` [<>]= "):
+            fed(event(**wrong))
+
+    @pytest.mark.parametrize(
+        ("first", "second", "words"),
+        [
+            ({"function": "x"}, {"function": {"name": "x"}}, "'function' was 'x', is an object"),
+            ({"index": []}, {}, "index is '\\[\\]', wanted a number"),
+        ],
+    )
+    def test_tool_calls_that_do_not_fit_together_are_the_engines_fault(self, first, second, words):
+        """Not ours: no bug is logged for them."""
+        with pytest.raises(EngineError, match=words):
+            fed(said(None, tool_calls=[first]), said(None, tool_calls=[second]))
+
+    @pytest.mark.parametrize(
+        ("code", "status"), [(400, 400), (503, 503), (10**30, 0), (-1, 0), (200, 0), ("x", 0)]
+    )
+    def test_an_errors_code_is_its_status_where_it_can_be(self, code, status):
+        """It goes into results and answers, where any other number would be one of ours."""
+        with pytest.raises(EngineError) as caught:
+            fed(event(error={"message": None, "code": code})).check()
+        assert caught.value.status == status
+
+    def test_an_error_in_place_of_a_stream_is_passed_on(self):
+        """Some gateways say 200 and then a body that is no stream."""
+        with pytest.raises(EngineError, match=r"^too long$") as caught:
+            fed(b'{"error":{"message":"too long","code":400}}').check()
+        assert not caught.value.retryable
+
+    def test_an_engines_words_are_bounded(self):
+        """They go into logs, results and beats."""
+        with pytest.raises(EngineError) as caught:
+            fed(event(error={"message": "x" * 10**6, "code": 500})).check()
+        assert len(str(caught.value)) == answers.REASON_CHARS
 
     @pytest.mark.parametrize(
         "garbage",
@@ -270,3 +359,8 @@ class TestFailure:
     def test_the_message_is_found_in_every_shape(self, body):
         """vLLM's, older vLLM's, FastAPI's, a proxy's."""
         assert "too long" in fault_in(body)
+
+    @pytest.mark.parametrize("body", [b"null", b"{}", b"[]", b'{"error":null}'])
+    def test_no_message_is_none(self, body):
+        """The status alone says what it is."""
+        assert str(refusal(503, fault_in(body))) == "Service Unavailable"

@@ -89,3 +89,31 @@ def test_absence_is_tolerated(page):
 def test_no_page_breaks_it(page):
     """Not even one that is none."""
     parse(page)
+
+
+@pytest.mark.parametrize(
+    "value", ["1e308", "-1e308", "9" * 400, "-3", "NaN", "1e999", "99999999999999999999"]
+)
+def test_numbers_that_cannot_be_are_bounded(value):
+    """Whatever they are, and however often they come: what is told of them is a number that others can read."""
+    gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    info = f'vllm:cache_config_info{{num_gpu_blocks="{value}",block_size="{value}"}} 1.0\n'
+    page = "".join(f"vllm:{name} {value}\n" for name in gauges) + info
+
+    load = parse(page.encode() * 300)
+
+    assert 0 <= load.kv_usage <= 1
+    for count in (load.running, load.queued, load.kv_tokens, load.block_tokens):
+        assert 0 <= count <= 2**53
+
+
+def test_a_label_may_hold_a_brace():
+    """As a model's name may."""
+    assert parse(b'vllm:num_requests_running{model_name="a}b{c"} 3\n').running == 3
+
+
+def test_labels_without_end_are_read_once():
+    """Names of a million letters, read again from each of them, would take days."""
+    long = b"a" * 1_000_000
+
+    parse(b"vllm:cache_config_info{" + long + b'="' + long + b"} 1.0\n")
