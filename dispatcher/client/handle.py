@@ -11,6 +11,7 @@ from dispatcher.client.completion import Completion, completion
 from dispatcher.client.standing import Standing
 from dispatcher.streams.connection import Entry
 from scheduler import codec
+from scheduler.errors import StreamError
 from scheduler.wire.worker import Result, Tokens
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ class Handle:
         Each piece comes once, also when the request is tried again elsewhere meanwhile. Ends without a raise
         whatever the outcome; a request that does not stream has no pieces. With `quiet_s` an empty piece comes
         whenever nothing was written for so long, for who has to show a sign of life.
+
+        Raises:
+            StreamError: Redis has lost pieces that were not read before; the terminal record has the whole answer.
         """
         stream = self._client.keys.tokens(self.id)
         following = self._client.follower.follow(stream, after, is_last=_is_last)
@@ -108,7 +112,8 @@ class Handle:
         try:
             while True:
                 for entry in following.take():
-                    after, tokens = entry[0], _tokens(entry)
+                    tokens = await self._read(entry, after)
+                    after = entry[0]
                     if tokens.text or tokens.chunks:
                         yield Piece(after, tokens.text, tokens.chunks)
                     if tokens.end:
@@ -127,9 +132,22 @@ class Handle:
             self._client.follower.stop(following)
         # The record and the log's end are written in one move, so what is there now is all there will be.
         for entry in await self._client.connection.entries(stream, f"({after}"):
-            tokens = _tokens(entry)
+            tokens = await self._read(entry, after)
+            after = entry[0]
             if tokens.text or tokens.chunks:
-                yield Piece(entry[0], tokens.text, tokens.chunks)
+                yield Piece(after, tokens.text, tokens.chunks)
+
+    async def _read(self, entry: Entry, after: str) -> Tokens:
+        """This entry of the log, read behind another: who read what was lost before it has no gap."""
+        tokens = codec.decode(Tokens, entry[1])
+        if tokens.lost:
+            stream = self._client.keys.tokens(self.id)
+            redis = self._client.connection
+            if after == BEGINNING or await redis.entries(stream, after, after):
+                raise StreamError(
+                    f"redis at {redis.shown} has lost {tokens.lost} pieces of request {self.id!r} before entry {entry[0]}"
+                )
+        return tokens
 
     async def _completion(self) -> Completion:
         return completion(await self.record())
@@ -143,10 +161,6 @@ class Handle:
         answer = await self
         if not has_text and answer.text:  # it was not asked to stream
             yield answer.text
-
-
-def _tokens(entry: Entry) -> Tokens:
-    return codec.decode(Tokens, entry[1])
 
 
 def _is_last(fields: Mapping[bytes, bytes]) -> bool:

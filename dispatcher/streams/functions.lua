@@ -30,6 +30,18 @@ local function add(key, packed, keep) -- one entry of these packed fields
   return redis.call('XADD', key, '*', unpack(cmsgpack.unpack(packed)))
 end
 
+-- An entry of a token log, whose first fields are `attempt` and `index`. What was written before and is not here any more,
+-- `held` pieces of `index`, Redis has lost, and only now can it be seen.
+local function say(key, packed, held)
+  local fields = cmsgpack.unpack(packed)
+  local lost = tonumber(fields[4]) - tonumber(held or 0)
+  if lost > 0 then
+    fields[#fields + 1] = 'lost'
+    fields[#fields + 1] = lost
+  end
+  redis.call('XADD', key, '*', unpack(fields))
+end
+
 local function is_leader(key, epoch)
   return redis.call('HGET', key, 'epoch') == epoch
 end
@@ -175,7 +187,7 @@ local function terminal(request, reply, tokens, how)
   redis.call('PEXPIRE', request, how.ttl)
   if how.is_private then redis.call('PEXPIRE', reply, how.ttl) end
   if how.last ~= '' then
-    add(tokens, how.last)
+    say(tokens, how.last, how.pieces)
     redis.call('PEXPIRE', tokens, how.ttl)
   end
 end
@@ -253,7 +265,7 @@ local function tokens(keys, args)
   local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt', 'tokens')
   if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
   if tonumber(held[4] or 0) > tonumber(args[3]) then return 1 end -- said before
-  add(keys[2], args[6])
+  say(keys[2], args[6], held[4])
   redis.call('HSET', keys[1], 'tokens', args[3] + args[4])
   if held[4] then redis.call('PEXPIRE', keys[2], args[5]) end -- not with the first, which is waited for; its end sets it
   return 1
@@ -279,12 +291,12 @@ end
 -- KEYS request reply tokens dead requests / ARGV endpoint attempt entry outcome ttl_ms is_private result last dead
 -- -> 1; 0 no longer yours
 local function finish(keys, args)
-  local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt')
+  local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt', 'tokens')
   if not holds(held[1], held[2], held[3], args[1], args[2]) then
     return held[1] == 'terminal' and held[2] == args[1] and held[3] == args[2] and 1 or 0
   end
   terminal(keys[1], keys[2], keys[3], {entry = args[3], outcome = args[4], ttl = args[5], is_private = args[6] == '1',
-    result = args[7], last = args[8]})
+    result = args[7], last = args[8], pieces = held[4]})
   if args[9] ~= '' then add(keys[4], buried(keys[5], args[3], args[9])) end
   return 1
 end

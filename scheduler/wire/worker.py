@@ -138,6 +138,9 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     end: str = ""
     "The outcome, on the last entry only."
 
+    lost: int = 0
+    "Pieces right before this entry that Redis had taken and has lost; its function finds it, nobody else writes it."
+
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The one terminal record of a request."""

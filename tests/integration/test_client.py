@@ -203,6 +203,35 @@ class TestStream:
         assert "".join(piece.text for piece in pieces) == "a b c "
         assert rest == ["b ", "c "]
 
+    @pytest.mark.parametrize("lost", [(1,), (1, 2), (0,)])
+    async def test_a_hole_in_the_log_is_said(self, played, client, lost):
+        """Redis without its last second: who read what it lost goes on, who reads it later is told of the gap."""
+        handle = await client.submit(says("a b c d"), stream=True, tenant="hold")
+        await played.holds(1)
+        [held] = played.held
+        texts = aiter(handle)
+        for index, word in enumerate("abc"):
+            await played.say(held, index, word)
+            await anext(texts)
+
+        log, command = client.keys.tokens(handle.id), client.connection.command
+        entries = [entry for entry, _ in await client.connection.entries(log)]
+        await command("XDEL", log, *entries[lost[0] :])
+        await command("HSET", client.keys.request(handle.id), "tokens", lost[0])
+        if lost[-1] == 2:
+            await played.say(held, 3, "d")
+            assert await anext(texts) == "d"
+            await played.finish(held, pieces=4)
+        else:
+            await played.finish(held, pieces=3)
+
+        assert [text async for text in texts] == []
+        pieces = handle.pieces()
+        for index in range(lost[0]):
+            assert (await anext(pieces)).text == "abc"[index]
+        with pytest.raises(StreamError, match=f"has lost {3 - lost[0]} pieces of request"):
+            await anext(pieces)
+
     async def test_a_bad_end_is_raised_after_the_last_piece(self, played, client):
         """What came is given first, then how it ended."""
         handle = await client.submit(says("x"), stream=True, tenant="hold")
