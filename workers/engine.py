@@ -13,7 +13,7 @@ from msgspec import Meta
 from dispatcher.streams.where import without_password
 from scheduler.errors import UNREADABLE, EngineError, SettingsError
 from scheduler.settings import EngineAddress
-from workers.answer import Answer, fault_in, refusal
+from workers.answer import REASON_CHARS, Answer, fault_in, refusal
 from workers.body import Body, Post
 from workers.parked import Parked
 from workers.posts import ERROR_BYTES, Heard, Posts, Reply
@@ -260,7 +260,9 @@ def _weather(error: BaseException) -> EngineError:
         return EngineError("no answer in time")
     if isinstance(error, aiohttp.ClientPayloadError):
         return EngineError("the connection broke off in the middle of the answer")
-    return EngineError(f"connection: {error or type(error).__name__}")
+    # A header's bytes that are no UTF-8 come as half characters, which neither a log nor a beat can hold.
+    said = str(error).encode(errors="replace").decode()[:REASON_CHARS]
+    return EngineError(f"connection: {said or type(error).__name__}")
 
 
 def checked(url: str, name: str) -> str:

@@ -14,6 +14,7 @@ A connection carries one post at a time and is kept for the next:
 
 import asyncio
 import base64
+import contextlib
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -27,6 +28,9 @@ from scheduler.errors import EngineError
 
 KEPT_S = 30.0
 "How long an idle connection is kept; an engine that closes sooner is noticed at once."
+
+STALE_S = 0.5
+"A kept connection that is closed so soon after a post was closed before it: what takes longer may have been served."
 
 ERROR_BYTES = 64 * 1024
 "How much of an error's body is read."
@@ -44,6 +48,10 @@ What will hold the answer's status, and the beginning of its body unless it was 
 
 Cancelling it closes the connection.
 """
+
+
+class StaleError(EngineError):
+    """A kept connection was closed before anything came: most likely when it was written to, and nobody has read it."""
 
 
 class Posts:
@@ -71,7 +79,7 @@ class Posts:
     ) -> Reply | None:
         """Post now, over a kept connection; None: there is none, nothing was written.
 
-        What `heard` raises ends the answer, and is the reply's error.
+        What `heard` raises ends the answer, and is the reply's error. A `StaleError` of the reply asks for a `send`.
 
         Raises:
             EngineError: a header that cannot be sent.
@@ -84,14 +92,17 @@ class Posts:
     async def send(
         self, path: str, data: bytes, headers: Mapping[str, str], heard: Heard
     ) -> tuple[int, bytes]:
-        """Post over a kept connection or a new one; what the `Reply` holds.
+        """Post over a kept connection, or a new one where there is none or it was stale; what the `Reply` holds.
 
         Raises:
             EngineError: no connection, or it was lost before the answer's end, or what came is no HTTP.
         """
         request = self._request(path, data, headers)
-        connection = self._kept() or await self._made()
-        return await self._posted(connection, request, heard)
+        kept = self._kept()
+        if kept is not None:
+            with contextlib.suppress(StaleError):
+                return await self._posted(kept, request, heard)
+        return await self._posted(await self._made(), request, heard)
 
     def _posted(self, connection: "_Connection", request: bytes, heard: Heard) -> Reply:
         reply = connection.post(request, heard)
@@ -145,6 +156,9 @@ class _Connection(asyncio.Protocol):
         self.is_lost = False
         self.is_reusable = False
         "The answer is complete, and another may follow on this connection."
+        self._posted_at = 0.0
+        self._is_kept = False
+        "It has carried an answer before."
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._asker: Reply | None = None
@@ -163,7 +177,8 @@ class _Connection(asyncio.Protocol):
 
     def post(self, request: bytes, heard: Heard) -> Reply:
         """Write the request; what will hold the status, and an error's body."""
-        self._asker = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._asker, self._posted_at = loop.create_future(), loop.time()
         self._parser = httptools.HttpResponseParser(self)
         self._heard, self._parts = heard, []
         self._status = self._bare_bytes = 0
@@ -180,6 +195,7 @@ class _Connection(asyncio.Protocol):
         """Wait for the next post."""
         self.idle_since = asyncio.get_running_loop().time()
         self._heard = self._parser = None
+        self._is_kept = True
 
     def abort(self) -> None:
         """Close it at once."""
@@ -229,7 +245,13 @@ class _Connection(asyncio.Protocol):
             broken = "the connection broke off in the middle of the answer"
             asker.set_exception(EngineError(broken))
         else:
-            asker.set_exception(EngineError(f"connection: {exc or 'closed before the answer'}"))
+            kind = StaleError if self._is_stale else EngineError
+            asker.set_exception(kind(f"connection: {exc or 'closed before the answer'}"))
+
+    @property
+    def _is_stale(self) -> bool:
+        waited_s = asyncio.get_running_loop().time() - self._posted_at
+        return self._is_kept and not self._bare_bytes and waited_s < STALE_S
 
     # What the parser says.
 

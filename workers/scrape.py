@@ -2,19 +2,23 @@
 
 import math
 import re
+from itertools import islice
 
 import msgspec
 
 _WANTED = re.compile(
     rb"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc|gpu_cache_usage_perc"
     rb"|engine_sleep_state|cache_config_info|prefix_cache_queries(?:_total)?|prefix_cache_hits(?:_total)?)"
-    rb"(\{[^\n]*\})? ([0-9.eE+-]+|NaN)$",
+    rb"(\{[^\n]{0,4096}\})? ([0-9.eE+-]+|NaN)$",
     re.MULTILINE,
 )
 "Only these lines are looked at: parsing all of a 50 KB page would cost 10 ms a second and engine."
 
 _LABEL = re.compile(rb'\b(\w++)="([^"]*)"')
 "A name is tried once, from its beginning: from each of its letters, a long one would hold the process for hours."
+
+LINES_MAX = 4096
+"So many of them are read; an engine has ten."
 
 MOST = 2**53
 "No count of anything is greater; beyond it a float counts no ones."
@@ -44,7 +48,8 @@ def parse(page: bytes) -> Load:
     counts: dict[bytes, int] = {}
     blocks = size = tokens = 0
     is_asleep = no_prefix_cache = False
-    for name, labels, value in _WANTED.findall(page.replace(b"\r", b"")):
+    found = _WANTED.finditer(page.replace(b"\r", b""))
+    for name, labels, value in (one.groups(b"") for one in islice(found, LINES_MAX)):
         if name == b"cache_config_info":
             config = dict(_LABEL.findall(labels))
             blocks += _whole(config.get(b"num_gpu_blocks"))

@@ -27,7 +27,7 @@ from workers.hands import Hands
 from workers.health import Health, is_broken
 from workers.kv_cache import KvCache
 from workers.metrics import Meter
-from workers.posts import Reply
+from workers.posts import Reply, StaleError
 from workers.pulse import Pulse
 from workers.rhythm import Rhythm
 from workers.vigil import Vigil
@@ -149,7 +149,7 @@ class Serving:
         """The engine's answer, all of it taken in; what was wrong with it, or nothing."""
         try:
             if begun is not None:
-                await self._engine.reply(begun)
+                await self._told(attempt, begun)
                 attempt.answer.check(attempt.written)
             elif attempt.job.leg == "prefill":
                 await self._prefill(attempt, self._post(attempt))
@@ -169,6 +169,13 @@ class Serving:
                 await self._turned()
             return error
         return None
+
+    async def _told(self, attempt: Attempt, begun: Reply) -> None:
+        """The answer to what was begun; where the engine had just closed that connection, to the same over a new one."""
+        try:
+            await self._engine.reply(begun)
+        except StaleError:
+            await self._engine.ask(self._post(attempt), *self._ears(attempt))
 
     def _post(self, attempt: Attempt) -> body.Post:
         return body.post(
@@ -217,8 +224,8 @@ class Serving:
     def _served(self, attempt: Attempt, error: EngineError | None) -> None:
         stop = attempt.stop
         if stop is not None and stop.kind == "silent":
-            error, stop = EngineError(stop.reason), None
-            if self._health.failed(error):
+            error, stop = _silence(attempt, stop.reason), None
+            if error is not None and self._health.failed(error):
                 assert self.group is not None
                 self.group.create_task(self._turned(), name=f"{self._address.name} turned")
         if stop is not None:
@@ -239,3 +246,14 @@ class Serving:
         self._rhythm.left(attempt, is_empty=not self._hands.running)
         if self._hands.held:
             self._changed.set()
+
+
+def _silence(attempt: Attempt, reason: str) -> EngineError | None:
+    """What is wrong with an answer that was waited for no longer: nothing, where all of it had been said."""
+    if not attempt.answer.is_done:
+        return EngineError(reason)
+    try:
+        attempt.answer.check(attempt.written)
+    except EngineError as error:
+        return error
+    return None

@@ -86,13 +86,20 @@ class Vigil:
         return f"the engine sent nothing for {stall_s:g} s with {len(running)} answers under way"
 
     def _silent(self, attempt: Attempt, tick: float) -> Iterator[tuple[Attempt, Stop]]:
-        has_begun = attempt.first_token_at is not None
-        limit_s = self._settings.gap_s if has_begun else self._settings.first_token_s
+        limit_s, what = self._patience(attempt)
         if tick - attempt.last_tick > limit_s:
-            what = "between two tokens" if has_begun else "before the first token"
             yield attempt, Stop("silent", f"the engine was silent for {limit_s:g} s {what}")
         else:
             self._look_by(attempt.last_tick + limit_s)
+
+    def _patience(self, attempt: Attempt) -> tuple[float, str]:
+        """How long it may say nothing, and what that would be."""
+        settings = self._settings
+        if attempt.answer.is_done:
+            return min(settings.gap_s, settings.stall_s), "after [DONE]"
+        if attempt.first_token_at is not None:
+            return settings.gap_s, "between two tokens"
+        return settings.first_token_s, "before the first token"
 
     def _look_by(self, tick: float) -> None:
         if tick < self._due_tick:
@@ -101,4 +108,7 @@ class Vigil:
 
 
 def _has_begun(attempts: Collection[Attempt]) -> bool:
-    return any(one.stage == "running" and one.first_token_at is not None for one in attempts)
+    return any(
+        one.stage == "running" and one.first_token_at is not None and not one.answer.is_done
+        for one in attempts
+    )
