@@ -21,6 +21,7 @@ class Awaited:
         self.is_sent = False
         "Redis has taken the request: where it knows it no more, it has lost it."
         self._error: StreamError | None = None
+        self._loop = None if record is not None else asyncio.get_running_loop()
         self._waiters: set[asyncio.Future[None]] = set()
         self._callbacks: list[Callable[[], object]] = []
 
@@ -50,10 +51,13 @@ class Awaited:
         """The record.
 
         Raises:
-            StreamError: it will not come.
+            StreamError: it will not come, or not to this event loop.
         """
         if not self.is_over:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            if loop is not self._loop:
+                raise StreamError("a handle is awaited on another event loop than its client's")
+            waiter: asyncio.Future[None] = loop.create_future()
             self._waiters.add(waiter)
             try:
                 await waiter

@@ -8,10 +8,12 @@ from typing import Any, Self, TypeVar, Unpack
 
 from dispatcher.client.client import Client
 from dispatcher.client.completion import Completion
+from dispatcher.client.follower import ended
 from dispatcher.client.handle import Handle
 from dispatcher.client.prompt import Body
 from dispatcher.client.standing import Standing
 from dispatcher.client.wishes import Wishes
+from scheduler.errors import StreamError
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Result
 
@@ -23,15 +25,16 @@ class BlockingClient:
 
     1. `with BlockingClient(Client(...))` starts the thread and connects.
     2. Any thread may call; calls run on the one loop.
-    3. Leaving closes the client and ends the thread.
+    3. Leaving closes the client and ends the thread; who still waits gets a `StreamError`.
+    4. A process that was forked has no such thread: each wants a client of its own.
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name=f"headgate-{client.name}", daemon=True
-        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._handing_over = threading.Lock()
+        "Held while work is given to the loop, so that none is given to one that ends."
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, name: str | None = None) -> Self:
@@ -39,6 +42,10 @@ class BlockingClient:
         return cls(Client.from_env(environ, name=name))
 
     def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name=f"headgate-{self.name}", daemon=True
+        )
         self._thread.start()
         try:
             self.run(self._client.__aenter__())
@@ -98,8 +105,15 @@ class BlockingClient:
 
         Raises:
             TimeoutError: it took longer than `timeout_s`; it is cancelled.
+            StreamError: the client is not connected.
         """
-        under_way = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._handing_over:
+            if self._loop is None or self._thread is None or not self._thread.is_alive():
+                work.close()
+                raise StreamError(
+                    "the client is not connected in this process, wanted `with BlockingClient(...)`"
+                )
+            under_way = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return under_way.result(timeout_s)
         except BaseException:
@@ -122,9 +136,19 @@ class BlockingClient:
                 self.run(close())
 
     def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        with self._handing_over:
+            loop, thread, self._loop = self._loop, self._thread, None
+        assert loop is not None
+        assert thread is not None
+        asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _cancel_others() -> None:
+    """End whatever was begun while the client closed."""
+    await ended(asyncio.all_tasks() - {asyncio.current_task()})
 
 
 class BlockingHandle:

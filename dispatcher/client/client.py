@@ -82,6 +82,7 @@ class Client:
         self._connection: Connection | None = None
         self._follower: Follower | None = None
         self._records: Records | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings, *, name: str | None = None) -> Self:
@@ -104,6 +105,7 @@ class Client:
         )
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         self._connection = await Connection.connect(self._where)
         self._follower = Follower(self._connection)
         own = self.keys.reply(self.name)
@@ -121,9 +123,14 @@ class Client:
     ) -> None:
         # Each of them, whatever becomes of the others; the last named ends first.
         async with contextlib.AsyncExitStack() as ends:
+            ends.callback(self._disconnected)
             ends.push_async_callback(self.connection.close)
             ends.push_async_callback(self.follower.close)
             ends.push_async_callback(self.records.close)
+
+    def _disconnected(self) -> None:
+        """Closed connections would open again for whoever asked them."""
+        self._connection = self._follower = self._records = None
 
     @property
     def connection(self) -> Connection:
@@ -254,6 +261,8 @@ class Client:
         raise UnknownRequestError(f"request {request_id!r} is not known in {self.keys.root}")
 
     async def _send(self, requests: Sequence[Request]) -> list[Handle | RequestRejected]:
+        if self._loop is not asyncio.get_running_loop() and self._connection is not None:
+            raise StreamError("the client is used on another event loop, wanted one a loop")
         now = self.connection.now()
         calls = [
             producer.submit(

@@ -107,7 +107,8 @@ class Handle:
             StreamError: Redis has lost pieces that were not read before; the terminal record has the whole answer.
         """
         stream = self._client.keys.tokens(self.id)
-        following = self._client.follower.follow(stream, after, is_last=_is_last)
+        follower = self._client.follower
+        following = follower.follow(stream, after, is_last=_is_last)
         self._ended.tell(following.news.set)
         try:
             while True:
@@ -129,7 +130,7 @@ class Handle:
                 except TimeoutError:
                     yield Piece(after, "")
         finally:
-            self._client.follower.stop(following)
+            follower.stop(following)
         # The record and the log's end are written in one move, so what is there now is all there will be.
         for entry in await self._client.connection.entries(stream, f"({after}"):
             tokens = await self._read(entry, after)

@@ -29,6 +29,8 @@ LOOK_BATCH = 500
 LOOK_AGAIN_S = 0.5
 "After a look that failed."
 
+CLOSED = StreamError("the client was closed before the request ended")
+
 log = logging.getLogger("headgate.client")
 
 
@@ -60,6 +62,7 @@ class Records:
         self._foreign: dict[str, set[str]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._kept_s = kept_s
         self._trimmed_at = time.monotonic()
 
@@ -74,8 +77,9 @@ class Records:
             others = (self._watching, self._looking)
             await ended([*self._readers.values(), *(one for one in others if one is not None)])
         finally:
+            self._is_closed = True
             for awaited in self._expected.values():
-                awaited.give_up(StreamError("the client was closed before the request ended"))
+                awaited.give_up(CLOSED)
             self._expected.clear()
 
     def is_expected(self, request_id: str) -> bool:
@@ -84,6 +88,10 @@ class Records:
 
     def expect(self, request_id: str) -> Awaited:
         """What will hold the record of this request."""
+        if self._is_closed:  # nobody would bring it
+            awaited = Awaited()
+            awaited.give_up(CLOSED)
+            return awaited
         if request_id not in self._expected:
             self._expected[request_id] = Awaited()
         return self._expected[request_id]

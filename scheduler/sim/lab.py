@@ -106,7 +106,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         ends = np.sort([fate.finished_at for fate in run.fates if fate.finished_at is not None])
         if len(ends) < 2:
             raise SettingsError(
-                f"trace {self.trace}: {len(ends)} of {len(some)} arrivals could be served"
+                f"trace {self.trace}: {len(ends)} of {len(some)} arrivals could be served, wanted 2 or more "
+                "to measure the capacity that a load is a part of; a rate needs none"
             )
         first, last = int(BUSY_FROM * (len(ends) - 1)), int(np.ceil(BUSY_TO * (len(ends) - 1)))
         return float((last - first) / max(1e-9, ends[last] - ends[first]))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 from functools import partial
@@ -486,6 +487,59 @@ class TestBlocking:
                 return client.status(held.id)
 
         assert (await asyncio.to_thread(work)).outcome == ""
+
+    async def test_out_of_its_block_it_says_so(self, played, redis_url, pool):
+        """Before and after it, and in a forked process, where nobody would answer; a second block is as good as the first."""
+
+        def work():
+            client = BlockingClient(Client(redis=redis_url, pool=pool))
+            for _ in range(2):
+                with pytest.raises(StreamError, match="not connected"):
+                    client.submit(says("x"))
+                with client:
+                    assert client.submit(says("x")).result(LIMIT_S).text == "x "
+                    child = os.fork()
+                    if not child:
+                        try:
+                            client.submit(says("x"))
+                        except StreamError:
+                            os._exit(7)
+                        os._exit(1)
+                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+        await asyncio.to_thread(work)
+
+
+class TestMisuse:
+    async def test_a_closed_client_sends_nothing(self, redis_url, pool):
+        """Its handle would never end, and the connection it opened would stay."""
+        async with Client(redis=redis_url, pool=pool) as client:
+            handle = await client.submit(says("x"))
+
+        for asked in (client.submit(says("y")), client.status(handle.id), anext(aiter(handle))):
+            with pytest.raises(StreamError, match="not connected"):
+                await asked
+
+    async def test_what_is_sent_while_it_closes_is_not_waited_for(self, redis_url, pool):
+        """Nobody reads its record any more."""
+        async with Client(redis=redis_url, pool=pool) as client:
+            await client.records.close()
+            handle = await client.submit(says("x"))
+
+            with pytest.raises(StreamError, match="closed before the request ended"):
+                await handle
+
+    async def test_another_loop_is_told(self, redis_url, pool):
+        """Nothing would wake it there."""
+        async with Client(redis=redis_url, pool=pool) as client:
+            handle = await client.submit(says("x"))
+            for asked in (handle.record, partial(client.submit, says("y"))):
+                with pytest.raises(StreamError, match="another event loop"):
+                    await asyncio.to_thread(asyncio.run, _awaited(asked))
+
+
+async def _awaited(asked):
+    return await asked()
 
 
 def test_the_import_is_light():
