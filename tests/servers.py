@@ -28,15 +28,18 @@ def _binaries() -> dict[str, Path]:
 BINARIES = _binaries()
 
 
-# Under 55,536, so that a cluster's bus port, 10,000 higher, exists.
+BUS = 10_000
+"By how much a cluster's bus port is higher."
+
 _ports = itertools.cycle(range(20_000 + os.getpid() % 10_000, 55_000, 7))
 
 
 def free_port() -> int:
-    """One that nobody has bound, nor been told of in this process: two calls in a row find two."""
+    """One that nobody has bound, nor its bus port, nor been told of in this process: two calls in a row find two."""
     for port in itertools.islice(_ports, 3_000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
+        with socket.socket() as probe, socket.socket() as bus, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + BUS))
             return port
     raise AssertionError("no free port")
 
