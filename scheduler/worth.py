@@ -119,7 +119,7 @@ class Worth:
         """Where one that is late breaks less than it counts, of those who are there and of those to come; as `allows`."""
         part, clear = self._settings.late_worth, self._settings.keep_clear
         worthy = self.allows(offer, total_s, part=part)
-        if clear <= 0 or self._casting is not None:
+        if clear <= 0:
             return worthy
         spares = clear * self._broken(offer) <= part * self.weight(offer.ticket)
         return spares if worthy is None else worthy & spares

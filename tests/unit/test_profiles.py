@@ -294,7 +294,7 @@ rows = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(rows=rows)
 def test_the_plan_is_the_profile_of_its_parts(rows):
     """I10: its eligibility as filters, its seconds and fill as scorers, its tie as picker choose just as it does."""
