@@ -176,9 +176,12 @@ class Door:
         if error.status in (404, 405):
             found = f"{request.method} {request.path[:100]}"
             served = f"POST {', POST '.join(PATHS)}, GET {MODELS}"
-            return Refusal(
+            refused = Refusal(
                 error.status, "unknown_path", f"{found} is not served, wanted one of {served}"
             )
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                refused.beside["Allow"] = error.headers["Allow"]
+            return refused
         if error.status == 413:
             return Refusal(413, "too_large", f"the body is over {self._body_bytes} bytes")
         return Refusal(error.status, "invalid", error.reason)

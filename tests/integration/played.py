@@ -114,11 +114,12 @@ class Played:
         tokens = Tokens(attempt=held.job.attempt, index=index, text=text)
         await self.do(sidecar.tokens(self.keys, held, tokens, pieces=1, ttl_s=60))
 
-    async def finish(self, held, outcome=None, pieces=0):
+    async def finish(self, held, outcome=None, pieces=None):
+        """Its end, and before it its words, one a piece, unless so many pieces were said already."""
         body = json.loads(held.job.body)
         text = body.get("prompt") or body["messages"][-1]["content"]
         words = [f"{word} " for word in text.split()]
-        if held.job.stream and not pieces:
+        if held.job.stream and pieces is None:
             for index, word in enumerate(words):
                 await self.say(held, index, word)
             pieces = len(words)
@@ -141,7 +142,7 @@ class Played:
                 self.keys,
                 held,
                 result,
-                pieces=pieces,
+                pieces=pieces or 0,
                 ttl_s=60,
                 is_dead=outcome == "failed",
             )

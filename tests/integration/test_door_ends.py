@@ -119,7 +119,7 @@ class TestEnds:
     @pytest.mark.parametrize("stream", [False, True])
     async def test_failed(self, front, stream):
         """502: the engines could not; nothing was said yet, so the status still tells."""
-        front.played.finish = partial(front.played.finish, pieces=1)  # no words first
+        front.played.finish = partial(front.played.finish, pieces=0)  # no words first
 
         found = await front.refused(said={"x-headgate-tenant": "fail"}, stream=stream)
 
@@ -288,6 +288,17 @@ class TestEnds:
                 one.close()
                 await one.wait_closed()
 
+    async def test_what_is_not_served_says_what_is(self, front):
+        """405 names the methods that are, as HTTP wants it; and no such path has none."""
+        for method, path, allowed in (
+            ("GET", COMPLETIONS, "POST"),
+            ("OPTIONS", "/v1/models", "GET,HEAD"),
+            ("GET", "/nowhere", None),
+        ):
+            async with front.session.request(method, front.url + path) as answer:
+                assert answer.status == (405 if allowed else 404)
+                assert answer.headers.get("Allow") == allowed
+
 
 class TestSilence:
     """Who waits in the queue for long is shown signs of life, which no client takes for words."""
@@ -323,7 +334,7 @@ class TestSilence:
         async with patient.post(said=HOLD, stream=True) as response:
             await response.content.readuntil(b"\n\n")
             await patient.played.holds(1)
-            await patient.played.finish(patient.played.held[0], "expired", pieces=1)
+            await patient.played.finish(patient.played.held[0], "expired", pieces=0)
             events = (await response.content.read()).split(b"\n\n")
 
         error, done, _ = [event for event in events if event + b"\n\n" != STILL_HERE]
