@@ -16,6 +16,9 @@ from scheduler.errors import UNREADABLE, WireError
 Hash = int | bytes
 Token = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
+Moment = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+"Seconds; an infinite one would be later than all that follow."
+
 
 class BlockStored(msgspec.Struct, frozen=True):
     """These blocks can be found from now on."""
@@ -59,7 +62,7 @@ def decode(payload: bytes) -> tuple[float, list[KvEvent]]:
     """
     try:
         moment, events, *_ = msgspec.msgpack.decode(payload, type=list[object])
-        return msgspec.convert(moment, float), [
+        return msgspec.convert(moment, Moment), [
             event for raw in msgspec.convert(events, list[object]) if (event := _event(raw))
         ]
     except (*UNREADABLE, ValueError) as error:

@@ -30,7 +30,7 @@ LIST_S = 30.0
 "How often all is told anew: so long a new dispatcher, or one that missed a beat, goes by its own beliefs."
 
 WAITING_MAX = 100_000
-"Messages that may wait for us, as vLLM's own limit; then they are lost, and asked for."
+"Messages that may wait for us, as vLLM's own limit; then they are lost, and asked for. No replay has more."
 
 AGAIN_S = (0.1, 0.5, 2.0, 10.0)
 "Before it is listened again where ZeroMQ failed, as it does without a free file; the last one for as long as it takes."
@@ -150,6 +150,7 @@ class Feed:
             message = self._read(frames)
             if message is not None:
                 await self._take(source, message)
+            await asyncio.sleep(0)  # what waits already comes without a turn for anybody else
 
     async def _take(self, source: Source, message: _Message) -> None:
         if message.seq < self._next and message.moment > self._moment:
@@ -171,13 +172,14 @@ class Feed:
             socket.connect(source.replay)
             await socket.send_multipart([b"", first.to_bytes(8, "big")])
             with contextlib.suppress(TimeoutError):
-                while True:
+                for _ in range(WAITING_MAX):
                     async with asyncio.timeout(REPLAY_S):
                         frames = await socket.recv_multipart()
                     message = self._read(frames)
                     if message is None:
                         return
                     yield message
+                    await asyncio.sleep(0)  # thousands are there at once, and tokens wait
 
     def _hear(self, message: _Message) -> None:
         if message.seq < self._next:

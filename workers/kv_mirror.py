@@ -25,6 +25,9 @@ TOLD_MAX = 512
 NODES_MAX = 262_144
 "Engine blocks that are followed: four million tokens at 16 a block. Beyond it nothing is told."
 
+TOKENS_MAX = 2**26
+"The same in tokens, for engines whose blocks are large; four bytes each."
+
 TOKEN_BYTES = 4
 "As `scheduler.prefix` hashes a token."
 
@@ -179,7 +182,7 @@ class Mirror:
             tokens = event.token_ids[at * size : (at + 1) * size]
             node = self._nodes.get(name)
             if node is None:
-                if len(self._nodes) >= NODES_MAX:
+                if len(self._nodes) >= min(NODES_MAX, TOKENS_MAX // size + 1):
                     return
                 node = self._follow(parent, before, tokens)
                 self._nodes[name] = node
@@ -190,11 +193,12 @@ class Mirror:
         packed = _packed(tokens)
         raw, digest, names = parent.rest + packed, parent.digest, []
         width = BLOCK_TOKENS * TOKEN_BYTES
-        while len(raw) >= width:
-            digest = hashlib.blake2b(digest + raw[:width], digest_size=HASH_BYTES).digest()
+        whole = len(raw) - len(raw) % width
+        for at in range(0, whole, width):
+            share = raw[at : at + width]
+            digest = hashlib.blake2b(digest + share, digest_size=HASH_BYTES).digest()
             names.append(digest.hex())
-            raw = raw[width:]
-        node = _Node(digest, raw, parent.depth + len(tokens), {}, (before, packed))
+        node = _Node(digest, raw[whole:], parent.depth + len(tokens), {}, (before, packed))
         for name in names:
             self._name(node, name)
         return node

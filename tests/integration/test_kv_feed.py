@@ -109,6 +109,23 @@ async def test_what_was_lost_is_asked_for():
         assert mirror.blocks == {block(0), block(1), block(2)}
 
 
+async def test_a_flood_leaves_the_others_their_turns(monkeypatch):
+    """However much is there at once: tokens of answers come in between."""
+    publisher = Publisher()
+    turns, seen = 0, []
+    hear = Mirror.hear
+    monkeypatch.setattr(Mirror, "hear", lambda self, news: seen.append(turns) or hear(self, news))
+    for number in range(300):
+        await publisher.say(number, stored(number), is_lost=True)
+
+    async with heard(publisher) as mirror:
+        while block(299) not in mirror.blocks:
+            turns += 1
+            await asyncio.sleep(0)
+
+    assert len(set(seen)) >= 299
+
+
 @pytest.mark.parametrize("replays", [True, False])
 async def test_what_cannot_be_had_begins_anew(replays):
     """The engine has it no more, or repeats nothing: only what comes from now on is told."""

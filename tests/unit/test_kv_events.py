@@ -73,6 +73,7 @@ def test_an_event_of_a_kind_not_known_is_left_out():
         pytest.param(message(["BlockStored", "x", None, [1], 1]), id="hashes that are text"),
         pytest.param(message({"type": "BlockStored"}), id="no fields"),
         pytest.param(message([]), id="an event without a name"),
+        pytest.param(msgspec.msgpack.encode([float("inf"), []]), id="after all time"),
         pytest.param(b"\x92\xcb" + bytes(8) + b"\x91" * 10_000, id="a pit"),
         pytest.param(message(["BlockStored", [1], None, [2**32], 1]), id="a token of 33 bits"),
     ],
