@@ -1,7 +1,7 @@
 """A file of requests in, a file of answers out, and nothing lost in between.
 
     1. Every id follows from the file's hash and the line's `custom_id`: the same file is the same requests.
-    2. Lines whose answer is written already are passed over.
+    2. Lines whose answer is written already are passed over. A failure is this file's: in one that was mended it is tried again.
     3. The rest is submitted, a bounded number at a time. What Redis knows from an earlier run is not sent again:
        its answer is taken where it lies, or waited for.
     4. Answers are appended as they come, in any order, whole lines only.
@@ -156,7 +156,13 @@ class Batch:
                 sink if self._errors == self._sink else files.enter_context(_appended(self._errors))
             )
             pen = _Pen(
-                sink, errors, tally=self.tally, source=self._source.name, told=told, moved=moved
+                sink,
+                errors,
+                batch=self.client_name,
+                tally=self.tally,
+                source=self._source.name,
+                told=told,
+                moved=moved,
             )
             seen = self._answered()
             todo = self._todo(pen, seen)
@@ -168,13 +174,15 @@ class Batch:
         return f"{self.client_name}-{hashlib.sha256(custom_id.encode()).hexdigest()[: 2 * HASHED]}"
 
     def _answered(self) -> "_Seen":
-        """What earlier runs have written."""
-        seen = _Seen(set(), set())
+        """What earlier runs have written: answers of any file, faults of this one, whose lines have the same numbers."""
+        seen, own = _Seen(set(), set()), f"batch_req_{self.client_name}-"
         for path in {self._sink, self._errors}:
             with path.open("rb") as file:
                 for raw in file:
                     with contextlib.suppress(*UNREADABLE):
                         answer = msgspec.json.decode(raw, type=Answer)
+                        if answer.error is not None and not answer.id.startswith(own):
+                            continue
                         if answer.custom_id is not None:
                             seen.custom_ids.add(answer.custom_id)
                         if answer.error is not None:
@@ -269,12 +277,13 @@ class _Pen:
         sink: FileIO,
         errors: FileIO,
         *,
+        batch: str,
         tally: Tally,
         source: str,
         told: Callable[[str], None],
         moved: Callable[[Tally], None],
     ) -> None:
-        self._sink, self._errors, self._tally = sink, errors, tally
+        self._sink, self._errors, self._batch, self._tally = sink, errors, batch, tally
         self._source, self._told, self._moved = source, told, moved
 
     def write(self, number: int, line: Line, record: Result) -> None:
@@ -290,7 +299,8 @@ class _Pen:
         self._moved(self._tally)
 
     def fail(self, number: int, custom_id: str | None, request_id: str, fault: Fault) -> None:
-        answer = Answer(f"batch_req_{request_id or number}", custom_id, None, fault)
+        request_id = request_id or f"{self._batch}-line-{number}"
+        answer = Answer(f"batch_req_{request_id}", custom_id, None, fault)
         _append(self._errors, answer)
         self._tally.failed += 1
         self._moved(self._tally)

@@ -134,6 +134,26 @@ class TestBatch:
         assert "'model' is None" in errors[7]["message"]
         assert batch.tally.failed_before == 7
 
+    async def test_a_mended_file_answers_what_it_mends(
+        self, played, batch_of, redis_url, pool, tmp_path
+    ):
+        """A line's number says which one failed in the same file only; in another one it is another line."""
+        no_model = json.dumps({"custom_id": "b", "body": {}})
+        async with serving(played):
+            await carried(batch_of([line("a"), "{", no_model]), redis_url, pool)
+            batch = batch_of([line("a"), line("new"), line("b")])
+
+            told = await carried(batch, redis_url, pool)
+
+        assert told == []
+        assert (batch.tally.written_before, batch.tally.completed, batch.tally.failed_before) == (
+            1,
+            2,
+            0,
+        )
+        answers = [one["custom_id"] for one in written(tmp_path / "out.jsonl") if one["response"]]
+        assert sorted(answers) == ["a", "b", "new"]
+
     async def test_a_failed_request_is_an_error_line(self, played, batch_of, redis_url, pool):
         """Its outcome is the code, its reason the message."""
         batch = batch_of([line("x")])
