@@ -68,7 +68,7 @@ async def submit(
         wishes["id"] = request_id
     if stream:
         wishes["stream"] = True
-    content = _body(prompt, body, max_tokens)
+    content = _body(prompt, body, max_tokens, limit=settings.limits.body_bytes)
     async with Client.from_settings(settings) as client:
         handle = await client.submit(content, **wishes)
         if not wait:
@@ -107,21 +107,25 @@ def _summary(answer: Completion) -> str:
     )
 
 
-def _body(prompt: str | None, path: str, max_tokens: int | None) -> bytes:
+def _body(prompt: str | None, path: str, max_tokens: int | None, *, limit: int) -> bytes:
     if (prompt is None) == (not path):
         raise SettingsError("a prompt or --body FILE is wanted, exactly one of them")
     if prompt is None:
         if max_tokens is not None:
             raise SettingsError("--max-tokens goes with a prompt, wanted it inside the body")
-        return _read(path)
+        return _read(path, limit)
     body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
     if max_tokens is not None:
         body["max_tokens"] = max_tokens
     return prompts.encoded(body)
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, limit: int) -> bytes:
     try:
-        return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        with sys.stdin.buffer if path == "-" else Path(path).open("rb") as file:
+            content = file.read(limit + 1)  # a pipe need not end
     except OSError as error:
         raise SettingsError(f"body {path!r} cannot be read: {error.strerror}") from None
+    if len(content) > limit:
+        raise SettingsError(f"body {path!r} is over {limit} bytes, which is limits.body_bytes")
+    return content

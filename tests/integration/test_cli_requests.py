@@ -96,6 +96,7 @@ class TestSubmit:
             pytest.param(["submit"], "a prompt or --body FILE is wanted", id="nothing"),
             pytest.param(["submit", "hi"], "field 'model' is None", id="no model"),
             pytest.param(["submit", "--body", "/no/such"], "cannot be read", id="no file"),
+            pytest.param(["submit", "--body", "/dev/zero"], "is over 16777216 bytes", id="no end"),
             pytest.param(["status", "nobody"], "'nobody' is not known", id="status"),
             pytest.param(["explain", "nobody"], "'nobody' is not known", id="explain"),
             pytest.param(["cancel", "nobody"], "'nobody' is not known", id="cancel"),
