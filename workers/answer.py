@@ -104,7 +104,9 @@ class Answer:
     def take(self) -> tuple[str, str, int]:
         """The text, the chunks as a JSON list (or nothing) and the number of pieces since the last time."""
         text = "".join(self.fresh_text)
-        chunks = (b"[" + b",".join(self.fresh_chunks) + b"]").decode() if self.fresh_chunks else ""
+        # In fields that nobody here reads there may be bytes that are no text.
+        joined = b"[" + b",".join(self.fresh_chunks) + b"]" if self.fresh_chunks else b""
+        chunks = joined.decode(errors="replace")
         pieces = self.fresh_pieces
         self.forget()
         return text, chunks, pieces

@@ -242,7 +242,10 @@ class Attempt:
         first_at, admitted_at = self.first_token_at, self.admitted_at
         is_half = outcome == "prefilled"  # its token is nobody's, and keeps or breaks no promise
         has_both = first_at is not None and admitted_at is not None
+        prefill_s = self.first_tick - self.admitted_tick if has_both else None
         queue_ms = answer.metrics.queue_time_ms if answer.metrics else None
+        # The engine's own word: no longer than we saw, whatever it says, or nobody could read the reward.
+        queue_s = None if queue_ms is None else min(max(queue_ms / 1e3, 0.0), prefill_s or 0.0)
         return Reward(
             id=job.id,
             endpoint=self.held.endpoint,
@@ -260,9 +263,9 @@ class Attempt:
             first_token_at=first_at,
             finished_at=finished_at,
             enqueued_at=job.enqueued_at,
-            prefill_s=self.first_tick - self.admitted_tick if has_both else None,
+            prefill_s=prefill_s,
             predicted_s=job.prefill_s or None,
-            queue_s=None if queue_ms is None else queue_ms / 1e3,
+            queue_s=queue_s,
             ttft_s=None if first_at is None or is_half else first_at - job.enqueued_at,
             tpot_s=self._own_tpot_s(),
             gap_max_s=self.gap_max_s or None,

@@ -73,6 +73,7 @@ def checked(kv_params: bytes) -> bytes:
     if len(kv_params) > KV_PARAMS_BYTES:
         raise EngineError(f"{PARAMS} has {len(kv_params)} bytes, wanted at most {KV_PARAMS_BYTES}")
     try:
+        kv_params.decode()  # what is not looked into is not seen to be text
         msgspec.json.decode(kv_params, type=dict[str, msgspec.Raw])
     except UNREADABLE:
         raise EngineError(f"{PARAMS} is {kv_params[:40]!r}, wanted a JSON object") from None

@@ -6,6 +6,7 @@ import contextlib
 import pytest
 from hand import Hand, until
 
+from scheduler.errors import EngineError
 from scheduler.settings import (
     EngineAddress,
     LeaseSettings,
@@ -13,6 +14,7 @@ from scheduler.settings import (
     Settings,
     WorkerSettings,
 )
+from workers import halves
 from workers.worker import Worker
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -137,6 +139,28 @@ async def test_a_kept_connection_that_the_engine_has_closed_costs_no_attempt(eng
         await until(lambda name=request_id: hand.rewards(name))
 
     assert not engine.said
+
+
+@pytest.mark.parametrize("queue_ms", ["1e300", "-1e300", "5e5"])
+async def test_times_that_cannot_be_are_bounded_by_what_was_seen(engine, worker, hand, queue_ms):
+    """The reward can be read, which frees the place that its request took."""
+    beat = await hand.ready()
+    told = ANSWER.replace(
+        b'data: {"c', b'data: {"metrics":{"queue_time_ms":%b},"c' % queue_ms.encode()
+    )
+    engine.said = [CHUNKED + chunk(told) + b"0\r\n\r\n"]
+    await hand.submit("r1", BODY, beat.epoch, path="/v1/completions")
+
+    reward = await hand.reward("r1")
+
+    assert 0 <= reward.queue_s <= reward.prefill_s
+
+
+@pytest.mark.parametrize("odd", [b'{"a":"\xff"}', b'{"a":'])
+def test_parameters_of_kv_are_text(odd):
+    """They go through Redis, and into another engine's body."""
+    with pytest.raises(EngineError, match="wanted a JSON object"):
+        halves.checked(odd)
 
 
 @pytest.mark.parametrize(

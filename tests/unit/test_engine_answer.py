@@ -209,6 +209,14 @@ class TestSuccess:
         """All is said: an engine that ends its stream there has not broken off."""
         fed(GOOD[:-n_missing]).check()
 
+    def test_bytes_that_are_no_text_in_a_field_not_read(self):
+        """They are passed on as what stands for them: the log is written for all attempts at once."""
+        answer = fed(said("a", reasoning="b").replace(b'"m"', b'"m","odd":"\xff"'))
+
+        _, chunks, _ = answer.take()
+
+        assert msgspec.json.decode(chunks)[0]["odd"] == "\ufffd"
+
     def test_a_chunk_may_have_no_choices_at_all(self):
         """Some say null where vLLM says []."""
         fed(event(choices=None), GOOD).check()
