@@ -8,7 +8,6 @@ from typing import Any, Self, TypeVar, Unpack
 
 from dispatcher.client.client import Client
 from dispatcher.client.completion import Completion
-from dispatcher.client.follower import ended
 from dispatcher.client.handle import Handle
 from dispatcher.client.prompt import Body
 from dispatcher.client.standing import Standing
@@ -147,8 +146,11 @@ class BlockingClient:
 
 
 async def _cancel_others() -> None:
-    """End whatever was begun while the client closed."""
-    await ended(asyncio.all_tasks() - {asyncio.current_task()})
+    """End whatever was begun while the client closed; how it ends is its caller's to hear."""
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class BlockingHandle:
