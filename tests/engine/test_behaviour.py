@@ -662,10 +662,10 @@ def families(text):
 
 class TestEnds:
     async def test_sigterm_aborts_the_running_with_a_200(self, engine):
-        """Finish reason abort and [DONE]; or nothing more at all, where the engine was killed before it said so.
+        """Finish reason abort and [DONE]; or an error and [DONE], or nothing more at all, where the engine was killed first.
 
-        Which of the two a real server does is chance: it tells its engine to abort, and kills it in the same moment.
-        Either way the port is closed.
+        Which of the three a real server does is chance: it tells its engine to abort, and kills it in the same moment.
+        Whatever it says, it never calls the answer complete, and the port is closed.
         """
         async with engine(is_ended=True) as server:
             running = await server.begun(prompt=[1], **ENDLESS)
@@ -676,9 +676,9 @@ class TestEnds:
 
             if done:
                 reply = running.result()
-                assert (reply.status, reply.finish_reason, reply.is_done) == (200, "abort", True)
-            else:
-                assert engine.is_real
+                assert (reply.status, reply.is_done) == (200, True)
+                assert reply.finish_reason == "abort" or reply.error["code"] == 500
+            assert engine.is_real or (done and reply.finish_reason == "abort")
             with pytest.raises(aiohttp.ClientConnectorError):
                 await server.get("/health")
             await cancelled(running)
