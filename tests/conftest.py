@@ -5,10 +5,11 @@ runs once on each kind of server this machine has: the embedded Valkey always, D
 """
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import hypothesis
 import pytest
+from hand import Hand
 from servers import BINARIES
 
 from dispatcher.local import Server
@@ -69,3 +70,11 @@ def _emptied(server: Server) -> str:
         assert connection.call("FLUSHALL") == "OK"
         assert connection.call("FUNCTION", "FLUSH") == "OK"
     return server.url
+
+
+@pytest.fixture
+async def hand(redis_url: str, pool: str) -> AsyncIterator[Hand]:
+    """Plays the dispatcher to a worker: hands jobs over and reads what comes of them."""
+    player = await Hand.of(redis_url, pool)
+    yield player
+    await player.redis.close()

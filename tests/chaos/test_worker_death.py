@@ -22,13 +22,6 @@ HEADGATE = str(Path(sys.executable).with_name("headgate"))
 
 
 @pytest.fixture
-async def hand(redis_url, pool):
-    player = await Hand.of(redis_url, pool)
-    yield player
-    await player.redis.close()
-
-
-@pytest.fixture
 async def emulator():
     async with Emulator(EmulatorSettings(time_scale=4.0)) as server:
         yield server

@@ -6,7 +6,7 @@ import contextlib
 import aiohttp
 import msgspec
 import pytest
-from hand import Hand, until
+from hand import until
 
 from scheduler.settings import (
     EngineAddress,
@@ -47,13 +47,6 @@ def emulated(*, lease_s=30.0, policy="fail", link_gbps=400.0, time_scale=20.0, k
             time_scale=time_scale, kv_transfer=transfer if kv else None, allow_faults=True
         )
     )
-
-
-@pytest.fixture
-async def hand(redis_url, pool):
-    player = await Hand.of(redis_url, pool)
-    yield player
-    await player.redis.close()
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
-from hand import Hand, until
+from hand import until
 
 from scheduler.errors import EngineError
 from scheduler.settings import (
@@ -76,13 +76,6 @@ class Played:
 async def engine():
     async with Played() as played:
         yield played
-
-
-@pytest.fixture
-async def hand(redis_url, pool):
-    player = await Hand.of(redis_url, pool)
-    yield player
-    await player.redis.close()
 
 
 @pytest.fixture

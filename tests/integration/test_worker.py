@@ -7,7 +7,7 @@ import aiohttp
 import msgspec
 import pytest
 import structlog
-from hand import Hand, until
+from hand import until
 
 from dispatcher.streams.connection import Connection, Where
 from scheduler.errors import FencedError
@@ -49,13 +49,6 @@ async def emulator():
         die=lambda: None,
     ) as server:
         yield server
-
-
-@pytest.fixture
-async def hand(redis_url, pool):
-    player = await Hand.of(redis_url, pool)
-    yield player
-    await player.redis.close()
 
 
 class Rig:
