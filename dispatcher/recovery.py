@@ -1,7 +1,7 @@
 """What a new leader must know: where every request stands that somebody read before it.
 
-    1. `learned`   the last snapshot, if it can still be read; else a cold start
-    2. `history`   rewards since the snapshot, wishes about endpoints, the beats of the last seconds
+    1. `saved`     the last snapshot, if it can still be read; else a cold start
+    2. `past`      rewards since the snapshot, wishes about endpoints, the beats of the last seconds
     3. `claim_all` every pending entry of `requests`, whoever read it, with where its hash says that it stands
     4. `strays`    again and again: what a frozen old leader's blocked read still swallowed
 

@@ -13,15 +13,12 @@ the most worth for the KV tokens and steps it will hold. The same functions serv
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from scheduler.state import Floats
 from scheduler.steptime import Law
-
-Floats: TypeAlias = NDArray[np.float64]
 
 CONSIDERED_MAX = 64
 "Held requests looked at in one call: bounded work, and no engine starts more than that in one step."

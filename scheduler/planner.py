@@ -105,7 +105,6 @@ class Planner:
         self.offers = Offers(room, work=work, barrier=barrier, onward=onward, casting=casting)
         self.worth = Worth(
             room,
-            self.offers,
             settings=settings,
             noise=noise,
             standing=standing,

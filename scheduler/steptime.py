@@ -7,14 +7,10 @@ fade, the prior never quite does: where the load has not varied (a batch of alwa
 `sequence`) the prior decides, and one wild sample moves nothing.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias
-
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-Floats: TypeAlias = NDArray[np.float64]
+from scheduler.state import Floats
 
 SCALES = np.array([1.0, 16.0, 16_384.0, 512.0])
 "Typical size of each term's input, so that the four coefficients are of one magnitude (normalisation)."
@@ -134,14 +130,6 @@ class StepTime:
             free.pop(int(part.argmin()))
         if np.isfinite(solution).all():
             self.law = Law(*((solution + self._floor) / SCALES).tolist())
-
-
-def fit(samples: Sequence[tuple[float, int, float, float]], prior: Law = Law()) -> Law:  # noqa: B008
-    """The law after these (measured_s, batch, kv_tokens, prefill_tokens)."""
-    step_time = StepTime(prior)
-    for measured_s, batch, kv_tokens, prefill_tokens in samples:
-        step_time.learn(measured_s, batch=batch, kv_tokens=kv_tokens, prefill_tokens=prefill_tokens)
-    return step_time.law
 
 
 def _vector(law: Law) -> Floats:

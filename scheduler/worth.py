@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from scheduler.offers import Offers
 from scheduler.onward import Onward
 from scheduler.pace import Noise
 from scheduler.plan import PlanSettings
@@ -35,7 +34,6 @@ class Worth:
     def __init__(
         self,
         room: Room,
-        offers: Offers,
         *,
         settings: PlanSettings,
         noise: Callable[[], Noise],
@@ -49,7 +47,6 @@ class Worth:
 
         Args:
             room: of the step.
-            offers: what fits where.
             settings: what is worth how much.
             noise: how far off the predicted pace may be; asked once, if ever.
             standing: by tenant, what its promises count; None: all alike.
@@ -59,7 +56,6 @@ class Worth:
             casting: a profile, which says itself where it is better put.
         """
         self._room = room
-        self._offers = offers
         self._settings = settings
         self._ask_noise = noise
         self._standing = standing

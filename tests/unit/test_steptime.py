@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.steptime import Law, StepTime, fit
+from scheduler.steptime import Law, StepTime
 
 TRUE = Law(base_s=0.012, sequence_s=1.5e-4, kv_s=2.4e-7, prefill_s=8e-5)
 
@@ -21,6 +21,14 @@ def samples(law, n, *, noise=0.0, seed=1):
         yield step_s * float(np.exp(noise * rng.normal())), n_sequences, kv_tokens, prefill
 
 
+def learned(gaps, prior):
+    """The step time after these gaps: measured seconds, batch, KV tokens, prefill tokens."""
+    known = StepTime(prior)
+    for measured_s, n, kv, prefill in gaps:
+        known.learn(measured_s, batch=n, kv_tokens=kv, prefill_tokens=prefill)
+    return known
+
+
 class TestLearning:
     def test_the_prior_holds_before_anything_was_seen(self):
         """An engine that has not decoded yet is predicted by its data sheet."""
@@ -30,7 +38,7 @@ class TestLearning:
         """Three hundred noisy steps bring predictions within 5 % of the truth, from four times too fast."""
         slow = Law(TRUE.base_s * 4, TRUE.sequence_s * 4, TRUE.kv_s * 4, TRUE.prefill_s * 4)
 
-        law = fit(list(samples(slow, 300, noise=0.1)), prior=TRUE)
+        law = learned(samples(slow, 300, noise=0.1), TRUE).law
 
         for n_sequences, kv_tokens, prefill in [(1, 500, 0), (32, 40_000, 0), (16, 8000, 2048)]:
             expected = slow.step_s(n_sequences, kv_tokens, prefill)
@@ -38,7 +46,7 @@ class TestLearning:
 
     def test_what_did_not_vary_stays_with_the_prior(self):
         """A batch of always one cannot tell its parts apart; the terms never seen keep the prior's value."""
-        law = fit([(0.024, 1, 500.0, 0.0)] * 200, prior=TRUE)
+        law = learned([(0.024, 1, 500.0, 0.0)] * 200, TRUE).law
 
         assert law.step_s(1, 500.0) == pytest.approx(0.024, rel=0.05)
         assert law.prefill_s == pytest.approx(TRUE.prefill_s)
@@ -46,9 +54,7 @@ class TestLearning:
     def test_it_forgets(self):
         """An engine that has become twice as slow is known as such a few seconds later."""
         slow = Law(*(2 * c for c in (TRUE.base_s, TRUE.sequence_s, TRUE.kv_s, TRUE.prefill_s)))
-        known = StepTime(TRUE)
-        for measured_s, n, kv, prefill in [*samples(TRUE, 400), *samples(slow, 1000)]:
-            known.learn(measured_s, batch=n, kv_tokens=kv, prefill_tokens=prefill)
+        known = learned([*samples(TRUE, 400), *samples(slow, 1000)], TRUE)
 
         assert known.law.step_s(32, 40_000) == pytest.approx(slow.step_s(32, 40_000), rel=0.1)
 
@@ -56,13 +62,11 @@ class TestLearning:
         """Gaps that seem to shrink as contexts grow do not make KV free: the batch would lose its bound."""
         backwards = [(0.03 - 1e-8 * kv, 16, float(kv), 0.0) for kv in range(10_000, 60_000, 500)]
 
-        assert fit(backwards * 3, prior=TRUE).kv_s == pytest.approx(TRUE.kv_s / 8)
+        assert learned(backwards * 3, TRUE).law.kv_s == pytest.approx(TRUE.kv_s / 8)
 
     def test_one_stall_moves_little(self):
         """A gap of two seconds among steps of 20 ms is no step."""
-        known = StepTime(TRUE)
-        for measured_s, n, kv, prefill in samples(TRUE, 200):
-            known.learn(measured_s, batch=n, kv_tokens=kv, prefill_tokens=prefill)
+        known = learned(samples(TRUE, 200), TRUE)
         before = known.law.step_s(32, 40_000)
 
         known.learn(2.0, batch=32, kv_tokens=40_000)
@@ -80,9 +84,7 @@ class TestLearning:
 
     def test_the_error_is_that_of_predictions_before_their_lesson(self):
         """It tells how far to trust the law."""
-        known = StepTime(TRUE)
-        for measured_s, n, kv, prefill in samples(TRUE, 300, noise=0.1):
-            known.learn(measured_s, batch=n, kv_tokens=kv, prefill_tokens=prefill)
+        known = learned(samples(TRUE, 300, noise=0.1), TRUE)
 
         assert 0.02 < known.error < 0.2
 
@@ -93,7 +95,7 @@ GAPS = st.tuples(st.floats(1e-5, 60), st.integers(1, 512), st.floats(0, 2e6), st
 @given(st.lists(GAPS, max_size=40))
 def test_the_law_stays_sane_whatever_it_is_told(gaps):
     """Finite, never negative, growing in every term."""
-    law = fit(gaps)
+    law = learned(gaps, Law()).law
 
     parts = [law.base_s, law.sequence_s, law.kv_s, law.prefill_s]
     assert all(np.isfinite(part) and part >= 0.0 for part in parts)
