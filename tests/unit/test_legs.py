@@ -102,6 +102,15 @@ def test_nobody_is_given_a_prompt_whose_answer_nobody_could_decode(pool):
     assert [leg for leg, _ in pool.assigned()] == ["prefill"] * 3
 
 
+@pytest.mark.parametrize(("kv_tokens", "n_prefills"), [(16_001, 1), (16_002, 2)])
+def test_a_prefill_leg_holds_its_prompt_and_the_first_token(kv_tokens, n_prefills):
+    """Not its answer, and nothing less: two prompts of 8,000 have room on 16,002 tokens of KV."""
+    pool = Pool(beat("p0", "prefill", kv_tokens=kv_tokens), beat("d0", "decode"))
+    pool.ask("r1")
+    pool.ask("r2")
+    assert pool.assigned().count(("prefill", "p0")) == n_prefills
+
+
 def test_a_leg_handed_back_goes_to_another_that_prefills(pool):
     pool.core.receive(beat("p1", "prefill"), pool.now)
     pool.ask()
@@ -275,12 +284,15 @@ def test_a_tenant_is_charged_for_both_legs():
     pool = Pool(beat("p0", "prefill"), beat("d0", "decode"), fairness=fairness)
     pool.ask(tenant="a")
     pool.assigned()
+    accounts = pool.core._memory.book.lines.turns.accounts
+    planned = accounts.had("a")
     pool.answer("prefilled", kv_params=PARAMS, prompt_tokens=8000, cached_tokens=500)
+    assert accounts.had("a") == planned - 500
     pool.assigned()
 
     pool.answer("completed", prompt_tokens=8000, cached_tokens=8000, output_tokens=10)
 
-    assert pool.core._memory.book.lines.turns.accounts.had("a") == 7500 + 2.0 * 10
+    assert accounts.had("a") == 7500 + 2.0 * 10
 
 
 class TestANewLeader:

@@ -12,7 +12,7 @@ from scheduler.ledger import Backlog, Ledger, Line, Rates, uncached
 from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
 from scheduler.plan import PlanSettings
-from scheduler.planner import ASIDE_MAX, Planner
+from scheduler.planner import ASIDE_MAX, BLOCKED_MAX, Planner
 from scheduler.policies import Terms
 from scheduler.pressure import pressed, pressure
 from scheduler.price import Usual
@@ -58,9 +58,10 @@ def planner(
     settings: PlanSettings = SETTINGS,
     answer_part: float = 1.0,
     broken: list[float] | None = None,
+    now: float = 0.0,
     **terms: float,
 ) -> Planner:
-    """Endpoints of these speeds, at time 0, with nothing but tokens to cost anything."""
+    """Endpoints of these speeds, with nothing but tokens to cost anything."""
     n = len(token_s)
     busy = np.array(busy_tokens or [0.0] * n)
     free_kv = np.array(kv or [np.inf] * n)
@@ -81,7 +82,7 @@ def planner(
         wanted_s=np.zeros(n),
         answer_part=answer_part,
     )
-    held = np.array(cached or [0.0] * n)
+    held = None if cached is None else np.array(cached)
     for slot in range(n):
         room.pins.open(slot)
 
@@ -92,7 +93,7 @@ def planner(
 
     return Planner(
         room,
-        now=0.0,
+        now=now,
         settings=settings,
         terms=Terms(**terms),
         odds=lambda _, log_ratio: float(log_ratio >= 0),
@@ -288,6 +289,18 @@ def test_a_greater_worth_buys_dearer_time():
         assert ("r" in [turn.ticket.id for turn in made.turns]) == set_aside
 
 
+def test_whoever_could_make_it_alone_gets_another_place_in_the_plan():
+    """By the plain prediction, behind what runs there now; whom no prompt is short enough for is not even priced."""
+    asked = []
+    made = planner([0.001], busy_tokens=[500.0], asked=asked, now=7.0)
+    aside = [
+        ticket(n, 100, due_at=at) for n, at in (("late", 7.4), ("hardly", 7.59), ("can", 7.61))
+    ]
+
+    assert [one.id for one in made.hopeful(aside)] == ["can"]
+    assert asked == ["hardly", "can"]
+
+
 def test_one_step_sets_aside_a_bounded_number():
     """I8: behind a thousand hopeless ones the next step goes on."""
     made = planner([0.001], odds_min=0.5)
@@ -375,9 +388,10 @@ def decoding(
     pace_s: list[float],
     alone_s: float = 0.01,
     settings: PlanSettings = SETTINGS,
+    asked: list[str] | None = None,
 ) -> Planner:
     """Two alike but for what decodes there: this many promises of 50 ms, at this pace."""
-    made = planner([0.001, 0.001], settings=settings)
+    made = planner([0.001, 0.001], settings=settings, asked=asked)
     load = Load(np.array(pace_s), np.full(2, 0.001), np.zeros(2), np.full(2, alone_s))
     made.room.decodes = Decodes(
         lambda: load,
@@ -521,6 +535,17 @@ class TestPace:
             one.waits_for_pace = True
         assert usual().waits(blocked, made.room) < before == 5.0
 
+    def test_behind_so_many_others_who_were_promised_a_pace_are_not_tried(self):
+        """I8: they wait for a pace too, without a price; whoever was promised none is still asked for."""
+        asked = []
+        made = decoding([40.0, 40.0], [0.05, 0.05], asked=asked)
+        blocked = [paced(f"r{at}") for at in range(BLOCKED_MAX + 3)]
+
+        made.serve([*blocked, ticket("free", 100)])
+
+        assert made.for_pace[: len(blocked)] == blocked
+        assert asked == [*(one.id for one in blocked[:BLOCKED_MAX]), "free"]
+
     def test_a_promise_that_nobody_could_keep_binds_nobody(self):
         """It is served, and whoever comes later need not mind it."""
         made = decoding([0.0, 0.0], [0.2, 0.2], alone_s=0.1)
@@ -569,6 +594,15 @@ class TestCachePatience:
         made = self.placed(ticket("r", 1000), token_s=(0.0001, 0.001))
 
         assert made.waits_until_at == pytest.approx(0.5)
+
+    def test_whose_prompt_nobody_has_waits_for_nobody(self):
+        """Not even for an endpoint ten times as fast."""
+        made = planner([0.0001, 0.001], kv=[2000.0, 2000.0])
+        made.room.withhold(np.array([1500.0, 0.0]))
+
+        made.serve([ticket("r", 1000)])
+
+        assert served(made) == [("r", 1)]
 
     def test_nobody_waits_into_lateness(self):
         """There must be time left for twice what is predicted elsewhere."""
