@@ -11,7 +11,8 @@ from scheduler.errors import SettingsError
 from scheduler.settings import DoorSettings
 from scheduler.wire.words import ID_PATTERN
 
-BEARER = "Bearer "
+SCHEME = "bearer"
+"In whichever case: HTTP's schemes have none."
 
 
 class Keyring:
@@ -20,6 +21,7 @@ class Keyring:
     def __init__(self, tenants: Mapping[str, str]) -> None:
         """Tenants by key; kept are digests, so that every comparison is of equal lengths."""
         self._tenants = [(_digest(key), tenant) for key, tenant in tenants.items()]
+        self._named = frozenset(tenants.values()) - {""}
 
     @classmethod
     def from_settings(cls, settings: DoorSettings, environ: Mapping[str, str]) -> Self:
@@ -30,10 +32,12 @@ class Keyring:
         """
         tenants: dict[str, str] = {}
         if settings.api_keys_file:
-            tenants |= _read(_lines_of(settings.api_keys_file), "door.api_keys_file")
+            where = "door.api_keys_file"
+            _add(tenants, _read(_lines_of(settings.api_keys_file), where), where)
         if settings.api_keys_variable:
             lines = environ.get(settings.api_keys_variable, "").replace(",", "\n").splitlines()
-            tenants |= _read(lines, f"door.api_keys_variable ({settings.api_keys_variable})")
+            where = f"door.api_keys_variable ({settings.api_keys_variable})"
+            _add(tenants, _read(lines, where), where)
         return cls(tenants)
 
     def tenant(self, headers: Mapping[str, str]) -> str | None:
@@ -44,8 +48,8 @@ class Keyring:
         """
         if not self._tenants:
             return None
-        said = headers.get("Authorization", "")
-        shown = _digest(said.removeprefix(BEARER) if said.startswith(BEARER) else "")
+        scheme, _, key = headers.get("Authorization", "").partition(" ")
+        shown = _digest(key if scheme.lower() == SCHEME else "")
         found = None
         # Every key is compared, whichever fits, so that the time tells nothing.
         for digest, tenant in self._tenants:
@@ -54,6 +58,21 @@ class Keyring:
         if found is None:
             raise Refusal(401, "unauthorized", "no API key of this door, wanted a Bearer token")
         return found
+
+    def check_name(self, name: str, tenant: str | None) -> None:
+        """A name that is asked for as this tenant; the holder of a key alone has no prefix, and none of another's.
+
+        Raises:
+            Refusal: 400, it is a name of a tenant's.
+        """
+        whose, colon, _ = name.partition(":")
+        if not tenant and colon and whose in self._named:
+            raise Refusal(
+                400,
+                "invalid",
+                f"x-request-id is {name!r}, wanted none that begins with tenant {whose!r} of another key",
+                param="x-request-id",
+            )
 
 
 def _digest(key: str) -> bytes:
@@ -83,7 +102,16 @@ def _read(lines: Iterable[str], where: str) -> dict[str, str]:
                 f"{where} has tenant {words[1]!r}, wanted letters, digits or . _ @ -"
             )
         if words:
-            tenants[words[0]] = words[1] if len(words) == 2 else ""
+            _add(tenants, {words[0]: words[1] if len(words) == 2 else ""}, where)
     if not tenants:
         raise SettingsError(f"{where} holds no key, wanted lines of KEY TENANT")
     return tenants
+
+
+def _add(tenants: dict[str, str], more: Mapping[str, str], where: str) -> None:
+    """More keys; one is one tenant's, or whoever is read last would have the other's requests."""
+    for key, tenant in more.items():
+        if tenants.setdefault(key, tenant) != tenant:
+            raise SettingsError(
+                f"{where} gives tenant {tenant!r} a key that tenant {tenants[key]!r} has, wanted one of its own"
+            )

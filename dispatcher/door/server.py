@@ -192,6 +192,7 @@ class Door:
             raw = await self._read(request)
             ask = asks.understand(raw, request.path, request.headers)
             tenant = self._keyring.tenant(request.headers)
+            self._keyring.check_name(ask.name, tenant)
             async with self._desk.handed_in(ask, raw, tenant=tenant) as handle:
                 try:
                     return await self._answered(request, ask, handle, began_at)

@@ -452,6 +452,16 @@ class TestWhoComesIn:
 
         assert fields[b"tenant"] == b"team-a"
 
+    async def test_a_proxy_reads_no_tenants_answer(self, redis_url, pool):
+        """Its key names nobody, and the ids that its users say reach no name of a tenant that has a key."""
+        async with opened(redis_url, pool, keys={"sk-1": "team-a", "sk-2": ""}) as front:
+            own = {"Authorization": "Bearer sk-1", "x-request-id": "r"}
+            async with front.post(said=own) as answer:
+                assert answer.headers["x-headgate-request"] == "team-a:r"
+            guessed = {"Authorization": "Bearer sk-2", "x-request-id": "team-a:r"}
+
+            assert (await front.refused(said=guessed))[:2] == (400, "invalid")
+
     async def test_every_wish_is_in_the_entry(self, front):
         """Headers become the stream's own fields, and the body is what the client sent, byte by byte."""
         body = b'{ "model":"llama",  "prompt":"one" , "seed": 1e0}'

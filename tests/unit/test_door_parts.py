@@ -131,6 +131,10 @@ class TestKeyring:
 
         assert shown == ["team-a", "", "team-c", "team-d"]
 
+    def test_the_scheme_has_no_case(self):
+        """As HTTP has it, and as some clients write it."""
+        assert Keyring({"sk-1": "a"}).tenant({"Authorization": "bearer sk-1"}) == "a"
+
     @pytest.mark.parametrize("said", ["", "Bearer", "Bearer ", "Bearer sk", "sk-1", "Basic sk-1"])
     def test_any_other_is_401(self, said):
         """Also none at all."""
@@ -146,6 +150,30 @@ class TestKeyring:
 
         with pytest.raises(SettingsError, match=f"has tenant '{tenant}', wanted letters"):
             Keyring.from_settings(settings, {"DOOR_KEYS": f"sk-1 {tenant}"})
+
+    def test_a_key_without_a_tenant_has_no_tenants_names(self):
+        """A proxy hands on the ids that its users say: none of them reads what a key's tenant was answered."""
+        ring = Keyring({"sk-1": "a", "sk-2": ""})
+        ring.check_name("a:r", "a")
+        ring.check_name("b:r", "")
+        ring.check_name("a", "")
+
+        with pytest.raises(Refusal, match="x-request-id is 'a:r', wanted none that begins") as no:
+            ring.check_name("a:r", "")
+
+        assert no.value.status == 400
+
+    def test_a_key_is_one_tenants(self, tmp_path):
+        """Said of two, the last had it, and nobody heard of that; also over file and variable."""
+        file = tmp_path / "keys"
+        file.write_text("sk-1 a\nsk-1 a\n")
+        settings = DoorSettings(api_keys_file=str(file), api_keys_variable="DOOR_KEYS")
+
+        with pytest.raises(SettingsError, match=r"gives tenant 'b' a key that tenant 'a' has"):
+            Keyring.from_settings(settings, {"DOOR_KEYS": "sk-1 b"})
+        file.write_text("sk-1 a\nsk-1 b\n")
+        with pytest.raises(SettingsError, match=r"door.api_keys_file gives tenant 'b' a key"):
+            Keyring.from_settings(settings, {})
 
     def test_named_but_empty_stops_the_start(self, tmp_path):
         """A door that was meant to be locked never stands open."""
