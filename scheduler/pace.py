@@ -13,22 +13,15 @@ from operator import mul
 import msgspec
 import numpy as np
 
+from scheduler import regression
 from scheduler.cost import Hardware
 from scheduler.regression import DecayedRegression, Sums
+from scheduler.speed import Speeds
 from scheduler.spread import LOGISTIC
 from scheduler.state import Floats
 from scheduler.window import Window
 
 TERMS = 4
-
-GAIN = 0.05
-"How much of a log error an endpoint's speed takes over, once it is no longer young."
-
-STEP, LOG_MAX = 0.7, 3.0
-"The largest log error believed at once, and the most that a server may differ from its class."
-
-YOUNG = 15
-"Answers that an earlier life counts for: a new one may differ."
 
 PREFILL_S = 5.0
 "Over how long the share of time that prefill takes is averaged."
@@ -90,35 +83,25 @@ class Noise(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pace:
-    """One column an endpoint."""
+    """What decoding takes on every endpoint."""
 
     def __init__(self) -> None:
         """Untaught: as declared."""
         self._regression = DecayedRegression(np.ones(TERMS))
         self._rated: Floats = np.zeros((3, 0))
-        self._log: Floats = np.zeros(0)
-        self._counts: list[int] = []
+        self.speeds = Speeds()
         self._prefill_s: Floats = np.zeros(0)
         self._prefill_at = -math.inf
         self._errors = Window(SPREAD_SIZE)
 
     def open(self, slot: int, hardware: Hardware) -> None:
         """An endpoint takes this slot, as declared."""
-        if slot == len(self._log):
+        self.speeds.open(slot)
+        if slot == len(self._prefill_s):
             self._rated = np.column_stack([self._rated, np.zeros(3)])
-            self._log = np.append(self._log, 0.0)
             self._prefill_s = np.append(self._prefill_s, 0.0)
-            self._counts.append(0)
         self._rated[:, slot] = hardware.step_s, hardware.sequence_s, hardware.kv_s
-        self._log[slot] = self._prefill_s[slot] = self._counts[slot] = 0
-
-    def numbers(self, slot: int) -> tuple[float, float]:
-        """What is remembered of this endpoint: its log speed, and from how many answers."""
-        return float(self._log[slot]), float(self._counts[slot])
-
-    def recall(self, slot: int, log: float, count: float) -> None:
-        """Go on from an earlier life."""
-        self._log[slot], self._counts[slot] = log, min(int(count), YOUNG)
+        self._prefill_s[slot] = 0.0
 
     def export(self) -> Sums:
         """What the whole fleet has taught; `errors` are apart."""
@@ -144,7 +127,7 @@ class Pace:
     def load(self, batch: Floats, read: Floats, now: float) -> Load:
         """What decoding costs now, given how many sequences there are and the KV tokens they read."""
         step_s, sequence_s, kv_s = self._rated
-        weights, speed = self._regression.weights, np.exp(self._log)
+        weights, speed = self._regression.weights, np.exp(self.speeds.log)
         stretch = weights[3] * self._stretch(now)
         one_s = speed * sequence_s * (weights[1] + stretch)
         token_s = speed * kv_s * (weights[2] + stretch)
@@ -168,18 +151,13 @@ class Pace:
         """One answer had this many seconds per token, in a load of which `row` says the terms."""
         if not 1e-4 <= seconds <= 10.0:
             return
-        log = float(self._log[slot])
-        speed = math.exp(log)
+        speed = math.exp(self.speeds.log[slot])
         expected_s = speed * sum(map(mul, row, self._regression.weights))
         log_error = math.log(seconds / max(1e-6, expected_s))
         self._errors.add(log_error)
-        self._regression.learn_row(
-            row, seconds / speed, min(1.0, 1 / max(1e-9, abs(log_error))) * (speed / seconds) ** 2
-        )
-        self._counts[slot] += 1
-        gain = max(GAIN, 1 / (self._counts[slot] + 3))
-        moved = log + gain * max(-STEP, min(STEP, log_error))
-        self._log[slot] = max(-LOG_MAX, min(LOG_MAX, moved))
+        weight = regression.trust(log_error) * (speed / seconds) ** 2
+        self._regression.learn_row(row, seconds / speed, weight)
+        self.speeds.learn(slot, log_error)
 
     def noise(self) -> Noise:
         """How far off predictions were of late."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from msgspec import structs
 
-from scheduler import cost, forecast
+from scheduler import cost, forecast, regression
 from scheduler.forecast import SECONDS_MAX, SECONDS_MIN, Forecast
 from scheduler.guard import Guard
 from scheduler.learned import REMEMBERED_MAX, Learned, Life
@@ -32,9 +32,6 @@ from scheduler.wire.worker import Beat, Reward
 
 PACE_ERRORS = "pace"
 "The name of that window."
-
-RELATIVE_FLOOR_S = 0.02
-"Errors are relative to the seconds predicted, and to this where they are fewer."
 
 RATE_FLOOR = 0.02
 "Nor does any learned rate fall below this part of the declared one: a plan must not believe in free work."
@@ -168,8 +165,7 @@ class Predictor:
         planned = log_error - (float(self._log_speed[slot]) - speed.log)
         self.guard.judge(slot, learned=planned, prior=math.log(seconds / max(1e-3, sum(x))))
         self._judge(speed, seen, predicted_s)
-        scale_s = max(RELATIVE_FLOOR_S, 0.5 * (predicted_s + seconds) / own_speed)
-        weight = min(1.0, 1.0 / max(1e-9, abs(log_error))) / scale_s**2
+        weight = regression.weight(log_error, 0.5 * (predicted_s + seconds) / own_speed)
         self._regression.learn_row(x, seconds / own_speed, weight)
         speed.learn(log_error)
         self._log_speed[slot], self._sped = speed.log, None
@@ -185,7 +181,7 @@ class Predictor:
         """
         return np.array(
             [
-                speed is not None and not speed.count and not self.transfer.numbers(slot)[1]
+                speed is not None and not speed.count and not self.transfer.speeds.counts[slot]
                 for slot, speed in enumerate(self._speeds)
             ]
         )
@@ -241,8 +237,8 @@ class Predictor:
             return
         speed.recall(life.log, life.count, life.error, life.coverage)
         self._log_speed[slot], self._sped = speed.log, None
-        self.transfer.recall(slot, *life.link)
-        self.pace.recall(slot, *life.pace)
+        self.transfer.speeds.recall(slot, *life.link)
+        self.pace.speeds.recall(slot, *life.pace)
         self.guard.set(slot, is_distrusted=life.is_distrusted)
 
     def _life(self, slot: int) -> Life:
@@ -254,8 +250,8 @@ class Predictor:
             count=float(speed.count),
             error=speed.error,
             coverage=speed.coverage,
-            link=self.transfer.numbers(slot),
-            pace=self.pace.numbers(slot),
+            link=self.transfer.speeds.numbers(slot),
+            pace=self.pace.speeds.numbers(slot),
             is_distrusted=bool(self.guard.distrusted[slot]),
         )
 

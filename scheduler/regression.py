@@ -17,6 +17,10 @@ one endpoint does differently is its `Speed`, which is never late.
 """
 
 
+RELATIVE_FLOOR_S = 0.02
+"Errors are relative to the seconds that something takes, and to this where they are fewer."
+
+
 class Sums(msgspec.Struct, frozen=True, kw_only=True):
     """What a regression of n features has learned, as plain numbers."""
 
@@ -39,6 +43,16 @@ class Sums(msgspec.Struct, frozen=True, kw_only=True):
         if min(self.weights) < 0 or not np.allclose(precision, precision.T):
             return False
         return bool(np.linalg.eigvalsh(precision).min() > 1e-6)
+
+
+def trust(log_error: float) -> float:
+    """What a lesson counts that is so far off, in logs: 1 up to a factor of e, then ever less (Huber)."""
+    return min(1.0, 1.0 / max(1e-9, abs(log_error)))
+
+
+def weight(log_error: float, scale_s: float) -> float:
+    """What a lesson weighs that is so far off, where errors are relative to so many seconds."""
+    return trust(log_error) / max(RELATIVE_FLOOR_S, scale_s) ** 2
 
 
 class DecayedRegression(linear_model.BayesianLinearRegression):

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scheduler import cost
+from scheduler import cost, regression
 from scheduler.regression import DecayedRegression, Sums
+from scheduler.speed import Speeds
 from scheduler.state import Floats
 from scheduler.wire.worker import Beat, Reward
 
@@ -28,52 +29,32 @@ LINK_MIN, LINK_MAX = 1e7, 1e14
 TOKEN_BYTES_MAX = 1 << 30
 "The most that a token's KV is believed to take."
 
-RELATIVE_FLOOR_S = 0.02
-"Errors are relative to the seconds predicted, and to this where they are fewer."
-
-GAIN, STEP, LOG_MAX = 0.05, 0.7, 3.0
-"How much of a log error an endpoint takes over, the largest believed at once, and the most that it may differ."
-
-YOUNG = 15
-"Transfers that an earlier life counts for: a new one may differ."
-
 SECONDS_MAX = 3600.0
+"No transfer takes an hour: what says so is no measurement."
 
 
 class Transfer:
-    """One column an endpoint."""
+    """What handing KV over takes on every endpoint's link."""
 
     def __init__(self) -> None:
         """Untaught: as declared."""
         self._regression = DecayedRegression(np.ones(len(FEATURES)))
-        self._log: Floats = np.zeros(0)
-        self._counts: list[int] = []
+        self.speeds = Speeds()
         self.links: Floats = np.zeros(0)
         "Bytes a second each link carries; 0: it hands nothing over."
         self.token_bytes: Floats = np.zeros(0)
         "One token's KV."
-        self.error = 0.0
-        "Moving mean of |log(actual / predicted)|, over the fleet."
 
     def open(self, slot: int, beat: Beat) -> None:
         """An endpoint takes this slot, as declared."""
-        if slot == len(self._log):
-            self._log, self.links = np.append(self._log, 0.0), np.append(self.links, 0.0)
+        self.speeds.open(slot)
+        if slot == len(self.links):
+            self.links = np.append(self.links, 0.0)
             self.token_bytes = np.append(self.token_bytes, 0.0)
-            self._counts.append(0)
-        self._log[slot] = self._counts[slot] = 0
         link = beat.link_gbps * 1e9 / 8
         self.links[slot] = min(LINK_MAX, max(LINK_MIN, link)) if link > 0 else 0.0
         declared = min(TOKEN_BYTES_MAX, max(0, beat.kv_token_bytes))
         self.token_bytes[slot] = declared or cost.KV_BYTES
-
-    def numbers(self, slot: int) -> tuple[float, float]:
-        """What is remembered of this endpoint's link: its log speed, and from how many transfers."""
-        return float(self._log[slot]), float(self._counts[slot])
-
-    def recall(self, slot: int, log: float, count: float) -> None:
-        """Go on from an earlier life."""
-        self._log[slot], self._counts[slot] = log, min(int(count), YOUNG)
 
     def export(self) -> Sums:
         """What the whole fleet has taught."""
@@ -93,7 +74,7 @@ class Transfer:
             link: bytes a second between the two ends.
         """
         handshake, per_own, per_ahead, per_step = self._regression.weights
-        seconds: Floats = np.exp(self._log) * (
+        seconds: Floats = np.exp(self.speeds.log) * (
             handshake * HANDSHAKE_S
             + (per_own * own + per_ahead * ahead) / np.maximum(link, LINK_MIN)
             + per_step * step_s
@@ -115,18 +96,13 @@ class Transfer:
         if begun_at is None or not 1e-4 <= reward.first_token_at - begun_at <= SECONDS_MAX:
             return
         seconds = reward.first_token_at - begun_at
-        speed = math.exp(self._log[slot])
+        speed = math.exp(self.speeds.log[slot])
         weights = self._regression.weights
         predicted_s = speed * sum(w * x for w, x in zip(weights, row, strict=True))
         log_error = math.log(seconds / max(1e-4, predicted_s))
-        scale_s = max(RELATIVE_FLOOR_S, 0.5 * (predicted_s + seconds) / speed)
-        weight = min(1.0, 1.0 / max(1e-9, abs(log_error))) / scale_s**2
+        weight = regression.weight(log_error, 0.5 * (predicted_s + seconds) / speed)
         self._regression.learn_row(row, seconds / speed, weight)
-        self._counts[slot] += 1
-        gain = max(GAIN, 1.0 / (self._counts[slot] + 3))
-        moved = self._log[slot] + gain * max(-STEP, min(STEP, log_error))
-        self._log[slot] = max(-LOG_MAX, min(LOG_MAX, moved))
-        self.error += max(GAIN, 1.0 / sum(self._counts)) * (abs(log_error) - self.error)
+        self.speeds.learn(slot, log_error)
 
 
 def _parsed(features: Sequence[str]) -> tuple[float, ...] | None:
