@@ -43,6 +43,35 @@ class Member(msgspec.Struct, frozen=True):
     "Prompt tokens still to compute; 0 once it decodes."
 
 
+def member(
+    *,
+    prompt_tokens: int,
+    uncached_tokens: int,
+    said: int,
+    expected_tokens: float,
+    tpot_s: float | None,
+    decoding_s: float | None,
+) -> Member:
+    """A request inside the engine, from what its worker knows.
+
+    Args:
+        prompt_tokens: all of its prompt.
+        uncached_tokens: what of it is believed to be computed.
+        said: output tokens so far.
+        expected_tokens: of the whole answer.
+        tpot_s: its promise; None: none.
+        decoding_s: since its first token; None: that has not come.
+    """
+    return Member(
+        context_tokens=prompt_tokens + said,
+        # Past its expected end an answer goes on for about a quarter of what it has said: lengths are heavy-tailed.
+        remaining_tokens=max(expected_tokens - said, said / 4, 1.0),
+        tpot_s=tpot_s or math.inf,
+        banked_s=(said - 1) * tpot_s - decoding_s if tpot_s and decoding_s is not None else 0.0,
+        prefill_tokens=0.0 if decoding_s is not None else uncached_tokens,
+    )
+
+
 class Candidate(msgspec.Struct, frozen=True):
     """A request that waits outside the engine."""
 
@@ -91,9 +120,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     patience_s: float = 5.0
     "Who has waited longer goes first, and nobody overtakes it."
-
-    chunk_tokens: int = 2048
-    "Prompt tokens of one step (`max_num_batched_tokens`)."
 
 
 def admit(

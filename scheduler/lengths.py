@@ -5,6 +5,8 @@ nothing.
 """
 
 import math
+import statistics
+from collections import deque
 
 import msgspec
 
@@ -17,11 +19,29 @@ ANSWER_TOKENS, ANSWER_TOKEN_S, PROMPT_TOKENS = 256, 0.03, 1024
 SIZE = 100
 "Completions the medians are taken over."
 
+ENGINE_TOKENS, ENGINE_SIZE = 200.0, 256
+"Of one engine, for its worker: an answer before any was seen (the mean of public chat traces), and how many are kept."
+
 MODELS_MAX = 64
 "Models whose medians are kept."
 
 
-class Usual(msgspec.Struct):
+class Answers:
+    """How long one engine's answers usually are, as its worker sees them."""
+
+    def __init__(self) -> None:
+        """None seen."""
+        self.usual_tokens = ENGINE_TOKENS
+        "Their median of late."
+        self._seen: deque[int] = deque(maxlen=ENGINE_SIZE)
+
+    def add(self, output_tokens: int) -> None:
+        """An answer ended by itself after so many tokens."""
+        self._seen.append(output_tokens)
+        self.usual_tokens = statistics.median(self._seen)
+
+
+class Recent(msgspec.Struct):
     """The most recent completions of one model."""
 
     answer: Window
@@ -32,7 +52,7 @@ class Usual(msgspec.Struct):
     "Seconds per token of its answers."
 
 
-KINDS = Usual.__struct_fields__
+KINDS = Recent.__struct_fields__
 
 
 class Lengths:
@@ -40,41 +60,41 @@ class Lengths:
 
     def __init__(self) -> None:
         """Nothing seen."""
-        self._models: dict[str, Usual] = {}
+        self._models: dict[str, Recent] = {}
 
     def learn(self, reward: Reward) -> None:
         """One completed request; others say nothing of lengths."""
         if reward.outcome != "completed":
             return
-        usual = self._models.get(reward.model) or self._open(reward.model)
+        recent = self._models.get(reward.model) or self._open(reward.model)
         for seen, value in (
-            (usual.answer, reward.output_tokens),
-            (usual.prompt, reward.prompt_tokens),
-            (usual.token_s, reward.tpot_s or 0.0),
+            (recent.answer, reward.output_tokens),
+            (recent.prompt, reward.prompt_tokens),
+            (recent.token_s, reward.tpot_s or 0.0),
         ):
             if 0 < value < math.inf:
                 seen.add(value)
 
     def answer(self, model: str) -> tuple[int, float]:
         """How many tokens this model's answers usually have, and how many seconds each takes."""
-        usual = self._models.get(model)
-        if usual is None:
+        recent = self._models.get(model)
+        if recent is None:
             return ANSWER_TOKENS, ANSWER_TOKEN_S
-        tokens = _median(usual.answer, ANSWER_TOKENS)
-        return int(tokens), _median(usual.token_s, ANSWER_TOKEN_S)
+        tokens = _median(recent.answer, ANSWER_TOKENS)
+        return int(tokens), _median(recent.token_s, ANSWER_TOKEN_S)
 
     def prompt(self, model: str) -> int:
         """How long this model's prompts usually are, for those that nobody measured."""
-        usual = self._models.get(model)
-        return PROMPT_TOKENS if usual is None else int(_median(usual.prompt, PROMPT_TOKENS))
+        recent = self._models.get(model)
+        return PROMPT_TOKENS if recent is None else int(_median(recent.prompt, PROMPT_TOKENS))
 
     def export(self) -> dict[str, tuple[float, ...]]:
         """Every window that has something in it by name, oldest value first."""
         return {
             f"{kind}:{model}": tuple(window)
-            for model, usual in self._models.items()
+            for model, recent in self._models.items()
             for kind in KINDS
-            for window in (getattr(usual, kind),)
+            for window in (getattr(recent, kind),)
             if len(window)
         }
 
@@ -83,14 +103,14 @@ class Lengths:
         for name, values in windows.items():
             kind, _, model = name.partition(":")
             if kind in KINDS:
-                usual = self._models.get(model) or self._open(model)
-                setattr(usual, kind, Window(SIZE, values))
+                recent = self._models.get(model) or self._open(model)
+                setattr(recent, kind, Window(SIZE, values))
 
-    def _open(self, model: str) -> Usual:
+    def _open(self, model: str) -> Recent:
         if len(self._models) >= MODELS_MAX:
             del self._models[next(iter(self._models))]
-        usual = self._models[model] = Usual(Window(SIZE), Window(SIZE), Window(SIZE))
-        return usual
+        recent = self._models[model] = Recent(Window(SIZE), Window(SIZE), Window(SIZE))
+        return recent
 
 
 def _median(seen: Window, unseen: float) -> float:

@@ -10,6 +10,7 @@ fade, the prior never quite does: where the load has not varied (a batch of alwa
 import msgspec
 import numpy as np
 
+from scheduler import cost
 from scheduler.state import Floats
 
 SCALES = np.array([1.0, 16.0, 16_384.0, 512.0])
@@ -70,6 +71,17 @@ class Law(msgspec.Struct, frozen=True):
             + self.kv_s * kv_tokens
             + self.prefill_s * prefill_tokens
         )
+
+
+def prior(hardware: str) -> Law:
+    """The law of a declared class of hardware by its data sheet, until the engine has shown its own."""
+    rates = cost.hardware(hardware)
+    return Law(
+        base_s=rates.step_s,
+        sequence_s=rates.sequence_s,
+        kv_s=rates.kv_s,
+        prefill_s=rates.token_s,
+    )
 
 
 class StepTime:

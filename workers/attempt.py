@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from dispatcher.streams.sidecar import Held
+from scheduler import batch
 from scheduler.batch import Candidate, Member
 from scheduler.wire.words import Outcome
 from scheduler.wire.worker import Result, Reward, Tokens
@@ -167,20 +168,13 @@ class Attempt:
 
     def member(self, tick: float) -> Member:
         """As the batch sees it."""
-        said = self.new_tokens
-        tpot_s = self.job.tpot_s or float("inf")
-        has_begun = self.first_token_at is not None
-        # Past its expected end an answer goes on for about a quarter of what it has said: lengths are heavy-tailed.
-        remaining = max(self.expected_tokens - said, said / 4, 1.0)
-        banked = (
-            (said - 1) * tpot_s - (tick - self.first_tick) if has_begun and self.job.tpot_s else 0.0
-        )
-        return Member(
-            context_tokens=self.prompt_tokens + said,
-            remaining_tokens=remaining,
-            tpot_s=tpot_s,
-            banked_s=banked,
-            prefill_tokens=0.0 if has_begun else self.uncached_tokens,
+        return batch.member(
+            prompt_tokens=self.prompt_tokens,
+            uncached_tokens=self.uncached_tokens,
+            said=self.new_tokens,
+            expected_tokens=self.expected_tokens,
+            tpot_s=self.job.tpot_s,
+            decoding_s=None if self.first_token_at is None else tick - self.first_tick,
         )
 
     def tear(self, reason: str) -> None:

@@ -295,7 +295,7 @@ class Endpoint:
         attempt = Attempt(
             arrival.held, parsed, pulled_at=self._connection.now(), written=arrival.written
         )
-        attempt.expect(self.rhythm.usual_tokens)
+        attempt.expect(self.rhythm.answers.usual_tokens)
         self._hands.take(attempt)
         self._vigil.arrived(attempt)
         # A decode leg follows its prefill leg, and repeats nothing.

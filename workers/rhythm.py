@@ -1,23 +1,15 @@
 """An engine's rhythm as its tokens show it: gaps, the step-time law, how long answers usually are."""
 
-import statistics
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from scheduler.batch import Limits
-from scheduler.cost import CLASSES, UNKNOWN
-from scheduler.steptime import Law, StepTime
+from scheduler import steptime
+from scheduler.cost import CHUNK_TOKENS
+from scheduler.lengths import Answers
+from scheduler.steptime import StepTime
 from workers.attempt import Attempt
 from workers.metrics import Gaps
-
-LENGTHS_KEPT = 256
-"Answers whose length says what is usual."
-
-USUAL_TOKENS = 200.0
-"How long an answer is before any was seen: the mean of public chat traces."
-
-CHUNK_TOKENS = Limits().chunk_tokens
 
 PREFILLED_KEPT = 256
 "First tokens remembered; more than one step can bring."
@@ -43,12 +35,11 @@ class Rhythm:
     """One engine's. `gap` is called once a token and is kept cheap."""
 
     def __init__(self, hardware: str, gaps: Gaps) -> None:
-        self.step_time = StepTime(_prior(hardware))
+        self.step_time = StepTime(steptime.prior(hardware))
         self.step_s = 0.0
         "The decode step now; 0: nothing decodes."
-        self.usual_tokens = USUAL_TOKENS
+        self.answers = Answers()
         self._gaps = gaps
-        self._lengths: deque[int] = deque(maxlen=LENGTHS_KEPT)
         self._prefilled: deque[tuple[float, int]] = deque(maxlen=PREFILLED_KEPT)
         "When a prompt was through, and how much of it was in that last step."
         self._sample: _Sample | None = None
@@ -75,11 +66,6 @@ class Rhythm:
             self._pacer = self._sample = None
         if is_empty:
             self.step_s = 0.0
-
-    def said(self, output_tokens: int) -> None:
-        """An answer ended by itself after so many tokens."""
-        self._lengths.append(output_tokens)
-        self.usual_tokens = statistics.median(self._lengths)
 
     def _seen(self, gap_s: float, tick: float, running: Iterable[Attempt]) -> _Sample | None:
         """What ran during this gap; None where it is anybody's guess.
@@ -117,9 +103,3 @@ class Rhythm:
             while self._prefilled and self._prefilled[0][0] <= tick + late_s:
                 self._prefilled.popleft()
         self._sample = None
-
-
-def _prior(hardware: str) -> Law:
-    """The data sheet's law of this class of hardware, until the engine has shown its own."""
-    known = CLASSES.get(hardware, UNKNOWN)
-    return Law(known.step_s, known.sequence_s, known.kv_s, known.token_s)

@@ -237,7 +237,7 @@ class Serving:
         elif error is None:
             self._ending.finish(attempt, "completed")
             self._health.succeeded()
-            self._rhythm.said(attempt.output_tokens)
+            self._rhythm.answers.add(attempt.output_tokens)
             self._kv.computed(attempt.job, attempt.body)
         else:
             self._ending.failed(attempt, error)

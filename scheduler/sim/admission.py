@@ -1,20 +1,15 @@
 """Whom a worker lets into its engine: `batch.admit`, with what the live worker has learned and knows."""
 
-import statistics
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from scheduler import batch, cost
+from scheduler import batch, cost, steptime
 from scheduler.batch import Limits
+from scheduler.lengths import Answers
 from scheduler.sim.attempt import Attempt
 from scheduler.sim.fleet import Machine
 from scheduler.sim.sequence import Sequence as Prompt
 from scheduler.sim.step import Step
-from scheduler.steptime import Law, StepTime
-
-LENGTHS_KEPT = 256
-USUAL_TOKENS = 200.0
-"As in the live worker: how long answers are before any was seen, and how many tell."
+from scheduler.steptime import StepTime
 
 LEARN_ALL = 64
 "Steps that all teach the law; after them one in `LEARN_EVERY`, which changes nothing but the time it takes us."
@@ -27,12 +22,10 @@ class Admission:
 
     def __init__(self, machine: Machine, *, is_open: bool) -> None:
         """Before anything was seen; where it `is_open`, whoever comes goes in, and nothing is learned."""
-        self.usual_tokens = USUAL_TOKENS
-        "How long answers are: their median of late."
+        self.answers = Answers()
         self._is_open = is_open
-        self._law = StepTime(_prior(machine.hardware))
+        self._law = StepTime(steptime.prior(machine.hardware))
         self._limits = Limits(seats=machine.settings.max_num_seqs)
-        self._lengths: deque[int] = deque(maxlen=LENGTHS_KEPT)
         self._n_steps = 0
 
     def restart(self) -> None:
@@ -68,21 +61,10 @@ class Admission:
             step.duration_s / step.n_steps,
             batch=len(step.decoded),
             kv_tokens=kv_tokens,
-            prefill_tokens=min(prefill_tokens, self._limits.chunk_tokens),
+            prefill_tokens=min(prefill_tokens, cost.CHUNK_TOKENS),
         )
 
     def ended(self, output_tokens: int) -> None:
         """An answer was so long."""
         if not self._is_open:
-            self._lengths.append(output_tokens)
-            self.usual_tokens = statistics.median(self._lengths)
-
-
-def _prior(hardware: str) -> Law:
-    rated = cost.hardware(hardware)
-    return Law(
-        base_s=rated.step_s,
-        sequence_s=rated.sequence_s,
-        kv_s=rated.kv_s,
-        prefill_s=rated.token_s,
-    )
+            self.answers.add(output_tokens)

@@ -2,6 +2,7 @@
 
 import math
 
+from scheduler import batch
 from scheduler.batch import Candidate, Member
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Machine
@@ -62,15 +63,13 @@ class Attempt:
 
     def member(self, said: int, now: float) -> Member:
         """As one that runs and has said so many tokens."""
-        tpot_s = self.job.tpot_s or math.inf
-        first_at = self.first_at
-        is_bound = first_at is not None and self.job.tpot_s
-        return Member(
-            context_tokens=self.job.prompt_tokens + said,
-            remaining_tokens=max(self.expected_tokens - said, said / 4, 1.0),
-            tpot_s=tpot_s,
-            banked_s=(said - 1) * tpot_s - (now - first_at) if is_bound and first_at else 0.0,
-            prefill_tokens=0.0 if first_at is not None else self.uncached_tokens,
+        return batch.member(
+            prompt_tokens=self.job.prompt_tokens,
+            uncached_tokens=self.uncached_tokens,
+            said=said,
+            expected_tokens=self.expected_tokens,
+            tpot_s=self.job.tpot_s,
+            decoding_s=None if self.first_at is None else now - self.first_at,
         )
 
     def reward(self, machine: Machine, epoch: int, outcome: str, now: float) -> Reward:

@@ -117,7 +117,7 @@ class Endpoint(Party):
             self._drop(older, now)
         if job.leg == "prefill":
             self.release(job.id, self._leases.attempt(job.id), now)
-        expected_tokens = max(job.expected_tokens or self._admission.usual_tokens, 1.0)
+        expected_tokens = max(job.expected_tokens or self._admission.answers.usual_tokens, 1.0)
         attempt = Attempt(job, sequence, fate, pulled_at=now, expected_tokens=expected_tokens)
         self._held[job.id] = attempt
         self._has_changed = True

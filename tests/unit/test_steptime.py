@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler import steptime
 from scheduler.steptime import Law, StepTime
 
 TRUE = Law(base_s=0.012, sequence_s=1.5e-4, kv_s=2.4e-7, prefill_s=8e-5)
@@ -27,6 +28,12 @@ def learned(gaps, prior):
     for measured_s, n, kv, prefill in gaps:
         known.learn(measured_s, batch=n, kv_tokens=kv, prefill_tokens=prefill)
     return known
+
+
+def test_an_engine_begins_with_the_law_of_its_class_however_its_name_is_written():
+    """The worker reads a declared class as the core does: a card's full name is no unknown hardware."""
+    assert steptime.prior("NVIDIA A100-SXM4-80GB") == steptime.prior("a100")
+    assert steptime.prior("a100") != steptime.prior("")
 
 
 class TestLearning:
