@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from scheduler.core import CoreSettings, Scheduler
+from scheduler.endpoints import PATIENCE_S
 from scheduler.events import Arrived, Assign, Note, Recovered
 from scheduler.fairness import FairnessSettings
+from scheduler.plan import PlanSettings
 from scheduler.wire.client import Control, Request
 from scheduler.wire.worker import Beat, Reward
 
@@ -204,6 +206,33 @@ def test_a_prefill_leg_that_does_not_say_where_its_kv_is_has_failed(pool, kv_par
     pool.answer("prefilled", kv_params=kv_params)
     notes = [c for c in pool.core.decide(pool.now) if not isinstance(c, Note)]
     assert [c.result.outcome for c in notes] == ["failed"]
+
+
+@pytest.mark.parametrize("is_helped", [False, True])
+def test_a_decode_leg_that_would_break_more_than_it_gains_waits_a_little(is_helped):
+    """A long prompt's KV would slow sixteen; where another decodes it goes at once, over however slow a link."""
+    pool = Pool(beat("p0", "prefill"), beat("d0", "decode"), plan=PlanSettings(commit_window_s=9.0))
+    for at in range(16):
+        pool.ask(f"r{at}", prompt_tokens=500, tpot_s=0.022)
+    assert pool.assigned() == 16 * [("prefill", "p0")]
+    paced = pool.jobs
+    pool.ask("long", prompt_tokens=40_000)
+    assert pool.assigned() == [("prefill", "p0")]
+    long, pool.jobs = pool.jobs, paced
+    for at in range(16):
+        pool.answer("prefilled", at=at, kv_params=PARAMS)
+    assert pool.assigned() == 16 * [("decode", "d0")]
+
+    if is_helped:
+        pool.core.receive(beat("d1", "decode", link_gbps=1.0), pool.now)
+    pool.jobs = long
+    pool.answer("prefilled", kv_params=PARAMS)
+
+    bound = []
+    for after_s in (0.0, PATIENCE_S - 0.01, 0.02):
+        pool.now += after_s
+        bound.append(pool.assigned())
+    assert bound == ([[("decode", "d1")], [], []] if is_helped else [[], [], [("decode", "d0")]])
 
 
 def test_who_only_decodes_is_measured_by_what_it_fetches(pool):
