@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.endpoints import PATIENCE_S
@@ -233,6 +235,26 @@ def test_a_decode_leg_that_would_break_more_than_it_gains_waits_a_little(is_help
         pool.now += after_s
         bound.append(pool.assigned())
     assert bound == ([[("decode", "d1")], [], []] if is_helped else [[], [], [("decode", "d0")]])
+
+
+@settings(max_examples=20)
+@given(n_paced=st.integers(1, 16), tokens=st.integers(100, 20_000), tpot_s=st.floats(0.02, 0.05))
+def test_a_prefill_leg_is_worth_what_its_decode_leg_is(n_paced, tokens, tpot_s):
+    """Where that would be bound: beside those who decode there, and beside nobody's prefill."""
+    pool = Pool(beat("p0", "prefill"), beat("d0", "decode"), plan=PlanSettings(patience=0.0))
+    for at in range(n_paced):
+        pool.ask(f"r{at}", prompt_tokens=500, tpot_s=tpot_s)
+        pool.assigned()
+        pool.answer("prefilled", kv_params=PARAMS)
+        pool.assigned()
+    pool.ask("r", prompt_tokens=tokens, tpot_s=0.03)
+    planner = pool.core._planning._planner(np.zeros(2))
+    ticket = pool.core._memory.book.tickets["r"]
+
+    first = planner.worth.of(planner.offers.of(ticket))
+    second = planner.worth.of(planner.onward.second_leg(planner.offers.whole(ticket), source=0))
+
+    assert first[0] == second[1]
 
 
 def test_who_only_decodes_is_measured_by_what_it_fetches(pool):
