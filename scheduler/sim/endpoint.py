@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 from scheduler.sim import truth
 from scheduler.sim.admission import Admission
 from scheduler.sim.attempt import Attempt
+from scheduler.sim.course import Course
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays, Machine
 from scheduler.sim.handover import Handover, Party
@@ -25,12 +26,6 @@ from scheduler.wire.worker import Beat, Reward
 
 TEND_S = 0.1
 "How often a worker looks at those it holds though nothing has happened."
-
-QUIET_LEAST_S = 0.05
-"A shorter stretch of decoding is run step by step."
-
-QUIET_SHARE = 0.98
-"Of the mean length of a stretch, the part we dare to sleep through: noise may end it sooner."
 
 Report = Callable[[float, Beat | Reward], None]
 "Called with a moment and a fact that leaves the worker then."
@@ -93,10 +88,7 @@ class Endpoint(Party):
         "Admitted; by request id, as all tables here."
         self._entering: deque[tuple[float, Attempt]] = deque()
         self._deadlines: list[tuple[float, str, int]] = []
-        self._step: Step | None = None
-        self._at = 0.0
-        "Up to here the engine has been run."
-        self._quiet_until: float | None = None
+        self._course = Course(self.engine, self._fetch)
         self._prefill_tokens = 0
         self._news = News(self._delays.news_s)
         self._tend_at = math.inf
@@ -160,13 +152,12 @@ class Endpoint(Party):
         self.is_dead = True
         self._clear()
 
-    def join(self, now: float) -> None:
+    def join(self) -> None:
         """Begin a new life, with an empty engine."""
         self.engine = self.machine.engine()
         self.epoch += 1
         self.is_dead = self.is_frozen = False
         self._clear()
-        self._at = now
 
     # Time.
 
@@ -174,11 +165,7 @@ class Endpoint(Party):
         """When `turn` would do something; `inf`: not before it is told something."""
         if self.is_dead or self.is_frozen:
             return math.inf
-        at = min(self._news.at, self._tend_at, self._leases.next_at())
-        if self._step is not None:
-            at = min(at, self._step.ended_at)
-        elif self._quiet_until is not None:
-            at = min(at, self._quiet_until)
+        at = min(self._news.at, self._tend_at, self._leases.next_at(), self._course.next_at())
         if self._entering:
             at = min(at, self._entering[0][0])
         if self._deadlines:
@@ -198,42 +185,24 @@ class Endpoint(Party):
             self._admit(now)
         while self._entering and self._entering[0][0] <= now:
             self._enter(self._entering.popleft()[1], now)
-        if self._step is None and self._quiet_until is None:
-            self._begin(now)
+        self._course.begin(now)
         if self._news.at <= now:
             self._report(now, self.beat(now))
 
     def _catch_up(self, now: float) -> None:
         """Run and settle what is over by now."""
-        if self._quiet_until is not None:
-            self._quiet_until = None
-            self._run(until=now)
-        while (step := self._step) is not None and step.ended_at <= now:
-            self._at = step.ended_at
-            self._step = None
+        for step in self._course.over(now):
             self._settle(step)
-            if self._at < now:
-                self._run(until=now)
 
-    def _begin(self, now: float) -> None:
-        """Start the next step, or sleep through a stretch in which only tokens are decoded."""
-        self._at = now
-        quiet_s = self.engine.quiet_s()
-        if quiet_s is not None and quiet_s > QUIET_LEAST_S:
-            self._quiet_until = now + QUIET_SHARE * quiet_s
-        else:
-            self._run()
-
-    def _run(self, until: float | None = None) -> None:
-        """Start the engine's next step, and fetch the KV of whoever got room for it."""
-        self._step = self.engine.step(self._at, until=until)
+    def _fetch(self, at: float) -> None:
+        """Fetch the KV of whoever got room for it in the step that started at this moment."""
         if self.handover is None:
             return
         for sequence in self.engine.take_loading():
             attempt = self._running[sequence.id]
             tokens = sequence.prompt_tokens - sequence.cached_tokens
             size = float(tokens * self.machine.nominal.kv_bytes_per_token)
-            self.handover.begin(self.name, attempt.job, size, self._at)
+            self.handover.begin(self.name, attempt.job, size, at)
 
     # Admitting.
 
@@ -297,7 +266,6 @@ class Endpoint(Party):
     def first_token_s(self, prompt_tokens: int, keys: list[int], now: float) -> float:
         """The truth, for the oracle: seconds to a prompt's first token were it admitted now."""
         self.turn(now)
-        under_way_s = 0.0 if self._step is None else self._step.ended_at - now
         steps_s = truth.prefill_s(
             self.engine,
             self.machine,
@@ -306,7 +274,7 @@ class Endpoint(Party):
             entering=[attempt.sequence for _, attempt in self._entering],
             n_decodes=len(self._running),
         )
-        return self._frontend_s + max(under_way_s, 0.0) + steps_s
+        return self._frontend_s + self._course.left_s(now) + steps_s
 
     # What steps bring.
 

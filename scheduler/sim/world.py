@@ -365,7 +365,7 @@ class World:
                 if self._handover is not None:
                     self._handover.died(endpoint.name, self.now)
             case "join":
-                endpoint.join(self.now)
+                endpoint.join()
                 self._report(self.now, endpoint.beat(self.now))
         self._attend(endpoint)
 

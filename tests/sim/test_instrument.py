@@ -186,7 +186,7 @@ class TestSame:
         """Sleeping through pure decoding gives tokens and news their times, whoever acts on them."""
         still = structs.replace(PAIR, chance=CERTAIN)
         _, fast = run(lab(still, crowd(60)), name)
-        monkeypatch.setattr("scheduler.sim.endpoint.QUIET_LEAST_S", math.inf)
+        monkeypatch.setattr("scheduler.sim.course.QUIET_LEAST_S", math.inf)
         _, slow = run(lab(still, crowd(60)), name)
 
         assert [fate.finished_at for fate in fast.fates] == pytest.approx(
