@@ -14,7 +14,6 @@ import contextlib
 
 import structlog
 
-from dispatcher.streams import sidecar
 from dispatcher.streams.connection import Connection
 from dispatcher.streams.where import without_password
 from scheduler.errors import FencedError, StreamError, WireError
@@ -22,11 +21,12 @@ from scheduler.keys import Keys
 from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
 from scheduler.wire.words import EndpointState
 from scheduler.wire.worker import Beat
-from workers import body
+from workers import body, epoch
 from workers.admission import Admission
 from workers.attempt import FENCED, STALE, Attempt, Stop
 from workers.ending import Ending
 from workers.engine import Engine
+from workers.epoch import RETRY_S
 from workers.hands import Hands
 from workers.health import Health
 from workers.inbox import Arrival, Inbox
@@ -41,9 +41,6 @@ from workers.writer import Writer
 
 TEND_S = 0.1
 "How often the held are tried again: what they promised weighs more the longer they wait."
-
-RETRY_S = 0.25
-"How long to wait before reading again while Redis is away."
 
 log = structlog.get_logger()
 
@@ -140,16 +137,18 @@ class Endpoint:
 
     async def run(self) -> None:
         """Work until cancelled, or until a newer worker joins in this name."""
+        url = without_password(self._address.url)
+        pool = self._connection, self._keys
         await self._engine.open()
         try:
             while True:
-                await self._join()
+                self._epoch = await epoch.join(*pool, self.name, self._worker)
+                log.info("joined", endpoint=self.name, epoch=self._epoch, url=url)
                 await self._live()
                 self._drop_all()
-                if not await self._is_forgotten():
-                    self._draining = (
-                        "a newer worker has joined in its name"  # and no probe finds it ready
-                    )
+                if not await epoch.is_forgotten(*pool, self.name, self._epoch):
+                    # So that no probe finds it ready.
+                    self._draining = "a newer worker has joined in its name"
                     log.warning("stood_down", endpoint=self.name, epoch=self._epoch)
                     return
                 log.warning("redis_forgot_us", endpoint=self.name, epoch=self._epoch)
@@ -196,20 +195,6 @@ class Endpoint:
         self._meter.step_law(self.name, self.rhythm.step_time)
 
     # The tasks.
-
-    async def _join(self) -> None:
-        while True:
-            try:
-                await self._inbox.open()
-                call = sidecar.join(self._keys, self.name, self._worker)
-                self._epoch = int(await self._connection.call(call.function, call.keys, call.args))
-            except StreamError as error:
-                log.warning("redis_away", endpoint=self.name, reason=str(error))
-                await asyncio.sleep(RETRY_S)
-            else:
-                url = without_password(self._address.url)
-                log.info("joined", endpoint=self.name, epoch=self._epoch, url=url)
-                return
 
     async def _read(self) -> None:
         while True:
@@ -378,19 +363,6 @@ class Endpoint:
             self._meter.fenced.inc()
             self._forget(attempt)
         self._hands.running.clear()
-
-    async def _is_forgotten(self) -> bool:
-        """Whether Redis has lost our name (emptied, failed over, or without its last second), rather than given it to another."""
-        while True:
-            try:
-                found = await self._connection.command(
-                    "HGET", self._keys.endpoint(self.name), "epoch"
-                )
-            except StreamError as error:
-                log.warning("redis_away", endpoint=self.name, reason=str(error))
-                await asyncio.sleep(RETRY_S)
-            else:
-                return int(found or 0) < self._epoch
 
     # Telling.
 
