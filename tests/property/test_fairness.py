@@ -131,6 +131,29 @@ def test_nobody_who_waits_is_left_out(weights, rows, had, count):
         assert own == sorted(own, key=by_rank)
 
 
+@given(
+    weights=weights,
+    rows=st.lists(st.tuples(names, st.floats(0, 9), st.integers(1, LONGEST)), max_size=30),
+    quantum=st.sampled_from([100, QUANTUM]),
+)
+def test_the_line_is_the_order_in_which_they_are_given(weights, rows, quantum):
+    """Looked at together they stand as one by one: whoever is named counts as having had what it will cost."""
+    lines = lines_of(weights, quantum)
+    for number, (tenant, rank, tokens) in enumerate(rows):
+        one = ticket(number, tenant, rank, tokens)
+        one.output_tokens = tokens % 7
+        lines.add(one)
+    together, one_by_one = lines.waiting.head(len(rows)), []
+
+    while lines.waiting:
+        [first] = lines.waiting.head(1)
+        lines.remove(first)
+        lines.charge(first, first.prompt_tokens, first.output_tokens)
+        one_by_one.append(first)
+
+    assert [t.id for t in together] == [t.id for t in one_by_one]
+
+
 @given(st.lists(st.tuples(st.floats(0, 9), st.integers(0, LONGEST)), max_size=30))
 def test_a_tenant_alone_has_the_policys_order(rows):
     """With nobody to share with, the line is what it is without fairness."""
@@ -166,6 +189,7 @@ def test_seats_follow_whatever_happens(turns):
             lines.set_aside(waiting[0])
         elif waiting and what == "drop":
             lines.remove(waiting[0])
+        assert lines.waiting.head(1) == lines.turns.joined(list(lines.waiting), [])[:1]
 
     line, turns_ = list(lines.waiting), lines.turns
     assert [t.id for t in lines.waiting.head(99)] == [t.id for t in turns_.joined(line, [])]
