@@ -107,6 +107,15 @@ class TestOrder:
 
         assert admit([member()], [dear, cheap, worthy], LAW, EXACT, now=0.0) == [2, 1, 0]
 
+    @given(prompt=st.integers(0, 9999), output=st.integers(0, 9999), more=st.integers(1, 9999))
+    def test_a_price_is_the_tokens_held_summed_over_the_steps(self, prompt, output, more):
+        """Each step holds one more than the last; who says nothing stays for one step all the same."""
+        by_step = [prompt + step + 0.5 for step in range(output)] or [max(prompt, 1)]
+
+        assert held(prompt, output).kv_seconds == pytest.approx(sum(by_step))
+        assert held(prompt + more, output).kv_seconds >= held(prompt, output).kv_seconds
+        assert held(prompt, output + more).kv_seconds >= held(prompt, output).kv_seconds
+
     def test_priority_comes_before_price(self):
         """Higher first."""
         assert admit([member()], [held(), held(9000, priority=1)], LAW, EXACT, now=0.0) == [1, 0]

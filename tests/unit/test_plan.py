@@ -359,28 +359,33 @@ class TestLedger:
         assert book.backlog(rates, 0.5).seconds(rates)[0] == pytest.approx(0.5)
         assert book.backlog(rates, 1.5).seconds(rates)[0] == pytest.approx(0.05)
 
-    def test_an_overdue_head_pushes_what_is_behind_it(self):
-        """Twice its time and it is late: the endpoint is less free the longer it says nothing."""
-        rates = Rates(overhead_s=np.zeros(1), token_s=np.full(1, 0.001), pair_s=np.zeros(1))
+    @pytest.mark.parametrize(("overhead_s", "overdue_s"), [(0.0, 10.0), (0.5, 9.0)])
+    def test_an_overdue_head_pushes_what_is_behind_it(self, overhead_s, overdue_s):
+        """Twice its time, overhead included, and it is late: the endpoint is less free the longer it says nothing."""
+        rates = Rates(
+            overhead_s=np.full(1, overhead_s), token_s=np.full(1, 0.001), pair_s=np.zeros(1)
+        )
         book = Ledger()
         book.open(0)
         book.commit(0, "a", Line(tokens=1000.0, pairs=0.0, kv=10.0), now=0.0)
 
-        assert book.backlog(rates, 12.05).overdue_s[0] == pytest.approx(10.0)
+        assert book.backlog(rates, 12.05).overdue_s[0] == pytest.approx(overdue_s)
 
     def test_what_is_entered_is_released_to_the_last_token(self):
         """Whatever the order, an empty endpoint has an empty account."""
         book = Ledger()
         book.open(0)
         for name in "abc":
-            book.commit(0, name, Line(tokens=3.0, pairs=0.5, kv=7.0), now=0.0)
+            book.commit(0, name, Line(tokens=3.0, pairs=0.5, kv=7.0, tpot_s=0.05), now=0.0)
+        assert book.bound == 3
         book.first_token(0, "b", now=1.0)
         book.first_token(0, "b", now=1.0)
         for name in "cab":
             book.release(0, name, now=2.0)
 
-        for row in (book.tokens, book.pairs, book.seats, book.kv, book.decode_kv):
+        for row in (book.tokens, book.pairs, book.seats, book.kv, book.decode_kv, book.read_kv):
             assert row[0] == 0.0
+        assert (book.bound, book.tightest_s[0]) == (0, math.inf)
 
 
 def decoding(

@@ -214,4 +214,4 @@ class TestGuard:
         made.judge(0, learned=math.log(10), prior=0.0)
         assert not made.is_on
         made.judge(0, learned=math.log(10), prior=0.0)
-        assert made.distrusted.tolist() == [True]
+        assert (made.distrusted.tolist(), made.switches) == ([True], [1])

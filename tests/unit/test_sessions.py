@@ -33,6 +33,17 @@ def test_the_least_recent_goes_first():
     assert held.match("c", 450) == {0: 450}
 
 
+def test_an_engine_that_turns_out_smaller_holds_no_more_than_it_can():
+    """At once, the least recent first."""
+    held = sessions(room=1_000)
+    held.insert(0, "a", 450)
+    held.insert(0, "b", 450)
+    held.resize(0, 500)
+
+    assert held.match("a", 450) == {}
+    assert held.match("b", 450) == {0: 450}
+
+
 def test_one_longer_than_all_is_nowhere():
     """And takes nothing with it that it should not."""
     held = sessions(room=1_000)
