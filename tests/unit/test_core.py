@@ -427,6 +427,32 @@ class TestArrival:
 
         assert pool.core.view(pool.now).waiting == 1
 
+    def test_a_stranger_counts_anew_where_nobody_was_left_to_know_it(self):
+        """The only endpoint is gone for a while: the next one has its time to say what it serves."""
+        pool = Pool(unknown_model_grace_s=5.0)
+        pool.beat("e0")
+        pool.ask("r", model="lama")
+        pool.decide()
+        pool.decide(after_s=3.0)
+        pool.beat("e1")
+        pool.decide()
+
+        assert pool.decide(after_s=2.9) == []
+        pool.beat("e1")
+        assert [c.result.outcome for c in pool.decide(after_s=2.1)] == ["invalid"]
+
+    def test_whoever_was_served_is_not_judged_by_its_length_any_more(self):
+        """It came before the endpoints, and the one that could hold it has left since."""
+        pool = Pool(unknown_model_grace_s=5.0)
+        pool.ask("r", prompt_tokens=5000)
+        pool.beat("large", max_model_len=8192)
+        pool.beat("small", max_model_len=4096)
+        [assign] = pool.decide()
+        pool.reward(assign)
+        for _ in range(3):
+            pool.beat("small", max_model_len=4096)
+            assert pool.decide(after_s=2.0) == []
+
     def test_a_prompt_longer_than_any_context_ends_though_it_came_before_the_endpoints(self):
         """It is told so once they had their time to say what they serve; it must not wait for ever."""
         pool = Pool(unknown_model_grace_s=2.0)
@@ -460,6 +486,21 @@ class TestFleet:
         assert (reclaim.endpoint, reclaim.attempt) == ("e0", 1)
         assert (second.endpoint, second.job.attempt) == ("e1", 2)
         assert second.job.enqueued_at == first.job.enqueued_at
+
+    def test_each_endpoint_has_a_lease_of_its_own(self):
+        """Three are heard one after the other, and each is lost at its moment, for which the core asks to be woken."""
+        pool, left = Pool(), []
+        for name in ("e0", "e1", "e2"):
+            pool.beat(name)
+            pool.now += 0.5
+        pool.decide()
+        for _ in range(3):
+            pool.now = pool.core.wakeup_at()
+            pool.decide()
+            left.append((pool.now, [e.name for e in pool.core.view(pool.now).endpoints]))
+
+        assert left == [(103.0, ["e1", "e2"]), (103.5, ["e2"]), (104.0, [])]
+        assert pool.core.wakeup_at() is None
 
     def test_a_new_epoch_gives_back_what_the_old_one_held(self):
         """A worker's new life knows nothing of the old one's jobs."""
@@ -839,6 +880,41 @@ class TestRecovery:
         [reclaim] = pool.decide(after_s=3.0)
 
         assert reclaim.attempt == 1
+
+    def test_what_an_endpoints_earlier_life_held_waits_again(self):
+        """Its new life was heard before the old leader's work was found."""
+        pool = Pool()
+        pool.beat(epoch=8)
+        self.found(pool, endpoint="e0", epoch=7)
+
+        reclaim, again = pool.decide()
+
+        assert (reclaim.attempt, again.job.attempt, again.job.epoch) == (1, 2, 8)
+
+    def test_what_was_cancelled_under_an_earlier_leader_ends(self):
+        pool = Pool()
+        self.found(pool, cancelled=True)
+
+        assert [c.result.outcome for c in pool.decide()] == ["cancelled"]
+
+    @pytest.mark.parametrize("entry", ["1-0", "9-0"])
+    def test_an_id_lives_under_the_entry_that_was_found(self, entry):
+        """Redis had lost the other one, and its client sent it again; found twice under one, it waits once."""
+        pool = Pool()
+        pool.ask("r")
+        self.found(pool, entry=entry)
+        assert pool.core.view(pool.now).waiting == 1
+        pool.beat()
+
+        [assign] = pool.decide()
+
+        assert assign.job.entry == entry
+
+    def found(self, pool, **fields):
+        """A new leader reads in Redis that it was assigned once."""
+        request = Request(id="r", model="m", prompt_tokens=10)
+        fields = {"entry": "1-0", "enqueued_at": 90.0, "attempt": 1, **fields}
+        pool.tell(Recovered(request=request, **fields))
 
     def test_what_was_learned_is_taken_over_and_nonsense_is_not(self):
         """A snapshot warms the start; a broken one is refused whole and the start stays cold."""
