@@ -1,8 +1,8 @@
 """Until when a request keeps to the endpoint that has its prefix, where no KV is free.
 
-Elsewhere the prefix would be computed once more. As one who does not know for how long he will need a thing rents it
-until he has paid its price: waiting for as long as that saves costs at most twice what it would, had we known when
-somebody there ends (the ski rental problem). Nothing here guesses when.
+Elsewhere the prefix would be computed once more. Nobody knows when KV will be free here, and nothing here guesses it.
+A request that waits for as long as it would save, and then goes elsewhere, pays at most twice what the better of the
+two would have cost, had we known (the ski rental problem).
 """
 
 import math
@@ -12,11 +12,11 @@ from scheduler.state import Floats
 from scheduler.work import Offer
 
 SURE = 2.0
-"Who is promised a first token waits for what it has cached only while it could be had twice over elsewhere."
+"It waits only while its promise leaves so many times the predicted seconds to a first token elsewhere."
 
 
 def waits_until(offer: Offer, total_s: Floats, best: int, *, room: Room, patience: float) -> float:
-    """The moment in unix seconds; `-inf` where nothing is saved.
+    """The moment until which it waits, unix seconds; `-inf` where waiting saves nothing.
 
     Args:
         offer: what is to be put somewhere.

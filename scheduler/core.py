@@ -1,8 +1,8 @@
-"""The core: facts in, wishes out, and time only as an argument.
+"""The core: events in, commands out; the time is an argument.
 
 How a request is decided:
     1. `receive(Arrived)`   its promise is made out and it stands in line (`requests`: `slo`, `order`)
-    2. `receive(Beat)`      says what each endpoint can take and what it has begun (`endpoints`: `fleet`, `ledger`)
+    2. `receive(Beat)`      an endpoint says what it can take and what it has begun (`endpoints`: `fleet`, `ledger`)
     3. `decide`             plans the most urgent onto the endpoints, in predicted seconds (`planning`: `plan`, `predict`)
     4. `Assign`             only what starts within the commit window leaves; the ledger knows at once (`assign`)
     5. `receive(Reward)`    it is finished or waits again, and the predictor has learned one completion more
@@ -39,7 +39,7 @@ class Scheduler:
         self._planning = Planning(self._memory, rng)
 
     def receive(self, event: Event, now: float) -> None:
-        """Take in a fact. Costs microseconds; what follows from it comes with the next `decide`."""
+        """Take in an event. Costs microseconds; the commands that follow from it come with the next `decide`."""
         self._pass_time(now)
         match event:
             case Arrived():
@@ -60,7 +60,7 @@ class Scheduler:
                     self._endpoints.recovered(held, event)
 
     def decide(self, now: float) -> list[Command]:
-        """What to do now, in this order. Bounded work however many wait (I8)."""
+        """The commands to carry out now, in this order. The work is bounded however many requests wait (I8)."""
         self._pass_time(now)
         self._endpoints.take_back_the_lost()
         if self._requests.has_news:
@@ -72,15 +72,16 @@ class Scheduler:
         return self._memory.outbox.take()
 
     def settle(self) -> None:
-        """Remember what the last `decide` handed over, and make out what was learned, while nobody waits.
+        """Do now, while nobody waits, what the next call would else do first.
 
-        Else the next calls do: this says nothing, and changes nothing that is said.
+        Records what the last `decide` handed over and recomputes the predictions. Optional: it returns nothing and
+        changes no later command.
         """
         self._planning.settle()
         self._memory.predictor.refresh()
 
     def wakeup_at(self) -> float | None:
-        """When `decide` could say something new without a new fact; None: not before one."""
+        """When `decide` could give other commands without a new event, unix seconds; None: not before one."""
         now, end_at = self._memory.now, self._memory.book.next_end_at()
         if self._memory.outbox or self._endpoints.has_news or self._requests.has_news:
             return now
@@ -101,7 +102,7 @@ class Scheduler:
         return self._memory.predictor.export(tuple(self._memory.book.fleet.known_models))
 
     def snapshot(self, *, with_requests: bool = True) -> Snapshot:
-        """Everything, in plain numbers and words; without a line for each request it costs no more with many."""
+        """Everything, in plain numbers and words. Without requests its cost does not grow with how many there are."""
         return view.snapshot(
             self._memory.book,
             self._memory.predictor,
@@ -112,10 +113,10 @@ class Scheduler:
         )
 
     def restore(self, snapshot: Snapshot) -> bool:
-        """Start warm from what another leader learned; False: it was unusable and the start stays cold.
+        """Start warm from another leader's snapshot; False: what it learned was unusable, and the predictor stays untaught.
 
-        Only what was learned is taken, what tenants have had and what people have drained. Who waits and who runs is
-        told by `Recovered`.
+        Takes over what was learned, what tenants have had and which endpoints people have drained. The requests that
+        wait and run come as `Recovered`.
         """
         for name in snapshot.drained:
             self._memory.book.fleet.drain(name, is_drained=True)

@@ -1,4 +1,4 @@
-"""The living endpoints, and who of them may take what.
+"""The living endpoints, and which of them may take what.
 
 Each has a slot: its column in every array of the core. A slot is given again after its endpoint has left, so the
 arrays are as long as the fleet ever was at once.
@@ -30,14 +30,14 @@ class Fleet:
         self.epochs: dict[str, int] = {}
         "The newest epoch heard of each name; an older one is a worker that was replaced and still talks."
         self.drained: dict[str, None] = {}
-        "Who is to get no new work until somebody says so, here or not: coming back from a repair is no resuming."
+        "Names that get no new work until a person resumes them, whether they are here or not: a restart resumes nobody."
         self.resting: list[Endpoint] = []
-        "Those that handed something back a moment ago."
+        "Those that handed something back a moment ago, and are given nothing new for a while."
         self.prefilling: dict[str, None] = {}
         "Endpoints that only compute prompts, and hand their KV over."
         self._roles: tuple[Bools, Bools] | None = None
         self.known_models: dict[str, None] = {}
-        "Every model that was ever served: a restart of its only endpoint makes it no stranger."
+        "Every model that was ever served; requests for them wait even while no endpoint serves them."
 
     @property
     def is_prefill(self) -> Bools:
@@ -76,8 +76,8 @@ class Fleet:
         endpoint.seen_at = now
         self.kv_used[endpoint.slot] = min(1.0, max(0.0, beat.kv_usage)) * max(0, beat.kv_tokens)
         endpoint.away_at = None if beat.state != "away" else endpoint.away_at or now
-        if before is not beat and _terms(before) == _terms(beat):
-            return  # most beats say nothing that eligibility follows from
+        if before is not beat and _declared(before) == _declared(beat):
+            return  # most beats change nothing that eligibility follows from
         self.seats_max[endpoint.slot] = max(0, beat.max_num_seqs)
         self.kv_max[endpoint.slot] = beat.kv_tokens if beat.kv_tokens > 0 else np.inf
         self.length_max[endpoint.slot] = beat.max_model_len if beat.max_model_len > 0 else np.inf
@@ -170,14 +170,14 @@ class Fleet:
         self._forget()
 
     def _forget(self) -> None:
-        """Something changed that eligibility follows from."""
+        """Eligibility may have changed: make it out anew when next asked for."""
         self._roles = None
         self._barriers.clear()
         self._longest.clear()
 
 
-def _terms(beat: Beat) -> tuple[object, ...]:
-    """What `hear` goes by."""
+def _declared(beat: Beat) -> tuple[object, ...]:
+    """All of a beat that capacities and eligibility follow from."""
     limits = beat.max_num_seqs, beat.kv_tokens, beat.max_model_len
     links = beat.link_gbps, beat.kv_token_bytes
     return (beat.epoch, beat.state, beat.roles, beat.models, *limits, *links)

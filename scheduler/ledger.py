@@ -103,13 +103,22 @@ class Ledger:
         self.decoding: list[dict[str, Line]] = []
         self.pins = Pins()
         self._promises: list[list[float]] = []
+        "By slot, the seconds per token promised there, shortest first."
         self._n_prefilling = 0
         self.bound = 0
-        "How many hold a promise per token."
+        "Requests anywhere with a promise per token."
         self._sums = np.zeros((12, 0))
         self._name_rows()
 
     def _name_rows(self) -> None:
+        """Views of the sums, float64[n_slots] each.
+
+        `tokens`, `pairs`: to prefill, of requests without first token. `seats`: requests. `kv`: KV tokens, blocks that
+        several hold once. `read_kv`: the same, each request's in full, which a decode step reads. `decode_kv`: that of
+        those who decode. `head_*`: of the request that is being prefilled, its tokens, pairs, since when in unix
+        seconds, and 1 where there is one. `tightest_s`: the least seconds per token promised, `inf` where none is.
+        `promised`: the weights of those promises together.
+        """
         self.tokens, self.pairs, self.seats, self.kv, self.decode_kv = self._sums[:5]
         self.head_tokens, self.head_pairs, self.head_since, self.head_is = self._sums[5:9]
         self.read_kv, self.tightest_s, self.promised = self._sums[9:]

@@ -37,16 +37,16 @@ from scheduler.work import Offer, Work
 from scheduler.worth import Worth
 
 ASIDE_MAX = 8
-"The most that one step sets aside (I8); the next step, at once, goes on behind them."
+"The most requests that one step sets aside (I8); the next step follows at once and goes on behind them."
 
 IDLE_S = 1e-3
 "An endpoint that could begin within this is idle."
 
 KEPT_MAX = 16
-"Of those who wait for room, how many keep the endpoint that suits them from those set aside."
+"Of the requests that wait for room, how many keep the endpoint that suits them best from those set aside."
 
 BLOCKED_MAX = 16
-"After so many of a kind who wait for a better pace, others are not tried in this step (I8): those promised one, or none."
+"Where so many requests wait for a better pace, no more are tried in this step (I8); counted apart with and without a TPOT promise."
 
 Odds = Callable[[float, float], float]
 "The chance that log(actual / predicted) is no more than the second, for one that stands behind the first in seconds."
@@ -92,16 +92,16 @@ class Planner:
             casting: a profile that says where and which; None: the plan's own choice.
         """
         self.room = room
-        self.now = now
-        self.settings = settings
-        self.terms = terms
-        self.barrier = barrier
-        self.casting = casting
+        self._now = now
+        self._settings = settings
+        self._terms = terms
+        self._barrier = barrier
+        self._casting = casting
         self.onward = onward
         if onward is not None:
             room.only_prefills = onward.is_prefill
-        self.odds = odds
-        self.usual = usual
+        self._odds = odds
+        self._usual = usual
         self.offers = Offers(room, work=work, barrier=barrier, onward=onward, casting=casting)
         self.worth = Worth(
             room,
@@ -113,14 +113,14 @@ class Planner:
             onward=onward,
             casting=casting,
         )
-        self.picker = Picker(
+        self._picker = Picker(
             room, now=now, settings=settings, rng=rng, onward=onward, casting=casting
         )
         self.choices: list[Choice] = []
         self.turns: list[Turn] = []
         "Who is to be set aside, and who after all is not."
         self.for_pace: list[Ticket] = []
-        "Who was found no place in which they gain more than they break, and who behind them was not tried."
+        "Requests that found no endpoint where they gain more than they break, and those behind them that were not tried."
         self.has_tried = False
         "Whether anybody of the line was considered."
         self.is_cut = False
@@ -128,21 +128,21 @@ class Planner:
         self.is_exhausted = False
         "Whether all of the line was considered."
         self.waits_until_at = math.inf
-        "When the first of those goes elsewhere who wait for what they have cached."
+        "When the first of the requests that wait for their cached prefix goes elsewhere, unix seconds."
         self._asking: Sequence[Ticket] = ()
         self._waits: float | None = None
         self._passed_over: Sequence[Ticket] = ()
-        "The most urgent who have no room anywhere."
+        "The first of the line for whom there is no room."
         self._known: dict[str, Offer] = {}
-        "Of those who are tried again: they were priced a moment ago."
+        "Offers made by `hopeful`, by request id: those requests are tried again in this step."
         self._blocked = [0, 0]
-        "How many were found no place in which they gain more than they break: without a promise per token, and with one."
+        "How many of `for_pace` were tried: without a promise per token, and with one."
 
     @property
     def waits(self) -> float:
-        """How much waits for each endpoint, in requests of the usual size, as of the first who asks."""
+        """How much waits for each endpoint, in requests of the usual size, made out when first asked for."""
         if self._waits is None:
-            self._waits = self.usual.waits(self._asking, self.room)
+            self._waits = self._usual.waits(self._asking, self.room)
         return self._waits
 
     def serve(self, line: Sequence[Ticket]) -> None:
@@ -166,13 +166,13 @@ class Planner:
         self.is_exhausted = True
 
     def hopeful(self, aside: Sequence[Ticket]) -> list[Ticket]:
-        """Who of those set aside could make it alone, by the plain prediction: worth another place in the plan."""
+        """Those of the set aside whose plain prediction is in time somewhere: they are planned again."""
         if self._openings(aside).last() < 0:
             return []
         earliest_s = self.room.earliest_s
         found = []
         for ticket in aside:
-            left_s = ticket.due_at - self.now
+            left_s = ticket.due_at - self._now
             if left_s <= earliest_s:
                 continue
             offer = self.offers.of(ticket)
@@ -210,11 +210,11 @@ class Planner:
             slot = int(total_s.argmin())
             if total_s[slot] == math.inf:
                 return
-            if is_calm or offer.work_s[slot] <= self.settings.commit_window_s:
+            if is_calm or offer.work_s[slot] <= self._settings.commit_window_s:
                 self._hand_over(offer, slot, total_s, 1.0, "late, on an endpoint that is idle")
 
     def serve_aged(self, ticket: Ticket) -> None:
-        """Give one that was set aside its share, whatever its chances, if it could start now."""
+        """Hand over one that was set aside, whatever its chances, if it can start now."""
         offer = self.offers.of(ticket)
         total_s = self.offers.total_s(offer)
         slot = int(total_s.argmin())
@@ -239,14 +239,14 @@ class Planner:
             patient_until_at = min(kept.patient_until_at, ticket.due_at - float(total_s[best]))
             if worthy_s[kept_slot] < math.inf:
                 total_s, best = worthy_s, kept_slot
-            elif self.now < patient_until_at:
+            elif self._now < patient_until_at:
                 return
-        slot, propensity, why = self.picker.pick(offer, total_s, best)
+        slot, propensity, why = self._picker.pick(offer, total_s, best)
         self._hand_over(offer, slot, total_s, propensity, why)
 
     def _openings(self, line: Sequence[Ticket]) -> Openings:
-        within_s = self.settings.commit_window_s
-        return Openings(line, self.room, barrier=self.barrier, within_s=within_s)
+        within_s = self._settings.commit_window_s
+        return Openings(line, self.room, barrier=self._barrier, within_s=within_s)
 
     def _place(self, offer: Offer) -> None:
         total_s = self.offers.total_s(offer)
@@ -255,9 +255,9 @@ class Planner:
             self._wait_for_room(offer)
             return
         until_at = affinity.waits_until(
-            offer, total_s, best, room=self.room, patience=self.settings.cache_patience
+            offer, total_s, best, room=self.room, patience=self._settings.cache_patience
         )
-        if self.now < until_at:
+        if self._now < until_at:
             self.waits_until_at = min(self.waits_until_at, until_at)
             return
         can_make_it = self._can_make_it(offer, total_s, best)
@@ -271,15 +271,14 @@ class Planner:
                 self._blocked[offer.ticket.promise.tpot_s is not None] += 1
                 self.for_pace.append(offer.ticket)
                 return
-        if can_make_it == (
-            offer.ticket.state == "set_aside"
-        ):  # a change; a test without one says nothing
+        is_aside = offer.ticket.state == "set_aside"
+        if can_make_it == is_aside:  # a change
             kind: Literal["set_aside", "take_up"] = "take_up" if can_make_it else "set_aside"
             turn = Turn(kind, offer.ticket, total_s=total_s.item(best), alone_s=offer.alone_s)
             self.turns.append(turn)
         if not can_make_it:
             return
-        slot, propensity, why = self.picker.pick(offer, total_s, best)
+        slot, propensity, why = self._picker.pick(offer, total_s, best)
         if self._starts_now(slot):
             self._hand_over(offer, slot, total_s, propensity, why)
         else:
@@ -319,7 +318,7 @@ class Planner:
                 ahead_pairs=self.room.pairs.item(slot),
                 propensity=propensity,
                 everywhere_s=total_s,
-                weighed=self.picker.weighed(offer, total_s),
+                weighed=self._picker.weighed(offer, total_s),
                 why=why,
                 leg=leg,
                 onward_s=onward_s,
@@ -328,8 +327,8 @@ class Planner:
             )
         )
         self.room.take(slot, work_s, line)
-        if self.casting is not None:
-            self.casting.took(offer, slot)
+        if self._casting is not None:
+            self._casting.took(offer, slot)
         if pledge is not None:
             self.room.pledge(pledge.slot, pledge.kv)
 
@@ -343,9 +342,9 @@ class Planner:
             self._wait_for_room(offer)
 
     def _wait_for_room(self, offer: Offer) -> None:
-        """It fits nowhere now. The endpoint that suits it best is kept from those behind it, so that it empties.
+        """It fits nowhere now: keep the endpoint that suits it best from those behind it.
 
-        Otherwise small requests would keep every endpoint too full for a large one for ever.
+        Else small requests could keep every endpoint too full for a large one for ever.
         """
         slot = int((self.room.start_s + offer.service_s).argmin())
         if offer.service_s[slot] < math.inf:
@@ -353,20 +352,20 @@ class Planner:
 
     def _can_make_it(self, offer: Offer, total_s: Floats, best: int) -> bool:
         """Whether its chance to be on time on its best endpoint is worth that endpoint's time."""
-        ticket, terms = offer.ticket, self.terms
+        ticket, terms = offer.ticket, self._terms
         if terms.odds_min <= 0 or ticket.due_at == math.inf:
             return True
-        left_s = ticket.due_at - self.now
+        left_s = ticket.due_at - self._now
         if left_s <= 0:
             return False
         predicted_s = total_s.item(best)
-        odds = self.odds(self.room.backlog_s.item(best), math.log(left_s / predicted_s))
+        odds = self._odds(self.room.backlog_s.item(best), math.log(left_s / predicted_s))
         if odds < terms.odds_min:
             return False
         if terms.price <= 0:
             return True
         promised_s = ticket.due_at - ticket.enqueued_at
-        others = self.waits - self.usual.share(ticket, self.room)
+        others = self.waits - self._usual.share(ticket, self.room)
         asked = terms.price * others * offer.work_s.item(best) / promised_s
         return odds * ticket.promise.weight >= asked
 
@@ -396,4 +395,4 @@ class Planner:
         )
 
     def _starts_now(self, slot: int) -> bool:
-        return bool(self.room.start_s[slot] <= self.settings.commit_window_s)
+        return bool(self.room.start_s[slot] <= self._settings.commit_window_s)

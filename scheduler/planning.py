@@ -1,4 +1,4 @@
-"""One step's deciding: what may go is asked of the plan, and what the plan chose is handed over."""
+"""One step: make a plan for who waits, and carry out in the book what the plan chose."""
 
 import numpy as np
 from msgspec import structs
@@ -19,7 +19,7 @@ RETEST_MAX = 8
 "How many of those set aside are tested again in one step; the rest keep."
 
 PARTS_MAX = 4
-"How many horizons one step serves where all that it looks at can go: nobody waits a step for nothing."
+"The most horizons in one step; the next one is planned only where all of those before it were handed over."
 
 FILL_MAX = 16
 "How many of those set aside are offered what is idle in one step."
@@ -28,20 +28,20 @@ PREFILLED_MAX = 64
 "Of those who wait between two legs, the most looked at in one step (I8)."
 
 PACE_TICK_S = 0.05
-"When those between two legs are looked at again who wait for a better pace, with no new fact."
+"How often requests between two legs that wait for a better pace are tried again without a new event."
 
 TICK_S = 0.01
-"The core never asks to be woken sooner: predictions are no finer."
+"The least time after which a step asks for another: predictions are no finer."
 
 
 class Planning:
     """A step is planned in four parts.
 
-    0. Where prompts are computed apart, whoever is through with that is bound to an endpoint that decodes.
-    1. The longest set aside has its share.
+    0. Where prompts are computed apart, requests whose prompt is computed are bound to endpoints that decode.
+    1. The request set aside longest has its share.
     2. The line is served, with those set aside who could make it after all.
-    3. Whoever the plan set aside or took up is moved in the book.
-    4. What is idle then is filled from those set aside; all that was chosen is handed over.
+    3. Requests that the plan set aside or took up are moved in the book.
+    4. Idle endpoints are filled from those set aside, and all that was chosen is handed over.
     """
 
     def __init__(self, memory: Memory, rng: np.random.Generator) -> None:
@@ -59,9 +59,9 @@ class Planning:
         self._demands = Demands()
         self._works = Works(memory.prefixes, memory.sessions, self._fleet.by_slot)
         self._room: Room | None = None
-        "Of the last step, until it is settled."
+        "The last step's, until it is settled."
         self._unsettled: list[tuple[Choice, tuple[float, float]]] = []
-        "What was handed over, and what its endpoint held then."
+        "What was handed over, with its endpoint's sequences and the KV tokens they read at that moment."
         self._aside_credit_s = 0.0
         self._for_pace: list[Ticket] = []
         self._room_at: float | None = None
@@ -76,7 +76,7 @@ class Planning:
         self._room_at = self._rested_at = None
         lines, between = self._book.lines, self._book.legs.prefilled
         prefilled = between.head(PREFILLED_MAX) if between else []
-        # Whoever waits stands there by his model.
+        # Every request that waits stands in `by_model`.
         if not self._fleet.by_slot or not (lines.by_model or prefilled):
             return
         asked = dict.fromkeys([*lines.by_model, *[ticket.request.model for ticket in prefilled]])
@@ -104,7 +104,7 @@ class Planning:
             self._room_at = min(self._memory.now + PACE_TICK_S, self._room_at or np.inf)
 
     def settle(self) -> None:
-        """Remember what the last step handed over: for that no worker need wait. Due before any time passes."""
+        """Record what the last step handed over, which no worker need wait for. Must come before time passes."""
         memory, room, self._room = self._memory, self._room, None
         if room is not None:
             memory.token_s = room.mean(room.rates.token_s)
@@ -219,20 +219,23 @@ class Planning:
         )
 
     def _broken(self, offer: Offer) -> Floats:
-        """How many of those to come one that is late would make late; longer than usual it counts as usual, or it would wait for ever."""
+        """By slot, how many requests to come one that is late would make late.
+
+        A prompt longer than usual counts as a usual one: else it might never be served.
+        """
         memory = self._memory
         return self._demands.broken(
             offer, self._usual.work_s, memory.predictor.declared_s, memory.now
         )
 
     def _demand(self, ticket: Ticket, work_s: float, alone_s: float) -> None:
-        """One was handed over in time, or set aside: somebody wants endpoints who could be in time if one were free."""
+        """Count a request, handed over in time or set aside, as one that a free endpoint would have served in time."""
         spare_s = ticket.due_at - ticket.enqueued_at - alone_s
         if 0 <= spare_s < np.inf:
             self._demands.add(ticket.request.model, work_s, spare_s, self._memory.now)
 
     def _serve_prefilled(self, planner: Planner, onward: Onward, prefilled: list[Ticket]) -> None:
-        """Bind the decode legs; only then are the places kept for those whose prompts are being computed."""
+        """Bind the decode legs, and then keep the places pledged to requests whose prompts are being computed."""
         legs = self._book.legs
         for ticket in prefilled:
             kept = legs.kept[ticket.id]
@@ -256,7 +259,7 @@ class Planning:
         return self._book.lines.waiting.joined(line, again) if again else line
 
     def _note(self, planner: Planner) -> None:
-        """Set aside and take up, and remember who waits for a better pace: for them no endpoint's time is short."""
+        """Set aside and take up, and mark who waits for a better pace: they do not count as work that waits."""
         if not planner.has_tried:
             return
         self._turn(planner)
@@ -323,7 +326,7 @@ class Planning:
         )
 
     def _join_session(self, ticket: Ticket, slot: int) -> None:
-        """Without blocks its session is what its next request is known by."""
+        """Remember where a session's request without blocks went: its next one is recognised by the session."""
         sessions, session = self._memory.sessions, ticket.request.session
         if session and not ticket.request.blocks:
             ticket.session_tokens = sessions.expected(slot, session, ticket.prompt_tokens)

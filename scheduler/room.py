@@ -112,7 +112,7 @@ class Room:
         self.backlog_s = backlog.seconds(rates)
         "Until each could begin something new when the step began."
         self.queued_s = self.backlog_s
-        "Of that, what there is to compute: a head that is late keeps its endpoint, and costs nobody else any time."
+        "The same without the seconds by which a head is late, which are no work."
         if backlog.overdue_s is not None:
             self.queued_s = self.backlog_s - backlog.overdue_s
         self.start_s = self.backlog_s.copy()
@@ -142,7 +142,7 @@ class Room:
         self.probed: Bools | None = None
         "Slots that were never measured and on which somebody is; None: nobody asks."
         self.version = 0
-        "Counts what makes fewer start."
+        "Grows with each change after which fewer requests may start: what was made out of an older one is stale."
         self._kv_least = _least(kv)
         self._used: Floats | None = None
         self._taken: list[tuple[int, float]] = []
