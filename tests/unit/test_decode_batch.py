@@ -51,6 +51,13 @@ class TestPromises:
 
         assert admit([lost], [held()] * 3, LAW, EXACT, now=0.0) == [0, 1, 2]
 
+    @pytest.mark.parametrize(("banked_s", "joined"), [(-0.3, []), (-1.0, [0])])
+    def test_who_can_never_catch_up_binds_nobody(self, banked_s, joined):
+        """A hundred tokens are left to make up for what it is behind: 3 ms a token it could, 10 ms nobody can."""
+        behind = member(1000, tpot_s=0.015, banked_s=banked_s)
+
+        assert admit([behind], [held(9000)], LAW, EXACT, now=0.0) == joined
+
     def test_a_prefill_stalls_the_members(self):
         """The newcomer's prompt is computed in the members' steps; who has no slack for it keeps it out."""
         law = Law(base_s=0.010, sequence_s=0.0, kv_s=0.0, prefill_s=1e-3)
@@ -127,6 +134,13 @@ class TestOrder:
 
         assert admit([tight], [old, held(held_at=9.0)], LAW, EXACT, now=4.0) == [1]
         assert admit([tight], [old, held(held_at=9.0)], LAW, EXACT, now=9.0) == []
+
+    @pytest.mark.parametrize(("now", "joined"), [(4.0, [1]), (9.0, [])])
+    def test_who_does_not_fit_is_passed_while_it_is_patient(self, now, joined):
+        """Though it stands first: what has room for a short one is not left empty for a long one's sake."""
+        first, short = held(9000, priority=1), held(100, held_at=9.0)
+
+        assert admit([member(4000, tpot_s=0.0145)], [first, short], LAW, EXACT, now) == joined
 
     def test_an_empty_batch_takes_one_whatever_it_costs(self):
         """Otherwise a request whose promise nobody can keep would wait for ever."""
@@ -208,6 +222,29 @@ def test_i3_never_overfills(running, waiting, law, seats, now):
     assert all(0 <= index < len(waiting) for index in joined)
     if waiting and not running:
         assert joined
+
+
+CALM = st.builds(
+    Law, st.floats(1e-3, 1e-2), st.floats(0, 1e-3), st.floats(0, 1e-6), prefill_s=st.just(0.0)
+)
+PROMISED = st.floats(2e-3, 0.1) | st.just(math.inf)
+SIZED = st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 500), PROMISED), max_size=8)
+
+
+@given(SIZED, SIZED, CALM)
+def test_who_joins_breaks_no_promise_that_can_be_kept(running, waiting, law):
+    """The step of the new batch is short enough for all who could keep their pace alone, those who join included."""
+    inside = [Member(context, output, tpot_s) for context, output, tpot_s in running]
+    outside = [held(prompt, output, tpot_s=tpot_s) for prompt, output, tpot_s in waiting]
+    limits = Limits(margin=0.1)
+
+    joined = admit(inside, outside, law, limits, now=0.0)
+
+    together = running + [waiting[index] for index in joined]
+    step_s = law.step_s(len(together), sum(context for context, _, _ in together))
+    for context, _, tpot_s in together if joined else ():
+        if law.step_s(1, context) <= 0.9 * tpot_s:
+            assert step_s <= 0.9 * tpot_s + 1e-9
 
 
 @given(candidates(), LAWS)
