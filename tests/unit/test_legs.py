@@ -10,6 +10,8 @@ from scheduler.endpoints import PATIENCE_S
 from scheduler.events import Arrived, Assign, Note, Recovered
 from scheduler.fairness import FairnessSettings
 from scheduler.plan import PlanSettings
+from scheduler.planner import Planner
+from scheduler.state import Ticket
 from scheduler.wire.client import Control, Request
 from scheduler.wire.worker import Beat, Reward
 
@@ -237,19 +239,70 @@ def test_a_decode_leg_that_would_break_more_than_it_gains_waits_a_little(is_help
     assert bound == ([[("decode", "d1")], [], []] if is_helped else [[], [], [("decode", "d0")]])
 
 
+def decoding(count: int, tpot_s: float) -> Pool:
+    """A pool in which so many answers are decoded that were promised this pace."""
+    pool = Pool(beat("p0", "prefill"), beat("d0", "decode"), plan=PlanSettings(patience=0.0))
+    for at in range(count):
+        pool.ask(f"d{at}", prompt_tokens=500, tpot_s=tpot_s)
+        pool.assigned()
+        pool.answer("prefilled", kv_params=PARAMS)
+        pool.assigned()
+    return pool
+
+
+def offered(pool: Pool, **fields: object) -> tuple[Planner, Ticket]:
+    """The plan of the next step, and whom it is asked for."""
+    pool.ask("r", **fields)
+    return pool.core._planning._planner(np.zeros(2)), pool.core._memory.book.tickets["r"]
+
+
+@pytest.mark.parametrize(("tpot_s", "is_open"), [(0.04, True), (0.022, False)])
+def test_where_a_pace_is_nearly_broken_no_prompt_is_computed_beside_it(tpot_s, is_open):
+    """Three quarters of the tightest promise are taken; more who decode may come all the same."""
+    planner, ticket = offered(decoding(4, tpot_s))
+    whole = planner.offers.of(ticket)
+    second = planner.onward.second_leg(planner.offers.whole(ticket), source=0)
+    assert np.isfinite(whole.service_s).tolist() == [True, is_open]
+    assert np.isfinite(second.service_s[1])
+
+
+def test_a_prompt_costs_each_who_decodes_beside_it():
+    """A tenth of its seconds for each of four; where nobody decodes it costs nobody."""
+    planner, ticket = offered(decoding(4, 0.05))
+    offer = planner.offers.of(ticket)
+    assert planner.onward.stalls_s(offer) == pytest.approx([0.0, 0.4 * offer.work_s[1]])
+
+
+def test_a_pace_that_nobody_keeps_is_decoded_where_it_begins_first(pool):
+    """Its place is pledged there, and not where nothing is decoded."""
+    pool.ask(tpot_s=0.001)
+    assert pool.assigned() == [("prefill", "p0")]
+    assert pool.core._memory.book.legs.pledges["r1"].slot == 1
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_kv_of_an_endpoints_earlier_life_takes_no_room(is_lost):
+    """Nobody had fetched it yet: the new life has all of its KV for others."""
+    pool = Pool(beat("p0", "prefill", kv_tokens=10_000), beat("d0", "decode"))
+    pool.ask("r1")
+    pool.assigned()
+    pool.answer("prefilled", kv_params=PARAMS)
+    assert pool.assigned() == [("decode", "d0")]
+    if is_lost:
+        pool.now += CoreSettings().lease_s
+        pool.core.receive(beat("d0", "decode"), pool.now)
+        assert pool.assigned() == []
+    pool.core.receive(beat("p0", "prefill", kv_tokens=10_000, epoch=2), pool.now)
+
+    pool.ask("r2")
+    assert ("prefill", "p0") in pool.assigned()
+
+
 @settings(max_examples=20)
 @given(n_paced=st.integers(1, 16), tokens=st.integers(100, 20_000), tpot_s=st.floats(0.02, 0.05))
 def test_a_prefill_leg_is_worth_what_its_decode_leg_is(n_paced, tokens, tpot_s):
     """Where that would be bound: beside those who decode there, and beside nobody's prefill."""
-    pool = Pool(beat("p0", "prefill"), beat("d0", "decode"), plan=PlanSettings(patience=0.0))
-    for at in range(n_paced):
-        pool.ask(f"r{at}", prompt_tokens=500, tpot_s=tpot_s)
-        pool.assigned()
-        pool.answer("prefilled", kv_params=PARAMS)
-        pool.assigned()
-    pool.ask("r", prompt_tokens=tokens, tpot_s=0.03)
-    planner = pool.core._planning._planner(np.zeros(2))
-    ticket = pool.core._memory.book.tickets["r"]
+    planner, ticket = offered(decoding(n_paced, tpot_s), prompt_tokens=tokens, tpot_s=0.03)
 
     first = planner.worth.of(planner.offers.of(ticket))
     second = planner.worth.of(planner.onward.second_leg(planner.offers.whole(ticket), source=0))
