@@ -7,9 +7,13 @@ Every feature of the predictor is one of these terms **in seconds under the decl
 predictor has weight one on each, and the learned one says how far reality is from the data sheet.
 """
 
+from typing import TypeVar
+
 import msgspec
 
 from scheduler.state import Floats
+
+Tokens = TypeVar("Tokens", float, Floats)
 
 FEATURES = ("overhead", "tokens", "attention", "decode", "decode_tokens")
 "The predictor's inputs, in seconds: names as they ride in jobs and rewards."
@@ -90,14 +94,13 @@ def hardware(declared: str) -> Hardware:
     return UNKNOWN
 
 
-def attention(uncached: Floats, context: Floats) -> Floats:
-    """Pairs of (computed token, token it looks at): each of the last `uncached` of `context` sees all before it.
+def pairs(uncached: Tokens, prompt: float) -> Tokens:
+    """Pairs of attention (a computed token, a token before it) where the last `uncached` tokens of a prompt are computed.
 
-    >>> import numpy as np
-    >>> attention(np.array([4.0]), np.array([4.0]))
-    array([8.])
+    >>> pairs(4.0, 4.0), pairs(1.0, 4.0)
+    (8.0, 3.5)
     """
-    return uncached * (context - 0.5 * uncached)
+    return uncached * (prompt - 0.5 * uncached)
 
 
 def features(
@@ -108,7 +111,7 @@ def features(
     Args:
         hardware: the endpoint's declared rates.
         tokens: uncached tokens to prefill, its own and those ahead of it.
-        pairs: the same for `attention`.
+        pairs: their pairs of attention.
         decode_kv: KV tokens of what decodes there.
     """
     decode_s = hardware.kv_s * decode_kv

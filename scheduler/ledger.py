@@ -15,6 +15,7 @@ import math
 import msgspec
 import numpy as np
 
+from scheduler import cost
 from scheduler.pins import Pins
 from scheduler.prefix import BLOCK_TOKENS
 from scheduler.state import Floats, Ticket
@@ -235,7 +236,7 @@ def uncached(ticket: Ticket, *, answer_part: float, kv_max: float) -> Line:
     prompt = float(max(1, ticket.prompt_tokens))
     tokens = 0.0 if ticket.leg == "decode" else prompt
     kv = prompt + 1.0 if ticket.leg == "prefill" else asked_kv(ticket, answer_part)
-    return Line(tokens=tokens, pairs=tokens * (prompt - 0.5 * tokens), kv=min(kv, kv_max))
+    return Line(tokens=tokens, pairs=cost.pairs(tokens, prompt), kv=min(kv, kv_max))
 
 
 def chain(blocks: tuple[str, ...], kv: float) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from scheduler import affinity
+from scheduler import affinity, cost
 from scheduler.ledger import Line, chain
 from scheduler.legs import Pledge
 from scheduler.offers import Offers
@@ -387,7 +387,7 @@ class Planner:
             tokens = 0.0
         return Line(
             tokens=tokens,
-            pairs=tokens * (prompt - 0.5 * tokens),
+            pairs=cost.pairs(tokens, prompt),
             kv=kv,
             tpot_s=own_s if own_s is not None and keeps else math.inf,
             weight=self.worth.weight(offer.ticket),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from scheduler import cost
 from scheduler.prefix import BLOCK_TOKENS, Index, slots
 from scheduler.sessions import Sessions
 from scheduler.state import Endpoint, Floats, Ticket
@@ -140,8 +141,8 @@ def left(ticket: Ticket, cached: Floats | None) -> Work:
     """What is left of its prompt where so much is cached; float64[n_slots], None: nobody has any."""
     prompt = float(max(1, ticket.prompt_tokens))
     if cached is None:
-        return Work(prompt, None, prompt, 0.5 * prompt * prompt, None)
+        return Work(prompt, None, prompt, cost.pairs(prompt, prompt), None)
     if cached[cached.argmax()] > prompt - 1.0:
         cached = np.minimum(cached, prompt - 1.0)
     tokens = prompt - cached
-    return Work(prompt, cached, tokens, tokens * (prompt - 0.5 * tokens), tokens / prompt)
+    return Work(prompt, cached, tokens, cost.pairs(tokens, prompt), tokens / prompt)

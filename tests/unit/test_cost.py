@@ -1,6 +1,5 @@
 """Physics before learning: seconds from data sheets."""
 
-import numpy as np
 import pytest
 
 from scheduler import cost
@@ -33,13 +32,8 @@ def test_an_undeclared_class_is_neutral():
 
 
 def test_attention_counts_each_pair_once():
-    """Computing it in two halves costs what computing it at once costs."""
-    whole = cost.attention(np.array([100.0]), np.array([100.0]))
-    halves = cost.attention(np.array([50.0]), np.array([50.0])) + cost.attention(
-        np.array([50.0]), np.array([100.0])
-    )
-
-    assert whole == pytest.approx(halves)
+    """Computing a prompt in two halves costs what computing it at once costs."""
+    assert cost.pairs(100.0, 100.0) == cost.pairs(50.0, 50.0) + cost.pairs(50.0, 100.0)
 
 
 def test_features_are_seconds_under_the_declared_hardware():

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from scheduler import cost
 from scheduler.events import Assign, Command, Finish, Reclaim
 from scheduler.ledger import Ledger, Line
 from scheduler.predict import Predictor
@@ -96,7 +97,7 @@ class Desk:
         leg = self._leg(slot, kv_params)
         cached = self.prefixes.match(asked)[slot] if self._has_prefixes else 0
         tokens = float(max(1, asked.prompt_tokens - cached))
-        pairs = tokens * (asked.prompt_tokens - 0.5 * tokens)
+        pairs = cost.pairs(tokens, asked.prompt_tokens)
         answer = asked.request.expected_tokens or self._usual_tokens
         kv = float(asked.prompt_tokens) + (answer if leg != "prefill" else 0.0)
         features = self._features(slot, tokens, pairs, now) if self._learns else ()

@@ -131,7 +131,7 @@ class Mooncake:
     def _total_s(self, slot: int, asked: Asked, cached: int) -> float:
         rated = cost.hardware(self._beats[slot].hardware)
         tokens = float(asked.prompt_tokens - cached)
-        pairs = tokens * (asked.prompt_tokens - 0.5 * tokens)
+        pairs = cost.pairs(tokens, asked.prompt_tokens)
         queued_s = (
             float(self._ledger.tokens[slot]) * rated.token_s
             + float(self._ledger.pairs[slot]) * rated.attention_s

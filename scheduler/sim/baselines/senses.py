@@ -124,6 +124,6 @@ class Costs:
         """Of the request itself, from its begin to its first token."""
         rates = self._predictor.rates(self._ledger.decode_kv)
         tokens = asked.prompt_tokens - np.asarray(cached, dtype=np.float64)
-        pairs = cost.attention(tokens, np.full(len(cached), float(asked.prompt_tokens)))
+        pairs = cost.pairs(tokens, float(asked.prompt_tokens))
         found: Floats = rates.overhead_s + tokens * rates.token_s + pairs * rates.pair_s
         return found
