@@ -910,6 +910,17 @@ class TestRecovery:
 
         assert assign.job.entry == entry
 
+    def test_what_redis_says_is_alive_lives_though_it_had_ended_here(self):
+        """Its end was refused, or its client sent it again after Redis had lost that it was over."""
+        pool = Pool()
+        pool.ask("r")
+        pool.tell(Control(action="cancel", id="r"))
+        pool.decide()
+        self.found(pool, entry="9-0")
+
+        assert pool.core.view(pool.now).waiting == 1
+        assert pool.decide() == []
+
     def found(self, pool, **fields):
         """A new leader reads in Redis that it was assigned once."""
         request = Request(id="r", model="m", prompt_tokens=10)

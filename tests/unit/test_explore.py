@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduler import explore
 
@@ -12,6 +14,15 @@ class TestChances:
         found = explore.chances(np.array([0.3, 0.3, np.inf, 0.3]), scale=0.05)
 
         assert found == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
+
+    @given(seconds=st.lists(st.floats(0.01, 1), min_size=1, max_size=40), scale=st.floats(0.1, 2))
+    def test_whoever_may_be_drawn_is_drawn_often_enough_to_learn_from(self, seconds, scale):
+        """No estimate is divided by less than one in two hundred; the nearest can always be drawn."""
+        found = explore.chances(np.array(seconds), scale=scale)
+
+        assert found.sum() == pytest.approx(1.0)
+        assert found[found > 0].min() >= explore.CHANCE_MIN
+        assert found[np.argmin(seconds)] == found.max()
 
     def test_they_are_how_often_the_smallest_draw_is_whose(self):
         """Log seconds plus Gumbel draws of this scale: the share of wins is the closed form."""
