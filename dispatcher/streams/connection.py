@@ -22,7 +22,13 @@ from dispatcher.streams import greeting, replies
 from dispatcher.streams.clock import READINGS, Clock, Reading
 from dispatcher.streams.pipe import Address, Begun, Pipe, Words
 from dispatcher.streams.replies import Entry, Read
-from dispatcher.streams.weather import Trouble, Weather, as_stream_error, is_unknown_function
+from dispatcher.streams.weather import (
+    Trouble,
+    Weather,
+    as_stream_error,
+    is_complaint,
+    is_unknown_function,
+)
 from dispatcher.streams.where import REPLY_TIMEOUT_S, Where, client, without_password
 from scheduler.errors import StreamError
 
@@ -163,7 +169,11 @@ class Connection:
             async with self._client.pipeline(transaction=False) as pipe:
                 for call in calls:
                     pipe.execute_command(*_words(call))
-                return list(await pipe.execute(raise_on_error=False))
+                found = list(await pipe.execute(raise_on_error=False))
+            for reply in found:
+                if isinstance(reply, Exception) and not is_complaint(reply):
+                    raise reply  # a Cluster's client gives it as a call's reply: nobody knows what came of that
+        return found
 
     async def command(self, *words: Value) -> Any:
         """Any command's reply, as redis-py shapes it."""

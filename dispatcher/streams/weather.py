@@ -58,14 +58,27 @@ HINTS = {
 }
 "What a server says that is asked for something it cannot give, and what it wants."
 
+WRITES = ("writelines", "drain")
+"What redis-py asks of a connection's writer."
 
-def _is_closed(error: object) -> TypeGuard[RuntimeError]:
-    """Whether redis-py wrote to a connection that was lost meanwhile: uvloop has no error of its own for that."""
+
+def _is_closed(error: object) -> TypeGuard[RuntimeError | AttributeError]:
+    """Whether redis-py wrote to a connection that was lost meanwhile: neither uvloop nor it has an error of its own for that.
+
+    Of a Cluster a task may close what another is about to write to; its writer is then None.
+    """
+    if isinstance(error, AttributeError):
+        return error.obj is None and error.name in WRITES
     return isinstance(error, RuntimeError) and "the handler is closed" in str(error)
 
 
 def _explained(said: str) -> str:
     return next((f"{said} ({hint})" for words, hint in HINTS.items() if words in said), said)
+
+
+def is_complaint(error: Exception) -> bool:
+    """Whether a server said so itself, and not its client, which then had no answer."""
+    return isinstance(error, redis.exceptions.ResponseError)
 
 
 def is_unknown_function(reply: Any) -> bool:

@@ -14,6 +14,7 @@ from redis.crc import key_slot
 from servers import BINARIES, ask, free_port, serving
 
 from dispatcher import glance
+from dispatcher.delivery import Delivery
 from dispatcher.node import Node
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Connection, Where
@@ -100,6 +101,34 @@ class TestWays:
                 keys = str(ask(port, "KEYS", "hg:*"))
                 assert [name for name in pools if name in keys] == [own]
 
+    async def test_a_slot_that_moves(self, kind, tmp_path, pool):
+        """A move said while its keys are on two masters is said until it is done: nothing about it was wrong."""
+        with contextlib.ExitStack() as stack:
+            ports = [
+                stack.enter_context(
+                    serving(
+                        BINARIES[kind], tmp_path, "cluster-enabled yes", f"cluster-config-file {n}"
+                    )
+                )
+                for n in range(2)
+            ]
+            await join(ports)
+            redis = await Connection.connect(Where(url=f"redis+cluster://127.0.0.1:{ports[0]}"))
+            keys = Keys("hg", one_of_each(pool, 2)[0])
+            await submit(redis, keys, "r1")
+            slot = str(key_slot(keys.requests.encode()))
+            begin_moving(slot, *ports)
+            move(ports, keys.requests)
+            said, waits = producer.cancel(keys, "r1"), asyncio.Event()
+            sending = asyncio.create_task(Delivery(redis, on_wait=waits.set).send([said]))
+            async with asyncio.timeout(LIMIT_S):
+                await waits.wait()
+                move(ports, *(key.decode() for key in ask(ports[0], "KEYS", "hg:*")))
+                end_moving(slot, *ports)
+
+                assert await sending == [1]
+            await redis.close()
+
     async def test_sentinel(self, kind, tmp_path, pool):
         """The master is found by its name."""
         with serving(BINARIES[kind], tmp_path) as master:
@@ -183,6 +212,29 @@ async def join(ports: list[int]) -> None:
         return all("state:ok" in one and f"known_nodes:{len(ports)}" in one for one in told)
 
     await until(is_whole)
+
+
+def begin_moving(slot: str, source: int, target: int) -> None:
+    """From now on its keys may be on either."""
+    ask(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", name_of(source))
+    ask(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", name_of(target))
+
+
+def move(ports: list[int], *keys: str) -> None:
+    """These, from the first to the second."""
+    source, target = ports
+    ask(source, "MIGRATE", "127.0.0.1", str(target), "", "0", "5000", "KEYS", *keys)
+
+
+def end_moving(slot: str, source: int, target: int) -> None:
+    """All of its keys are there."""
+    for port in (target, source):
+        ask(port, "CLUSTER", "SETSLOT", slot, "NODE", name_of(target))
+
+
+def name_of(port: int) -> str:
+    """What a Cluster calls this server."""
+    return ask(port, "CLUSTER", "MYID").decode()
 
 
 def one_of_each(pool: str, n: int = 3) -> list[str]:
