@@ -58,7 +58,7 @@ def written(x: Sequence[float], start_s: float, ratios: Sequence[float]) -> tupl
 
 def read(reward: Reward) -> Forecast | None:
     """What a reward says of both; None where either is no sane measurement."""
-    return held(reward.features, reward.predicted_s, measured_s(reward))
+    return held(reward.features, reward.predicted_s, _measured_s(reward))
 
 
 def held(
@@ -74,24 +74,21 @@ def held(
     return Forecast(tuple(x), start_s, (q50, q90), predicted_s, seconds)
 
 
-def measured_s(reward: Reward) -> float | None:
+def ratios(features: Sequence[str]) -> tuple[float, ...]:
+    """The two quantiles alone, for people; empty where the features do not say them."""
+    row = _parsed(features)
+    return () if row is None else tuple(row[-len(PARTS) :])
+
+
+def _measured_s(reward: Reward) -> float | None:
     """Seconds to first token as the worker's own clock saw them; None where it did not.
 
     From the pull where it is known, so that what the worker held back before admission counts as the queue that
     the features at decision time had already seen; else from admission.
     """
-    seconds = reward.prefill_s
     if reward.pulled_at is not None and reward.first_token_at is not None:
-        seconds = reward.first_token_at - reward.pulled_at
-    if seconds is None or not 1e-4 <= seconds <= SECONDS_MAX:
-        return None
-    return seconds
-
-
-def ratios(features: Sequence[str]) -> tuple[float, ...]:
-    """The two quantiles alone, for people; empty where the features do not say them."""
-    row = _parsed(features)
-    return () if row is None else tuple(row[-len(PARTS) :])
+        return reward.first_token_at - reward.pulled_at
+    return reward.prefill_s
 
 
 def _parsed(features: Sequence[str]) -> list[float] | None:
