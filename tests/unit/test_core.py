@@ -441,6 +441,20 @@ class TestArrival:
         pool.beat("e1")
         assert [c.result.outcome for c in pool.decide(after_s=2.1)] == ["invalid"]
 
+    def test_more_prompts_too_long_than_one_step_may_end_are_ended_by_the_next(self):
+        """I8: with nobody left to judge, the core sleeps."""
+        pool = Pool(unknown_model_grace_s=2.0, step_max=2)
+        for name in ("r0", "r1", "r2"):
+            pool.ask(name, prompt_tokens=5000)
+        pool.beat(max_model_len=4096)
+        pool.decide()
+        pool.beat(max_model_len=4096)
+
+        assert len(pool.decide(after_s=2.0)) == 2
+        assert pool.core.wakeup_at() == pool.now
+        assert len(pool.decide()) == 1
+        assert pool.core.wakeup_at() > pool.now
+
     def test_whoever_was_served_is_not_judged_by_its_length_any_more(self):
         """It came before the endpoints, and the one that could hold it has left since."""
         pool = Pool(unknown_model_grace_s=5.0)

@@ -1,8 +1,17 @@
 """Chained hashes, and who is believed to hold what."""
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduler.prefix import BLOCK_TOKENS, Index, blocks
+from scheduler.sessions import Sessions
+from scheduler.slo import Promise
+from scheduler.state import Ticket
+from scheduler.wire.client import Request
+from scheduler.work import Works
 
 
 def index(room_tokens: int = 100 * BLOCK_TOKENS) -> Index:
@@ -80,3 +89,53 @@ def test_an_engine_that_finds_less_than_believed_is_believed_less():
         held.correct(0, believed_tokens=10, cached_tokens=10)
         held.insert(0, chain)
     assert held.match(chain) == {0: 50}
+
+
+CHAIN = tuple(f"b{at}" for at in range(6))
+TURNS = st.lists(
+    st.tuples(
+        st.sampled_from(["insert", "insert", "correct", "resize", "open", "lengthen"]),
+        st.integers(0, 1),
+        st.integers(0, len(CHAIN)),
+    ),
+    max_size=20,
+)
+
+
+@given(turns=TURNS)
+def test_what_is_remembered_of_a_prompt_is_what_looking_it_up_says(turns):
+    """Whatever was sent, lost or forgotten meanwhile, and also once the prompt's length is known better."""
+    held, waits = index(), promised_nothing(len(CHAIN) * BLOCK_TOKENS)
+    remembering = Works(held, Sessions(), (None, None))
+    for what, slot, count in turns:
+        if what == "insert":
+            held.insert(slot, CHAIN[:count])
+        elif what == "correct":
+            held.correct(slot, believed_tokens=count, cached_tokens=0)
+        elif what == "resize":
+            held.resize(slot, count * BLOCK_TOKENS)
+        elif what == "open":
+            held.open(slot, count * BLOCK_TOKENS)
+        else:
+            waits.prompt_tokens = len(CHAIN) * BLOCK_TOKENS + count
+
+        known = remembering.of(waits)
+        anew = Works(held, Sessions(), (None, None)).of(waits)
+        assert str(known) == str(anew)
+
+
+def promised_nothing(tokens: int) -> Ticket:
+    promise = Promise(
+        ttft_s=None, tpot_s=None, deadline_at=None, priority=0, weight=1.0, refuse_at=None
+    )
+    return Ticket(
+        request=Request(id="r", model="m", blocks=CHAIN),
+        entry="1-0",
+        enqueued_at=0.0,
+        promise=promise,
+        prompt_tokens=tokens,
+        output_tokens=0,
+        due_at=math.inf,
+        rank=0.0,
+        max_attempts=3,
+    )
