@@ -28,7 +28,7 @@ DECISIONS_READ = 3000
 "The newest rewards and decisions, from which the counts and errors are made."
 
 OVERLAP_S = 10.0
-"Wishes so much older than the snapshot may have been read after it; said twice they are the same."
+"Controls so much older than the snapshot may have been read after it; said twice they are the same."
 
 RATE_OVER_S = 60.0
 "The stretch over which the present rate of completions is measured."
@@ -257,15 +257,15 @@ def _read(saved: bytes | None) -> Saved | None:
 
 
 async def _drained(connection: Connection, keys: Keys, last: Saved | None) -> set[str]:
-    """Whom people have drained: as the last snapshot has it, and by the wishes that may not be in it."""
+    """Whom people have drained: as the last snapshot has it, and by the controls that may not be in it."""
     found = set(last.core.drained) if last else set()
     after = f"{round((last.at - OVERLAP_S) * 1e3)}-0" if last else "0-0"
-    wishes = await connection.newest(keys.controls, after=after, count=CONTROLS_KEPT)
-    for wish in _decoded(Control, wishes):
-        if wish.action == "drain":
-            found.add(wish.endpoint)
-        elif wish.action == "resume":
-            found.discard(wish.endpoint)
+    controls = await connection.newest(keys.controls, after=after, count=CONTROLS_KEPT)
+    for control in _decoded(Control, controls):
+        if control.action == "drain":
+            found.add(control.endpoint)
+        elif control.action == "resume":
+            found.discard(control.endpoint)
     return found
 
 

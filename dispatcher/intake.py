@@ -105,10 +105,10 @@ def _check_reward(reward: Reward) -> None:
         )
 
 
-def _check_control(wish: Control) -> None:
-    field = "id" if wish.action == "cancel" else "endpoint"
-    if not getattr(wish, field):
-        raise WireError(f"field {field!r} is missing, wanted whom to {wish.action}")
+def _check_control(control: Control) -> None:
+    field = "id" if control.action == "cancel" else "endpoint"
+    if not getattr(control, field):
+        raise WireError(f"field {field!r} is missing, wanted whom to {control.action}")
 
 
 def _check_beat(beat: Beat) -> None:

@@ -168,7 +168,7 @@ class Loop:
     # One turn
 
     async def _next(self) -> _Turn:
-        """The turn that somebody has begun, or that all that was read or the core's own wish calls for."""
+        """The turn that somebody has begun, or the one that what was read, or the core's own time, calls for."""
         if self._inbox.empty():
             self._is_idle = True
             try:
@@ -297,7 +297,7 @@ class Loop:
         return _Turn(moves, unreadable, commands, begun)
 
     async def _finish(self, turn: _Turn) -> None:
-        """Carry out a turn, and tell the core what came otherwise than it wished."""
+        """Carry out a turn, and tell the core which of its commands Redis refused."""
         moves, unreadable, commands, begun = turn
         self._meter.unreadable += len(unreadable)
         replies = await self._delivery.send([move.call for move in moves], begun)

@@ -1,4 +1,4 @@
-"""The core's wishes as fenced calls, in the order in which they must happen.
+"""The core's commands as fenced calls, in the order in which they must happen.
 
 Every call recognises its own repetition, so all of them may be said again until Redis answers.
 """

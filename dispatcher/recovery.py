@@ -1,7 +1,7 @@
 """What a new leader must know: where every request stands that somebody read before it.
 
     1. `saved`     the last snapshot, if it can still be read; else a cold start
-    2. `past`      rewards since the snapshot, wishes about endpoints, the beats of the last seconds
+    2. `past`      rewards since the snapshot, controls of endpoints, the beats of the last seconds
     3. `claim_all` every pending entry of `requests`, whoever read it, with where its hash says that it stands
     4. `strays`    again and again: what a frozen old leader's blocked read still swallowed
 
@@ -33,7 +33,7 @@ REPLAY_MAX = 5_000
 "Rewards learned again at a takeover, newest: half a second; older ones are worth little."
 
 CONTROLS_KEPT = 10_000
-"Wishes kept, and read again at a takeover to know who is drained."
+"Controls kept, and read again at a takeover to know who is drained."
 
 FORMAT = 1
 "Of the snapshot's envelope."
@@ -93,7 +93,7 @@ class Recovery:
         return found if found.format == FORMAT else None
 
     async def past(self, saved: Saved | None, *, beats_since: float) -> Past:
-        """Rewards that the snapshot does not know, wishes about endpoints, and beats since a moment."""
+        """Rewards that the snapshot does not know, controls of endpoints, and beats since a moment."""
         keys, newest = self._keys, self._connection.newest
         beats_after = f"{round(max(0.0, beats_since) * 1e3)}-0"
         read = {
@@ -203,5 +203,5 @@ def _recovered(
 
 
 def _is_cancel(event: Event | Unreadable) -> bool:
-    """Whether it is a wish that the requests' own tombstones know."""
+    """Whether it is a control that the requests' own tombstones repeat."""
     return isinstance(event, Control) and event.action == "cancel"

@@ -108,7 +108,7 @@ class Endpoints:
                 self._requests.end_if_over(ticket)
 
     def drain(self, event: Control) -> None:
-        """A person's wish: no new work, or work again."""
+        """A person drains or resumes an endpoint: no new work, or work again."""
         self._fleet.drain(event.endpoint, is_drained=event.action == "drain")
 
     def recovered(self, ticket: Ticket, event: Recovered) -> None:

@@ -1,7 +1,7 @@
 """What the core is told and what it asks for: its whole outside world.
 
-Events are facts; the wire's own `Beat`, `Reward` and `Control` are events as they stand. Commands are wishes: the
-driver carries them out in order, and tells the core (`Refused`) what Redis would not accept.
+Events are facts; the wire's own `Beat`, `Reward` and `Control` are events as they stand. The driver carries
+commands out in order, and tells the core (`Refused`) what Redis would not accept.
 """
 
 from collections.abc import Callable

@@ -92,7 +92,7 @@ class Fleet:
         self._reopen(endpoint)
 
     def drain(self, name: str, *, is_drained: bool) -> None:
-        """A person's wish: no new work, or work again, for whoever is called so."""
+        """A person drains or resumes this name: no new work, or work again."""
         self.drained.pop(name, None)
         if is_drained:
             self.drained[name] = None

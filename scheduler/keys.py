@@ -40,7 +40,7 @@ class Keys(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def controls(self) -> str:
-        """Stream of people's wishes: cancel a request, drain or resume an endpoint."""
+        """What people ask for: to cancel a request, to drain or resume an endpoint."""
         return self.root + "controls"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The wishes of one step, in the order in which they are to be carried out."""
+"""The commands of one step, in the order in which they are to be carried out."""
 
 import msgspec
 

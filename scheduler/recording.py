@@ -131,7 +131,7 @@ class _Assigned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return Assign(endpoint=self.endpoint, job=self.job, explain=lambda: self.decision)
 
 
-class _Wish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Recorded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One command of a turn: exactly one is there."""
 
     assign: _Assigned | None = None
@@ -152,7 +152,7 @@ _NAMES: dict[type, str] = {
 # numpy's scalars are no floats to msgspec; `item` makes them what they are.
 _ENCODER = msgspec.json.Encoder(enc_hook=lambda value: value.item())
 _HEAD, _LINE = msgspec.json.Decoder(Head), msgspec.json.Decoder(Line)
-_WISHES = msgspec.json.Decoder(list[_Wish])
+_COMMANDS = msgspec.json.Decoder(list[_Recorded])
 
 
 # Writing
@@ -160,8 +160,12 @@ _WISHES = msgspec.json.Decoder(list[_Wish])
 
 def head(settings: CoreSettings, *, seed: int | None, version: str, pool: str) -> Head:
     """The first line of a core's recording."""
-    plain = _worded(msgspec.to_builtins(settings))
-    return Head(version=version, pool=pool, seed=seed, settings=plain)
+    return Head(
+        version=version,
+        pool=pool,
+        seed=seed,
+        settings=_worded(msgspec.to_builtins(settings)),
+    )
 
 
 def encode(line: object) -> bytes:
@@ -180,10 +184,10 @@ def told(event: Event, now: float) -> dict[str, object]:
 
 def decided(commands: Sequence[Command], now: float) -> dict[str, object]:
     """The line of a turn."""
-    return {"now": now, "decided": wishes(commands)}
+    return {"now": now, "decided": plain(commands)}
 
 
-def wishes(commands: Sequence[Command]) -> list[dict[str, object]]:
+def plain(commands: Sequence[Command]) -> list[dict[str, object]]:
     """Commands as a turn's line holds them, without bodies."""
     return [{_NAMES[type(command)]: _bare(command)} for command in commands]
 
@@ -227,15 +231,15 @@ def settings(
     Raises:
         SettingsError: a change names no setting or no value of it; or the recording holds none that we know.
     """
-    plain = msgspec.json.decode(msgspec.json.encode(head.settings))
+    values = msgspec.json.decode(msgspec.json.encode(head.settings))
     for change in changes:
-        _change(plain, change)
+        _change(values, change)
     try:
         kinds = policies.union(tuple(kind for kind in plug_ins if issubclass(kind, Policy)))
-        policy = msgspec.convert(plain.pop("policy", {}), kinds, strict=False)
+        policy = msgspec.convert(values.pop("policy", {}), kinds, strict=False)
         parts = [kind for kind in plug_ins if issubclass(kind, Part)]
-        table = plain.pop("profile", None) if parts else None
-        found = msgspec.convert(plain, CoreSettings, strict=False)
+        table = values.pop("profile", None) if parts else None
+        found = msgspec.convert(values, CoreSettings, strict=False)
     except msgspec.ValidationError as error:
         raise SettingsError(f"settings of the recording by {head.version}: {error}") from None
     if table is not None:
@@ -246,10 +250,10 @@ def settings(
 def commands(raw: bytes) -> list[Command]:
     """The commands of a turn's line."""
     found = [
-        next(value for value in structs.astuple(wish) if value is not None)
-        for wish in _WISHES.decode(raw)
+        next(value for value in structs.astuple(one) if value is not None)
+        for one in _COMMANDS.decode(raw)
     ]
-    return [wish.command if isinstance(wish, _Assigned) else wish for wish in found]
+    return [one.command if isinstance(one, _Assigned) else one for one in found]
 
 
 def _rest(numbered: Iterator[tuple[int, bytes]], name: str) -> Iterator[Line]:
@@ -260,22 +264,22 @@ def _rest(numbered: Iterator[tuple[int, bytes]], name: str) -> Iterator[Line]:
             raise RecordingError(name, number, f"{_shown(text)}: {error}") from None
 
 
-def _change(plain: dict[str, Any], change: str) -> None:
+def _change(values: dict[str, Any], change: str) -> None:
     path, _, value = change.partition("=")
     *tables, field = path.split(".")
-    table = plain
+    table = values
     for part in tables:
         table = table.get(part, {}) if isinstance(table, dict) else {}
     if field not in table or isinstance(table[field], dict):
-        known = ", ".join(sorted(_paths(plain)))
+        known = ", ".join(sorted(_paths(values)))
         raise SettingsError(
             f"change {change!r} names no setting of the recording, wanted one of: {known}"
         )
     table[field] = value
 
 
-def _paths(plain: dict[str, Any]) -> Iterator[str]:
-    for name, value in plain.items():
+def _paths(values: dict[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
         if isinstance(value, dict):
             yield from (f"{name}.{inner}" for inner in _paths(value))
         else:

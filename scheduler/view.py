@@ -22,7 +22,7 @@ class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     state: str
-    "`ready`, `draining`, `drained` (a person's wish) or `away`."
+    "`ready`, `draining`, `drained` (by a person) or `away`."
     epoch: int
     seats: int
     "Assigned and not yet returned or finished."

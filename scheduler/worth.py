@@ -99,7 +99,7 @@ class Worth:
         """
         candidates = total_s < math.inf
         if self._casting is not None:
-            return self._casting.wishes(offer, candidates)
+            return self._casting.preferred(offer, candidates)
         value = self.of(offer, part)
         if value is None:
             return None

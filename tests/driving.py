@@ -73,8 +73,8 @@ class Driven(RuleBasedStateMachine):
         for now, event in self.log:
             if event is None:
                 # As recordings have them, each reason made out only now.
-                sent = recording.wishes(self.sent.pop(0))
-                found = recording.wishes(again.decide(now))
+                sent = recording.plain(self.sent.pop(0))
+                found = recording.plain(again.decide(now))
                 assert found == sent, "I5: the log's replay says otherwise"
             else:
                 again.receive(event, now)

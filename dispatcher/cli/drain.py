@@ -46,7 +46,7 @@ async def drain(
 
 
 async def order(client: Client, control: Control) -> None:
-    """Put a wish about an endpoint on the pool's `controls`.
+    """Put a control of an endpoint on the pool's `controls`.
 
     Raises:
         SettingsError: no such endpoint has ever beaten here.

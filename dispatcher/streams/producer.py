@@ -54,8 +54,8 @@ def submit(
 
 def cancel(keys: Keys, request_id: str, *, reason: str = "") -> Call:
     """Set the tombstone and tell the dispatcher. The reply is 1; 0: already terminal; -1: unknown."""
-    wish = Control(action="cancel", id=request_id, reason=reason)
-    return Call("cancel", (keys.request(request_id), keys.controls), (request_id, packed(wish)))
+    control = Control(action="cancel", id=request_id, reason=reason)
+    return Call("cancel", (keys.request(request_id), keys.controls), (request_id, packed(control)))
 
 
 def requeue(keys: Keys, dead_entry: str, request_id: str, fields: Mapping[str, Value]) -> Call:

@@ -1,7 +1,7 @@
 """A profile at work within one step of the plan.
 
 The plan asks four things of it, in this order, for each request: where it may go (`narrowed`), where it is better put
-(`wishes`), with what chance each of what is left is taken (`chances`); and it is told which was taken (`took`). All
+(`preferred`), with what chance each of what is left is taken (`chances`); and it is told which was taken (`took`). All
 else stays the plan's: the order of the line, feasibility, reservations and late binding, seats and KV.
 """
 
@@ -38,13 +38,13 @@ class Assembly:
 
     def __init__(self, profile: Profile) -> None:
         """Make ready; what no part reads is not fetched."""
-        self.rules = [part for part in profile.filters if not part.is_wish]
-        self.wishes = [part for part in profile.filters if part.is_wish]
+        self.hard = [part for part in profile.filters if not part.is_soft]
+        self.soft = [part for part in profile.filters if part.is_soft]
         self.scorers = [part for part in profile.scorers if part.weight > 0]
         self.picker = profile.picker
         self.trail = Trail()
         self.fetchers = _needed(profile)
-        used = (*self.rules, *self.wishes, *self.scorers, self.picker, *self.fetchers)
+        used = (*self.hard, *self.soft, *self.scorers, self.picker, *self.fetchers)
         self.needs_worth = any(WORTH in part.needs for part in used)
         self.total = sum(part.weight for part in self.scorers)
 
@@ -109,9 +109,9 @@ class Casting:
         assembly.trail.meet([e.name if e else "" for e in by_slot])
 
     def narrowed(self, offer: Offer) -> Offer:
-        """The offer without the slots where the profile's rules do not let it go."""
+        """The offer without the slots that the profile's hard filters close."""
         scene = self._seen(offer)
-        kept = self._assembly.kept(self._assembly.rules, scene, scene.eligible)
+        kept = self._assembly.kept(self._assembly.hard, scene, scene.eligible)
         if not np.array_equal(kept, scene.eligible):
             offer = structs.replace(offer, service_s=np.where(kept, offer.service_s, np.inf))
             first_s = np.where(kept, scene.first_token_s, np.inf)
@@ -121,9 +121,9 @@ class Casting:
         self._scene = offer, scene
         return offer
 
-    def wishes(self, offer: Offer, candidates: Bools) -> Bools:
+    def preferred(self, offer: Offer, candidates: Bools) -> Bools:
         """Of these slots, where it is better put."""
-        return self._assembly.kept(self._assembly.wishes, self._of(offer), candidates)
+        return self._assembly.kept(self._assembly.soft, self._of(offer), candidates)
 
     def chances(self, offer: Offer, candidates: Bools) -> tuple[Floats, Floats]:
         """With what chance each is taken, and the scores that say so; float64[n_slots] both."""

@@ -100,7 +100,7 @@ class PrefixAffinity(Filter, frozen=True, tag="prefix-cache-affinity-filter"):
 class Pace(Filter, frozen=True, tag="pace-filter"):
     """Endpoints where it keeps more promises per token than it breaks, and nearly as many as at the best of them."""
 
-    is_wish: ClassVar[bool] = True
+    is_soft: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = (WORTH, LATENCY)
 
     def keep(self, scene: Scene, candidates: Bools) -> Bools:
@@ -117,7 +117,7 @@ class Pace(Filter, frozen=True, tag="pace-filter"):
 class InTime(Filter, frozen=True, tag="slo-filter"):
     """Endpoints that bring the first token in time; where none does, the one that brings it first."""
 
-    is_wish: ClassVar[bool] = True
+    is_soft: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = (LATENCY,)
 
     def keep(self, scene: Scene, candidates: Bools) -> Bools:

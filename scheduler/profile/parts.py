@@ -45,12 +45,12 @@ class Fetcher(Part, frozen=True, kw_only=True):
 class Filter(Part, frozen=True, kw_only=True):
     """Says where the request may go."""
 
-    is_wish: ClassVar[bool] = False
+    is_soft: ClassVar[bool] = False
     """
     Whether it only says where the request is better not put.
 
-    A wish that leaves nothing lets a request wait that could still be on time, but hinders neither setting it aside
-    nor the share of those set aside.
+    A soft filter that leaves nothing lets a request wait that could still be on time, but hinders neither setting it
+    aside nor the share of those set aside.
     """
 
     def keep(self, scene: Scene, candidates: Bools) -> Bools:

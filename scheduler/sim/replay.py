@@ -15,7 +15,7 @@ from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.recording import Line
 
-Wish: TypeAlias = dict[str, dict[str, Any]]
+Plain: TypeAlias = dict[str, dict[str, Any]]
 "A command as plain values, under its kind."
 
 
@@ -65,7 +65,7 @@ def replayed(lines: Iterable[Line], settings: CoreSettings, *, seed: int) -> Out
             core.receive(event, now)
         elif was_decided:
             turns += 1
-            found = recording.encode(recording.wishes(core.decide(now))).rstrip()
+            found = recording.encode(recording.plain(core.decide(now))).rstrip()
             if found != was_decided:
                 difference = _difference(was_decided, found, turns, now)
                 break
@@ -83,8 +83,8 @@ def replayed(lines: Iterable[Line], settings: CoreSettings, *, seed: int) -> Out
 
 
 def _difference(recorded: bytes, found: bytes, turn: int, now: float) -> Difference:
-    theirs: list[Wish] = msgspec.json.decode(recorded)
-    ours: list[Wish] = msgspec.json.decode(found)
+    theirs: list[Plain] = msgspec.json.decode(recorded)
+    ours: list[Plain] = msgspec.json.decode(found)
     for at, (old, new) in enumerate(zip(theirs, ours, strict=False)):
         apart = next(_apart(old, new, f"command {at + 1}"), None)
         if apart is not None:
@@ -120,16 +120,16 @@ def _apart(old: object, new: object, place: str) -> Iterator[tuple[str, object, 
         yield place, old, new
 
 
-def _whose(wish: Wish) -> str:
+def _whose(command: Plain) -> str:
     """The request that a command is about."""
-    [command] = wish.values()
-    for part in (command, *(command.get(name) or {} for name in ("job", "decision", "result"))):
+    [fields] = command.values()
+    for part in (fields, *(fields.get(name) or {} for name in ("job", "decision", "result"))):
         if "id" in part:
             return str(part["id"])
     return ""
 
 
-def _first(extra: list[Wish]) -> str:
+def _first(extra: list[Plain]) -> str:
     """The first of those that the other side lacks."""
     if not extra:
         return ""

@@ -7,7 +7,7 @@ The life of a request in messages:
     4. `Tokens`    worker -> `tokens:<id>`, when the request streams
     5. `Result`    worker or dispatcher -> `results` or the request's `reply_to`: exactly one
     6. `Reward`    worker -> `rewards`: what this attempt cost
-and beside it `Control` (people's wishes), `Decision` (why it went there) and `Dead` (what could not be served).
+and beside it `Control` (what people ask for), `Decision` (why it went there) and `Dead` (what could not be served).
 
 Names end in their unit: `ttft_s` here is `ttft_ms` on the wire, `finished_at` is unix milliseconds on the wire.
 

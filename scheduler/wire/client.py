@@ -1,4 +1,4 @@
-"""What clients and people write: a request, and a wish about what is under way."""
+"""What clients and people write: a request, and a control of what is under way."""
 
 from typing import Literal
 
@@ -82,7 +82,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True):
-    """A person's wish, on `controls`."""
+    """What a person asks for, on `controls`."""
 
     action: Literal["cancel", "drain", "resume"]
     "`cancel` a request; `drain` an endpoint, or `resume` it."

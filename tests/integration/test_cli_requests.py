@@ -200,7 +200,7 @@ class TestWatch:
         assert (code, err) == (0, "")
         assert again == "\\x1b]0;mine\\x07\n\ufffd\ufffd\n"
 
-    async def test_drain_and_resume_are_wishes_on_the_stream(self, played, headgate):
+    async def test_drain_and_resume_are_controls_on_the_stream(self, played, headgate):
         """Anybody may write them; an endpoint without jobs is empty at once."""
         epoch = await played.do(sidecar.join(played.keys, ENDPOINT, "w1"))
         beat = Beat(endpoint=ENDPOINT, epoch=epoch)
@@ -213,9 +213,9 @@ class TestWatch:
 
         assert f"{ENDPOINT}; headgate resume NAME ends it" in drained
         assert "drained" not in resumed
-        wishes = await played.connection.entries(played.keys.controls)
+        controls = await played.connection.entries(played.keys.controls)
         assert (code, err) == (0, "a100-0: empty\n")
-        assert [fields[b"action"] for _, fields in wishes] == [b"drain", b"resume"]
+        assert [fields[b"action"] for _, fields in controls] == [b"drain", b"resume"]
 
     async def test_cancel(self, played, headgate):
         """Asked for while it lives: 0; after its end there was nothing to end: 1."""

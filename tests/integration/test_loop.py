@@ -216,7 +216,7 @@ class TestDispatch:
             await until(lambda: nothing_pending(redis, keys))
 
     async def test_what_cannot_be_read_is_buried_once(self, redis_url, settings, redis, keys):
-        """The next leader reads all wishes again, and finds only one of them new."""
+        """The next leader reads all controls again, and finds only one of them new."""
 
         async def is_buried(action):
             dead = await redis.entries(keys.dead)
@@ -278,7 +278,7 @@ class TestUnsettled:
             assert await redis.entries(keys.jobs(worker.endpoint)) == []
 
 
-class TestWishes:
+class TestControls:
     async def test_a_waiting_request_is_cancelled(self, redis_url, settings, redis, keys):
         """Nobody serves it; the dispatcher itself ends it."""
         async with dispatching(redis_url, settings):

@@ -321,7 +321,7 @@ def fixed_story() -> bytes:
                     ),
                     now,
                 )
-    return recording.encode([recording.wishes(sent), core.snapshot()])
+    return recording.encode([recording.plain(sent), core.snapshot()])
 
 
 def test_i6_same_seed_same_bytes_under_any_hash_seed():

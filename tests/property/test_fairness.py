@@ -301,7 +301,7 @@ def commands(settings: CoreSettings, tenants: tuple[str, ...]) -> bytes:
         core.receive(Arrived(request=request, entry=f"{number}-0", enqueued_at=0.0), 0.0)
     for step in range(30):
         sent = core.decide(0.1 * step)
-        log.append(recording.wishes(sent))
+        log.append(recording.plain(sent))
         for command in sent:
             if isinstance(command, Assign):
                 core.receive(_served(command), 0.1 * step)

@@ -131,7 +131,7 @@ class TestDifference:
         at = next(n for n, line in enumerate(data.splitlines()) if b'"assign"' in line)
         lines = data.splitlines(keepends=True)
         plain = msgspec.json.decode(lines[at])
-        place = next(n for n, wish in enumerate(plain["decided"]) if "assign" in wish)
+        place = next(n for n, one in enumerate(plain["decided"]) if "assign" in one)
         job = plain["decided"][place]["assign"]["job"]
         was, job["prefill_s"] = job["prefill_s"], 9.25
         lines[at] = msgspec.json.encode(plain) + b"\n"

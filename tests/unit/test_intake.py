@@ -37,7 +37,7 @@ class TestFacts:
     @pytest.mark.parametrize(
         ("action", "field"), [("cancel", "id"), ("drain", "endpoint"), ("resume", "endpoint")]
     )
-    def test_a_wish_says_for_whom(self, action, field):
+    def test_a_control_says_for_whom(self, action, field):
         """One by hand that names nobody would change nothing, and nobody would be told."""
         fact = INTAKE.fact(KEYS.controls, ("1-0", {b"action": action.encode()}))
 
