@@ -906,10 +906,13 @@ class TestRecovery:
         assert (reclaim.attempt, again.job.attempt, again.job.epoch) == (1, 2, 8)
 
     def test_what_was_cancelled_under_an_earlier_leader_ends(self):
-        pool = Pool()
-        self.found(pool, cancelled=True)
+        """Where it waits at once, and where a worker holds it that one is asked to."""
+        waiting, held = Pool(), Pool()
+        self.found(waiting, cancelled=True)
+        self.found(held, cancelled=True, endpoint="e0", epoch=7)
 
-        assert [c.result.outcome for c in pool.decide()] == ["cancelled"]
+        assert [c.result.outcome for c in waiting.decide()] == ["cancelled"]
+        assert held.decide() == [Abort(id="r", endpoint="e0", attempt=1)]
 
     @pytest.mark.parametrize("entry", ["1-0", "9-0"])
     def test_an_id_lives_under_the_entry_that_was_found(self, entry):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from river import linear_model
 
+from scheduler import cost
 from scheduler.guard import Guard
 from scheduler.predict import Predictor
 from scheduler.regression import DecayedRegression
+from scheduler.speed import Speed
 from scheduler.wire.worker import Beat, Reward
 
 
@@ -86,6 +88,20 @@ def test_a_sudden_slowdown_is_followed_fast():
     errors = serve(made, 0, lambda n: 3 * (0.012 + n / 16_000), 40)
 
     assert np.mean(errors[15:]) < 0.5 * np.mean(errors[:3])
+
+
+def test_one_surprise_moves_a_well_known_speed_little_and_a_drift_much():
+    """After a threefold slow-down, half of it is believed within a dozen completions; of one alone, a thirtieth."""
+    made = Speed(name="e", declared="a100", hardware=cost.CLASSES["a100"])
+    for _ in range(200):
+        made.learn(-made.log)
+    made.learn(0.6)
+    assert 0 < made.log < 0.03
+
+    for _ in range(12):
+        made.learn(math.log(3) - made.log)
+
+    assert made.log > 0.5 * math.log(3)
 
 
 def test_predictions_and_rates_say_the_same():
