@@ -1,7 +1,9 @@
 """Off-policy estimates where the truth is known: no queues, so nothing is hidden from them."""
 
 import functools
+import math
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -46,6 +48,41 @@ def logged(n, *, seed=0, scale=0.5, noise=0.2, bias=1.0):
     return rows, {name: np.mean(values, axis=0) for name, values in truth.items()}
 
 
+class AsLogged(evaluate.Target, frozen=True):
+    """Whatever wrote the log."""
+
+    def chances(self, one):
+        return one.chance
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            pytest.param("plan:fill=0", [0.5, 0.5, 0, 0], id="equals share"),
+            pytest.param("plan:fill=0:tie=0", [1, 0, 0, 0], id="the earliest"),
+            pytest.param("plan:fill=1", [0, 0, 1, 0], id="KV to spare is worth seconds"),
+            pytest.param("plan:fill=1:window_s=0.1", [1, 0, 0, 0], id="of those that start soon"),
+            pytest.param("plan:fill=9", [0, 0, 1, 0], id="and none that makes it late"),
+            pytest.param("earliest-finish:window_s=9", [1, 0, 0, 0], id="earliest finish"),
+        ],
+    )
+    def test_the_plan_as_a_target_chooses_as_the_plan_does(self, text, expected):
+        one = Weighed(
+            seconds=np.array([1.0, 1.01, 1.2, 3.0]),
+            start_s=np.array([0.0, 0.2, 0.2, 0.2]),
+            cached=np.zeros(4),
+            pressure=np.array([1.0, 1.0, 0.5, 0.0]),
+            chance=np.full(4, 0.25),
+            taken=0,
+            left_s=2.0,
+            ttft_s=1.0,
+            on_time=1.0,
+        )
+
+        assert evaluate.named(text).chances(one) == pytest.approx(expected)
+
+
 class TestEstimate:
     @pytest.mark.parametrize("metric", evaluate.METRICS)
     @pytest.mark.parametrize("name", TARGETS)
@@ -61,6 +98,30 @@ class TestEstimate:
             half = (one.high - one.low) / 2
             assert one.low <= one.value <= one.high
             assert abs(one.value - real) <= 2.5 * half + 0.01 * real
+
+    @pytest.mark.parametrize("metric", evaluate.METRICS)
+    def test_a_policy_is_worth_what_its_own_log_says(self, metric):
+        """Chosen with the log's chances every weight is 1, and nothing is left to estimate."""
+        rows, _ = logged(400)
+
+        found = evaluate.estimate(rows, AsLogged(), label="", metric=metric)
+
+        assert (found.weight_max, found.n_cut) == (1.0, 0)
+        assert found.n_effective == pytest.approx(len(rows))
+        assert found.logged == found.ips == found.snips
+
+    def test_who_had_no_first_token_was_late_and_not_quick(self):
+        """It counts as a promise broken, and no seconds are made up for it."""
+        rows, _ = logged(400)
+        failed = [
+            msgspec.structs.replace(one, ttft_s=math.nan, on_time=0.0) if at % 4 == 0 else one
+            for at, one in enumerate(rows)
+        ]
+        for metric, n in (("ttft_s", 300), ("on_time", 400)):
+            found = evaluate.estimate(failed, AsLogged(), label="", metric=metric)
+
+            assert found.n == n
+            assert math.isfinite(found.dr.low + found.dr.high)
 
     def test_doubly_robust_is_the_steadiest(self):
         """Where predictions are good its interval is the narrowest."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.prefix import BLOCK_TOKENS, Index, blocks
+from scheduler.prefix import BLOCK_TOKENS, Account, Index, blocks
 from scheduler.sessions import Sessions
 from scheduler.slo import Promise
 from scheduler.state import Ticket
@@ -74,6 +74,20 @@ def test_a_new_life_holds_nothing():
     held.open(0, 0)
 
     assert held.match(("a",)) == {}
+
+
+def test_a_new_life_is_believed_from_its_first_word():
+    """Neither what the last one was found to forget nor what it told counts against it."""
+    held = index()
+    for _ in range(200):
+        held.correct(0, believed_tokens=10, cached_tokens=0)
+    held.hear(0, Account(epoch=9, seq=1))
+    held.open(0, 100 * BLOCK_TOKENS)
+
+    held.insert(0, ("a",))
+    held.hear(0, Account(epoch=1, seq=1, stored=("b",)))
+
+    assert held.match(("a",)) == held.match(("b",)) == {0: 1}
 
 
 def test_an_engine_that_finds_less_than_believed_is_believed_less():

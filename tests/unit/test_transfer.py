@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler import cost
 from scheduler.speed import LOG_MAX, RECALLED_MAX, Speeds
-from scheduler.transfer import Transfer
+from scheduler.transfer import LINK_MAX, LINK_MIN, TOKEN_BYTES_MAX, Transfer
 from scheduler.wire.worker import Beat, Reward
 
 GIGABYTE = 1e9
@@ -56,6 +57,25 @@ def test_untaught_a_transfer_takes_what_is_declared():
 
     assert alone_s == pytest.approx(0.1 + 0.02 + 0.005)
     assert behind_s == pytest.approx(alone_s + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("link_gbps", "token_bytes", "link", "believed_bytes"),
+    [
+        pytest.param(8.0, 1000, 1e9, 1000, id="as declared"),
+        pytest.param(0.0, 0, 0.0, cost.KV_BYTES, id="nothing: no link, and KV as of a usual model"),
+        pytest.param(-1.0, -5, 0.0, cost.KV_BYTES, id="less than nothing"),
+        pytest.param(1e-9, 1, LINK_MIN, 1, id="next to nothing"),
+        pytest.param(1e30, 1 << 60, LINK_MAX, TOKEN_BYTES_MAX, id="more than there is"),
+    ],
+)
+def test_what_is_declared_is_believed_within_reason(link_gbps, token_bytes, link, believed_bytes):
+    """A link is in bytes a second here."""
+    made = Transfer()
+
+    made.open(0, Beat(endpoint="e", epoch=1, link_gbps=link_gbps, kv_token_bytes=token_bytes))
+
+    assert (made.links[0], made.token_bytes[0]) == (link, believed_bytes)
 
 
 def test_each_endpoints_link_has_its_own_speed():
