@@ -148,7 +148,7 @@ class Writer:
         if self._is_flushing or self._begun or self.is_away:
             return
         batch = self._pending[:BATCH_MAX]
-        begun = self._connection.begin([call for _, call, _ in batch])
+        begun = self._connection.begin(_calls(batch))
         if begun is not None:
             self._pending = self._pending[BATCH_MAX:]
             self._begun = batch, begun
@@ -162,7 +162,7 @@ class Writer:
             begun = None
         self._is_flushing = True
         try:
-            replies: list[Any] = await self._connection.batch([call for _, call, _ in batch], begun)
+            replies: list[Any] = await self._connection.batch(_calls(batch), begun)
         except StreamError as error:
             self._note_weather(str(error))
             self._pending = batch + self._pending
@@ -207,3 +207,13 @@ class Writer:
                 break
             total -= attempt.answer.fresh_bytes
             attempt.tear("Redis was away and the worker's buffer is full")
+
+
+def _calls(batch: list[_Move]) -> list[Call]:
+    """What is said: a log is taken in its order or not at all, also by a server that refuses one move and takes the next."""
+    calls: list[Call] = []
+    before: set[Attempt | None] = set()
+    for attempt, call, _ in batch:
+        calls.append(sidecar.behind(call) if attempt in before else call)
+        before.add(attempt)
+    return calls

@@ -252,6 +252,13 @@ local function beat(keys, args)
   return 1
 end
 
+-- Behind pieces that were just refused, for want of memory perhaps, nothing of the same log may be taken: what then lacks Redis
+-- has not lost, and it is on its way. A worker says which moves are behind others in one round trip.
+local function is_torn(index, held, is_behind)
+  return is_behind == '1' and tonumber(index) > tonumber(held or 0)
+end
+local TORN = 'TORN the pieces before it were refused'
+
 -- KEYS request / ARGV endpoint attempt -> 1 go; 2 cancelled meanwhile; 0 no longer yours
 local function start(keys, args)
   local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt', 'cancelled')
@@ -260,11 +267,12 @@ local function start(keys, args)
   return held[4] and 2 or 1
 end
 
--- KEYS request tokens / ARGV endpoint attempt index pieces ttl_ms fields -> 1; 0 no longer yours
+-- KEYS request tokens / ARGV endpoint attempt index pieces ttl_ms fields is_behind -> 1; 0 no longer yours
 local function tokens(keys, args)
   local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt', 'tokens')
   if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
   if tonumber(held[4] or 0) > tonumber(args[3]) then return 1 end -- said before
+  if is_torn(args[3], held[4], args[7]) then return redis.error_reply(TORN) end
   say(keys[2], args[6], held[4])
   redis.call('HSET', keys[1], 'tokens', args[3] + args[4])
   if held[4] then redis.call('PEXPIRE', keys[2], args[5]) end -- not with the first, which is waited for; its end sets it
@@ -288,13 +296,14 @@ end
 
 -- The end, as far as somebody waits for it; `settle` follows. A worker that dies between them leaves a reward unwritten and
 -- nothing else: the job and the request's entry are pending still, and whoever takes them up finds the request ended.
--- KEYS request reply tokens dead requests / ARGV endpoint attempt entry outcome ttl_ms is_private result last dead
+-- KEYS request reply tokens dead requests / ARGV endpoint attempt entry outcome ttl_ms is_private result last dead is_behind
 -- -> 1; 0 no longer yours
 local function finish(keys, args)
   local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt', 'tokens')
   if not holds(held[1], held[2], held[3], args[1], args[2]) then
     return held[1] == 'terminal' and held[2] == args[1] and held[3] == args[2] and 1 or 0
   end
+  if args[8] ~= '' and is_torn(cmsgpack.unpack(args[8])[4], held[4], args[10]) then return redis.error_reply(TORN) end
   terminal(keys[1], keys[2], keys[3], {entry = args[3], outcome = args[4], ttl = args[5], is_private = args[6] == '1',
     result = args[7], last = args[8], pieces = held[4]})
   if args[9] ~= '' then add(keys[4], buried(keys[5], args[3], args[9])) end

@@ -110,6 +110,13 @@ def finish(
     )
 
 
+def behind(call: Call) -> Call:
+    """The same move where one before it, of the same attempt, goes with it: refused if that one was."""
+    if call.function not in ("tokens", "finish"):
+        return call
+    return Call(call.function, call.keys, (*call.args, 1))
+
+
 def settle(keys: Keys, held: Held, reward: Reward, *, is_dead: bool = False) -> Call:
     """Both acknowledgements and the reward of what `finish` has ended; where that was refused, only the stale job's.
 

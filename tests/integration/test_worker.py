@@ -607,6 +607,26 @@ class TestEnding:
         state = await hand.redis.command("HGET", hand.keys.request("r1"), "state")
         assert state == b"waiting"
 
+    async def test_a_log_is_taken_in_its_order(self, emulator, hand, rig):
+        """A Redis at its limit refuses pieces and takes the end behind them: then it would have lost what it never had."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        await hand.refuse_to("tokens")
+        body = chat(20)
+        await hand.submit("r1", body, beat.epoch, stream=True)
+
+        async def end_is_tried():
+            refused = await hand.redis.command("INFO", "errorstats")
+            return "errorstat_TORN" in refused or await hand.results("r1")
+
+        await hand.redis.command("CONFIG", "RESETSTAT")
+        await until(end_is_tried)
+        await hand.relent()
+
+        assert (await hand.result("r1")).outcome == "completed"
+        assert [part.lost for part in await hand.tokens("r1") if part.lost] == []
+        assert await hand.text("r1") == await whole_text(emulator, body)
+
 
 class TestLease:
     async def test_a_cancel_that_comes_with_the_fence_is_obeyed(self, redis_url, pool, emulator):
