@@ -29,6 +29,8 @@ KEEP_BATCH = 1000
 IDLE_S = 3600.0
 "A consumer that holds nothing and was silent for so long belongs to a node that is gone."
 
+EVICTS = "at its maxmemory it throws away requests, bodies and answers instead of refusing new ones"
+
 log = structlog.get_logger()
 
 
@@ -54,6 +56,7 @@ class Upkeep:
         self._retention_s = retention_s
         self._body_ttl_s = body_ttl_s
         self._kept_at = float("-inf")
+        self._has_warned = False
         self._meter = meter or Meter()
 
     async def run(self) -> None:
@@ -117,10 +120,13 @@ class Upkeep:
     async def weigh(self) -> None:
         """Note how much memory Redis uses, and whether it would evict: either ends in lost or refused work."""
         info = await self._connection.memory()
+        policy, max_bytes = str(info["maxmemory_policy"]), int(info["maxmemory"])
+        evicts = policy != "noeviction"
+        if evicts and max_bytes and not self._has_warned:
+            log.warning("redis_evicts", maxmemory_policy=policy, wanted="noeviction", reason=EVICTS)
+        self._has_warned = evicts and max_bytes > 0
         self._meter.memory = Memory(
-            used_bytes=int(info["used_memory"]),
-            max_bytes=int(info["maxmemory"]),
-            evicts=info["maxmemory_policy"] != "noeviction",
+            used_bytes=int(info["used_memory"]), max_bytes=max_bytes, evicts=evicts
         )
 
     async def _done_before(self, before: str) -> str:

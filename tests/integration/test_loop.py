@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 from byhand import PlayedWorker
 from hand import until
+from structlog.testing import capture_logs
 
 from dispatcher import glance, loop
 from dispatcher.local import Server
@@ -514,6 +515,22 @@ class TestUpkeep:
 
         assert await redis.command("PTTL", keys.body("r1")) > 3_000_000
         assert await redis.command("PTTL", keys.body("r2")) <= 5000
+
+    async def test_a_redis_that_would_evict_is_named(self, tmp_path, keys):
+        """Once, with what it should be: what it throws away nobody misses until it is asked for."""
+        with Server(directory=tmp_path) as server:
+            redis = await Connection.connect(Where(url=server.url))
+            upkeep = Upkeep(redis, keys, 1, node="d1", retention_s=60, body_ttl_s=60)
+            said = []
+            for words in (("maxmemory-policy", "volatile-lru"), ("maxmemory", "1gb"), ()):
+                if words:
+                    await redis.command("CONFIG", "SET", *words)
+                with capture_logs() as logs:
+                    await upkeep.weigh()
+                said.append([(one["event"], one["maxmemory_policy"]) for one in logs])
+            await redis.close()
+
+        assert said == [[], [("redis_evicts", "volatile-lru")], []]
 
     async def test_who_comes_to_a_full_redis_leads_and_empties_it(self, tmp_path, pool, keys):
         """Only a leader cuts the logs: if it could not lead, no shorter retention would ever be heeded."""
