@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 
+import msgspec
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -281,6 +282,22 @@ def test_the_answer_that_was_not_given_is_not_charged():
     lines.charge(one, 100, 3)
 
     assert lines.turns.accounts.had("a") == 106
+
+
+def test_a_tenant_is_charged_for_what_was_computed():
+    """What its worker found cached, and whatever was predicted, is nobody's service."""
+    core = Scheduler(
+        CoreSettings(fairness=FairnessSettings(quantum_tokens=QUANTUM)), np.random.default_rng(0)
+    )
+    core.receive(Beat(endpoint="e", epoch=1, models=("m",)), 0.0)
+    request = Request(id="r", model="m", tenant="a", prompt_tokens=900)
+    core.receive(Arrived(request=request, entry="1-0", enqueued_at=0.0), 0.0)
+    [command] = [c for c in core.decide(0.0) if isinstance(c, Assign)]
+
+    served = msgspec.structs.replace(_served(command), prompt_tokens=800, cached_tokens=300)
+    core.receive(served, 1.0)
+
+    assert core._memory.book.lines.turns.accounts.had("a") == 500 + 2.0 * 9
 
 
 def commands(settings: CoreSettings, tenants: tuple[str, ...]) -> bytes:

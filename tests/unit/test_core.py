@@ -989,6 +989,23 @@ class TestUrgency:
         commands = pool.core.decide(pool.now)
         assert [c.decision.kind for c in commands] == ["taken_up", "assigned"]
 
+    def test_who_is_taken_up_stands_in_line_though_nothing_is_free_yet(self):
+        """It can make it behind another: that is said once, and it is no longer among those set aside."""
+        pool = Pool(policy=Urgency(aside_share=0.0), plan=WIDE)
+        pool.beat("slow", hardware="l4")
+        pool.ask("first", prompt_tokens=2000)
+        pool.decide()
+        pool.ask("r", prompt_tokens=20_000, ttft_s=2.5)
+        assert "set_aside" in pool.notes()
+
+        pool.beat("fast", hardware="h100")
+        pool.ask("urgent", prompt_tokens=40_000, ttft_s=2.2)
+        assert [c.job.id for c in pool.decide()] == ["urgent"]
+
+        assert pool.notes() == ["taken_up"]
+        assert pool.core.view(pool.now).set_aside == 0
+        assert pool.notes() == []
+
     def test_a_change_is_noted_once_not_every_test(self):
         """Set aside once, tested at every step, noted once."""
         pool = Pool(policy=Urgency(), plan=WIDE)

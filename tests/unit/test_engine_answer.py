@@ -155,6 +155,7 @@ class TestSuccess:
         }
         text, chunks, pieces = answer.take()
         assert (text, len(msgspec.json.decode(chunks)), pieces) == ("", 3, 3)
+        assert answer.take() == ("", "", 0), "what was taken is told once"
 
     def test_log_probabilities_are_joined(self):
         """Lists of each chunk one behind the other."""

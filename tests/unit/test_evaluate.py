@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from scheduler import evaluate
+from scheduler import evaluate, explore
 from scheduler.errors import SettingsError
 from scheduler.evaluate import Weighed
 from scheduler.wire.dispatcher import Decision
@@ -81,6 +81,17 @@ class TestTargets:
         )
 
         assert evaluate.named(text).chances(one) == pytest.approx(expected)
+
+    def test_its_exploration_counts(self):
+        """As it would have drawn, of those that it may draw."""
+        [one, *_], _ = logged(400)
+
+        found = evaluate.named("plan:fill=0:explore=0.3:window_s=9").chances(one)
+
+        late = one.seconds > max(one.left_s, one.seconds.min())
+        assert found == pytest.approx(
+            explore.chances(np.where(late, np.inf, one.seconds), scale=0.3)
+        )
 
 
 class TestEstimate:
