@@ -27,6 +27,9 @@ from scheduler.wire.worker import Result, Reward
 PATIENCE_S = 35.0
 "Wall seconds (a chat answer of 1,000 tokens takes 30 s on a small GPU) after the last arrival; who has not ended then is cancelled, and is told so."
 
+STRETCHES = 12
+"Into so many the run is cut to show how the prediction error falls."
+
 CANCEL_S = 10.0
 "How long the cancelled may take to their terminal records."
 
@@ -136,7 +139,6 @@ class Demo:
         *,
         model: str,
         time_scale: float,
-        stretches: int = 12,
         vocabulary: int = 0,
         patience_s: float = PATIENCE_S,
     ) -> None:
@@ -147,7 +149,6 @@ class Demo:
             arrivals: what is sent, and when.
             model: what the engines serve.
             time_scale: how much faster than their own clock they come.
-            stretches: into how many the prediction error is cut.
             vocabulary: of the engines' tokenizer, and prompts are token ids: the only ones whose length a real
                 engine sees as it was meant. 0: prompts are text.
             patience_s: wall seconds that the last may take after the last arrival.
@@ -159,7 +160,7 @@ class Demo:
             for row, arrival in enumerate(arrivals)
         ]
         self._duration_s = arrivals[-1].at_s if arrivals else 0.0
-        self._stretch_s = max(1.0, self._duration_s / stretches)
+        self._stretch_s = max(1.0, self._duration_s / STRETCHES)
         self._began_at = 0.0
         self._rewards: list[Reward] = []
         self._ended = asyncio.Event()

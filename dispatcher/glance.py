@@ -1,24 +1,20 @@
 """A pool at one glance, put together from what lies in Redis; asks nobody, so it works while all are down."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import TypeVar
 
 import msgspec
 
 from dispatcher.recovery import CONTROLS_KEPT, Saved
-from dispatcher.streams.connection import Connection, Entry
+from dispatcher.streams.connection import Connection
 from scheduler import codec, forecast
-from scheduler.errors import UNREADABLE, WireError
+from scheduler.errors import UNREADABLE
 from scheduler.keys import DISPATCHER_GROUP, Keys
 from scheduler.view import Believed, EndpointView
 from scheduler.wire.client import Control
 from scheduler.wire.dispatcher import Decision
 from scheduler.wire.worker import Beat, Reward
-
-M = TypeVar("M", bound=msgspec.Struct)
 
 BEATS_READ = 3000
 "The newest beats, to learn the endpoints' names: 10 s of 300 endpoints."
@@ -137,8 +133,10 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
         ]
     )
     unread, oldest_at = await _ingress(connection, keys) if is_there else (0, None)
-    rewards = _decoded(Reward, await connection.newest(keys.rewards, after="0", count=REWARDS_READ))
-    decisions = _decoded(
+    rewards = codec.readable(
+        Reward, await connection.newest(keys.rewards, after="0", count=REWARDS_READ)
+    )
+    decisions = codec.readable(
         Decision, await connection.newest(keys.decisions, after="0", count=DECISIONS_READ)
     )
     last = _read(saved)
@@ -155,7 +153,7 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
             learned=learned.get(name),
         )
         for name, jobs, raw in zip(names, rest[: len(names)], rest[len(names) :], strict=True)
-        for beat in _decoded(Beat, [(name, raw)])
+        for beat in codec.readable(Beat, [(name, raw)])
     ]
     rate = _rate(rewards, now)
     until = int(leader[2] or 0) / 1e3
@@ -184,7 +182,7 @@ async def pool(connection: Connection, keys: Keys) -> PoolGlance:
 async def _beaten_at(connection: Connection, keys: Keys) -> dict[str, float]:
     """When each endpoint has beaten last, on Redis' clock."""
     beats = await connection.newest(keys.beats, after="0", count=BEATS_READ)
-    read = ((_entry_at(entry), _decoded(Beat, [(entry, fields)])) for entry, fields in beats)
+    read = ((_entry_at(entry), codec.readable(Beat, [(entry, fields)])) for entry, fields in beats)
     return {beat.endpoint: at for at, found in read for beat in found}
 
 
@@ -261,7 +259,7 @@ async def _drained(connection: Connection, keys: Keys, last: Saved | None) -> se
     found = set(last.core.drained) if last else set()
     after = f"{round((last.at - OVERLAP_S) * 1e3)}-0" if last else "0-0"
     controls = await connection.newest(keys.controls, after=after, count=CONTROLS_KEPT)
-    for control in _decoded(Control, controls):
+    for control in codec.readable(Control, controls):
         if control.action == "drain":
             found.add(control.endpoint)
         elif control.action == "resume":
@@ -311,12 +309,3 @@ def _outcomes(rewards: Sequence[Reward], decisions: Sequence[Decision]) -> dict[
         if d.kind == "finished" and d.id not in ended
     )
     return dict(counts.most_common())
-
-
-def _decoded(kind: type[M], entries: Sequence[Entry]) -> list[M]:
-    """What of these can be read; a glance does not stumble over a stray entry."""
-    found = []
-    for _, fields in entries:
-        with contextlib.suppress(WireError):
-            found.append(codec.decode(kind, fields))
-    return found

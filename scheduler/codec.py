@@ -5,8 +5,9 @@ seconds) is `finished_at` in unix milliseconds. Absent is the empty string, and 
 always, in the same order: Redis packs entries of constant shape smallest (156 B against 258 B of JSON).
 """
 
+import contextlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -85,6 +86,15 @@ def decode(cls: type[M], fields: Mapping[bytes, bytes]) -> M:
             if key not in readers
         }
     return cls(**values)
+
+
+def readable(cls: type[M], entries: Iterable[tuple[str, Mapping[bytes, bytes]]]) -> list[M]:
+    """The messages of these entries, pairs of id and fields; what cannot be read is left out."""
+    found = []
+    for _, fields in entries:
+        with contextlib.suppress(WireError):
+            found.append(decode(cls, fields))
+    return found
 
 
 def wire_name(field: str) -> str:

@@ -1,7 +1,7 @@
 """Which prompt begins like which, and who has that beginning in its cache.
 
-A block's hash is chained over all blocks before it, so that equal hashes mean equal beginnings. The client
-computes them; this half of the file therefore needs nothing heavy.
+A block's hash is chained over all blocks before it, so that equal hashes mean equal beginnings. The client computes
+the hashes (`blocks`); the core keeps who holds them (`Index`).
 """
 
 import functools
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 import msgspec
+
+from scheduler.wire.words import BLOCKS_MAX
 
 BLOCK_TOKENS = 128
 "Tokens a block on the wire: fine enough for chat, and 64k tokens in 512 hashes."
@@ -20,24 +22,20 @@ HASH_BYTES = 6
 "12 hex digits: one false match in 2**48 pairs, and a false match only costs a poorer choice."
 
 
-def blocks(
-    prompt: str | Sequence[int], block_tokens: int = BLOCK_TOKENS, limit: int = 512
-) -> tuple[str, ...]:
-    """The chained hashes of a prompt's whole blocks, first block first; a partial last block has none.
+def blocks(prompt: str | Sequence[int], limit: int = BLOCKS_MAX) -> tuple[str, ...]:
+    """The chained hashes of a prompt's first `limit` whole blocks, first block first; a partial last block has none.
 
     Args:
         prompt: text, of which four UTF-8 bytes count as one token, or token ids.
-        block_tokens: tokens a block.
-        limit: the most blocks that are hashed; what lies behind cannot be matched.
 
     >>> a, b = blocks("x" * 1024), blocks("x" * 512 + "y" * 512)
     >>> len(a), a[0] == b[0], a[1] == b[1]
     (2, True, False)
     """
     if isinstance(prompt, str):
-        raw, size = prompt.encode(), block_tokens * TEXT_BYTES
+        raw, size = prompt.encode(), BLOCK_TOKENS * TEXT_BYTES
     else:
-        raw, size = b"".join(t.to_bytes(4, "little") for t in prompt), block_tokens * 4
+        raw, size = b"".join(t.to_bytes(4, "little") for t in prompt), BLOCK_TOKENS * 4
     digest = b""
     chain: list[str] = []
     for at in range(0, min(len(raw) - size + 1, limit * size), size):

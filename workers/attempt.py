@@ -13,6 +13,7 @@ import msgspec
 from dispatcher.streams.sidecar import Held
 from scheduler import batch
 from scheduler.batch import Candidate, Member
+from scheduler.slo import BYTES_PER_TOKEN
 from scheduler.wire.words import Outcome
 from scheduler.wire.worker import Result, Reward, Tokens
 from workers.answer import Answer
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     import asyncio
 
     from scheduler.wire.dispatcher import Job
-
-BYTES_PER_TOKEN = 4
-"For prompts whose length nobody has counted."
 
 Stage = Literal["held", "running", "ending", "gone"]
 

@@ -8,6 +8,7 @@ import msgspec
 import structlog
 
 from dispatcher.streams.connection import Connection, Entry, Read
+from dispatcher.streams.pages import pages
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
 from scheduler.errors import UNREADABLE, StreamError, WireError
@@ -26,9 +27,6 @@ BLOCK_S = 2.0
 
 BEHIND_S = 0.1
 "How far our idea of Redis' time may be ahead of it."
-
-LOG_PAGE = 1000
-"Entries of a token log in one read."
 
 log = structlog.get_logger()
 
@@ -257,17 +255,10 @@ class Inbox:
         """What earlier attempts left in the token log, so many pieces; all of them are fenced, so it stands still."""
         parts: list[Tokens] = []
         first_at: float | None = None
-        start = "-"
-        while True:
-            page = await self._connection.entries(
-                self._keys.tokens(job.id), start, "+", count=LOG_PAGE
-            )
+        async for page in pages(self._connection, self._keys.tokens(job.id)):
             parts.extend(codec.decode(Tokens, fields) for _, fields in page)
-            if page and first_at is None:
+            if first_at is None:
                 first_at = _moment(page[0][0])
-            if len(page) < LOG_PAGE:
-                break
-            start = "(" + page[-1][0]
         return _joined(parts, pieces, first_at)
 
     async def _acknowledge(self, entries: list[str]) -> None:

@@ -9,15 +9,13 @@ from dispatcher.cli import output
 from dispatcher.client import Client
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Entry
+from dispatcher.streams.pages import whole
 from scheduler import codec
 from scheduler.errors import SettingsError
 from scheduler.settings import Settings
 from scheduler.wire.dispatcher import Dead
 
 app = typer.Typer()
-
-PAGE = 1000
-"Dead entries read in one command."
 
 
 @app.command()
@@ -37,7 +35,7 @@ async def dead(
     if action != "list" and bool(which) == (everything and action == "requeue"):
         raise SettingsError(f"dead {action} wants one ID" + " or --all" * (action == "requeue"))
     async with Client.from_settings(settings) as client:
-        entries = await _entries(client)
+        entries = await whole(client.connection, client.keys.dead)
         if which:
             entries = [entry for entry in entries if which in (entry[0], _id(entry))]
             if not entries:
@@ -49,15 +47,6 @@ async def dead(
                 await _requeue(client, entries)
             case _:
                 _show(entries, as_json=as_json)
-
-
-async def _entries(client: Client) -> list[Entry]:
-    found: list[Entry] = []
-    first = "-"
-    while page := await client.connection.entries(client.keys.dead, first, count=PAGE):
-        found += page
-        first = f"({page[-1][0]}"
-    return found
 
 
 async def _requeue(client: Client, entries: list[Entry]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 import typer
@@ -10,9 +10,8 @@ from rich.table import Table
 
 from dispatcher.cli import download, output, recordings
 from dispatcher.client import Client
-from dispatcher.streams.connection import Entry
+from dispatcher.streams.pages import whole
 from scheduler import codec, evaluate, recording
-from scheduler.errors import WireError
 from scheduler.evaluate import Estimate, Interval
 from scheduler.events import Assign
 from scheduler.recording import Line
@@ -22,9 +21,6 @@ from scheduler.wire.worker import Reward
 
 app = typer.Typer()
 
-M = TypeVar("M", Decision, Reward)
-
-PAGE = 1000
 SUPPORT_LOW, EFFECTIVE_LOW = 0.95, 100
 "Below these an estimate is printed with a warning."
 
@@ -77,26 +73,9 @@ async def evaluate_(
 
 async def _logged(settings: Settings) -> tuple[list[Decision], list[Reward]]:
     async with Client.from_settings(settings) as client:
-        decisions = await _all(client, client.keys.decisions)
-        rewards = await _all(client, client.keys.rewards)
-    return list(_decoded(decisions, Decision)), list(_decoded(rewards, Reward))
-
-
-async def _all(client: Client, stream: str) -> list[Entry]:
-    found: list[Entry] = []
-    first = "-"
-    while page := await client.connection.entries(stream, first, count=PAGE):
-        found += page
-        first = f"({page[-1][0]}"
-    return found
-
-
-def _decoded(entries: Iterable[Entry], kind: type[M]) -> Iterable[M]:
-    for _, fields in entries:
-        try:
-            yield codec.decode(kind, fields)
-        except WireError:
-            continue  # it lies in `dead`
+        decisions = await whole(client.connection, client.keys.decisions)
+        rewards = await whole(client.connection, client.keys.rewards)
+    return codec.readable(Decision, decisions), codec.readable(Reward, rewards)
 
 
 def _recorded(lines: Iterable[Line]) -> tuple[list[Decision], list[Reward]]:

@@ -13,6 +13,7 @@ from dispatcher.cli import output
 from dispatcher.cli.output import seconds
 from dispatcher.client import Client
 from dispatcher.client.standing import Standing
+from dispatcher.streams.pages import pages
 from scheduler import codec, forecast
 from scheduler.errors import UnknownRequestError
 from scheduler.settings import Settings
@@ -22,9 +23,6 @@ from scheduler.wire.worker import Result, Reward
 app = typer.Typer()
 
 M = TypeVar("M", bound=msgspec.Struct)
-
-PAGE = 2000
-"Log entries read in one command, in search of this request's."
 
 AFTER_END_MS = 1_000
 "So long after its terminal record the logs are still searched; its reward is written right behind it."
@@ -99,9 +97,8 @@ async def _of(client: Client, stream: str, standing: Standing, kind: type[M]) ->
     if standing.result_entry:
         until = str(int(standing.result_entry.partition("-")[0]) + AFTER_END_MS)
     found: list[M] = []
-    while page := await client.connection.entries(stream, since, until, count=PAGE):
+    async for page in pages(client.connection, stream, since, until):
         found += [codec.decode(kind, fields) for _, fields in page if fields.get(b"id") == wanted]
-        since = f"({page[-1][0]}"
     return found
 
 

@@ -13,15 +13,13 @@ from typing import BinaryIO
 from dispatcher.cli.download import FileError
 from dispatcher.intake import Intake, Unreadable, stamped_at
 from dispatcher.streams.connection import Connection, Entry
+from dispatcher.streams.pages import pages
 from scheduler import codec, recording
 from scheduler.core import CoreSettings
 from scheduler.errors import WireError
 from scheduler.keys import Keys
 from scheduler.recording import LINE_BYTES_MAX, Head, Line, RecordingError
 from scheduler.wire.dispatcher import Decision
-
-PAGE = 1000
-"Entries of a stream read in one round trip."
 
 GZIP = b"\x1f\x8b"
 
@@ -109,34 +107,33 @@ async def copied(
     reader = Intake(keys, body_bytes=LINE_BYTES_MAX)
     first = f"{round(since * 1e3)}-0"
     streams = (keys.beats, keys.requests, keys.controls, keys.decisions, keys.rewards)
-    pages = [_paged(connection, stream, first) for stream in streams]
-    async for stream, entry in _merged(streams, pages):
+    read = [_entries(connection, stream, first) for stream in streams]
+    async for stream, entry in _merged(streams, read):
         line = _line(reader, keys, stream, entry)
         if line is not None:
             yield recording.encode(line)
     yield recording.encode({"end": "copied"})
 
 
-async def _paged(connection: Connection, stream: str, first: str) -> AsyncIterator[Entry]:
-    while page := await connection.entries(stream, first, count=PAGE):
+async def _entries(connection: Connection, stream: str, first: str) -> AsyncIterator[Entry]:
+    async for page in pages(connection, stream, first):
         for entry in page:
             yield entry
-        first = f"({page[-1][0]}"
 
 
 async def _merged(
-    names: tuple[str, ...], pages: list[AsyncIterator[Entry]]
+    names: tuple[str, ...], read: list[AsyncIterator[Entry]]
 ) -> AsyncIterator[tuple[str, Entry]]:
     """Entries of several streams in the order in which they were written; ties to the first stream."""
     heap: list[tuple[float, int, Entry]] = []
-    for at, page in enumerate(pages):
-        async for entry in page:
+    for at, entries in enumerate(read):
+        async for entry in entries:
             heapq.heappush(heap, (stamped_at(entry[0]), at, entry))
             break
     while heap:
         _, at, entry = heapq.heappop(heap)
         yield names[at], entry
-        async for later in pages[at]:
+        async for later in read[at]:
             heapq.heappush(heap, (stamped_at(later[0]), at, later))
             break
 

@@ -190,12 +190,10 @@ class Connection:
                     pipe.execute_command(*words)
                 return list(await pipe.execute())
 
-    async def add(
-        self, stream: str, fields: Mapping[str, Value], *, keep: int | None = None
-    ) -> str:
+    async def add(self, stream: str, fields: Mapping[str, Value]) -> str:
         """Append one entry to a log (never to a work stream: a lost reply may repeat it). Returns its id."""
         with Weather(self.shown):
-            entry = await self._client.xadd(stream, dict(fields), maxlen=keep, approximate=True)
+            entry = await self._client.xadd(stream, dict(fields))
         return str(entry, "ascii")
 
     async def ensure_group(self, stream: str, group: str) -> None:

@@ -15,6 +15,9 @@ from scheduler.sim.workload import Arrival, Workload
 GROUP_BLOCK = 16
 "Tokens in a block of a prefix that `grouped` makes: vLLM's own size."
 
+GROUP_SEED = 0
+"Draws who is in which group: the same in every run."
+
 
 def reblocked(arrivals: Sequence[Arrival], block_tokens: int) -> Workload:
     """The same sharing with blocks of another length: prompts shrink or grow with their blocks.
@@ -56,7 +59,7 @@ def trimmed(
     return tuple(found)
 
 
-def grouped(arrivals: Sequence[Arrival], *, groups: int, share: float, seed: int = 0) -> Workload:
+def grouped(arrivals: Sequence[Arrival], *, groups: int, share: float) -> Workload:
     """Each row in a group whose prompts begin alike for `share` of their tokens; what a trace shared before is lost.
 
     Lodestar's synthetic cells: so many applications, each with an instruction before every question.
@@ -65,7 +68,7 @@ def grouped(arrivals: Sequence[Arrival], *, groups: int, share: float, seed: int
     >>> grouped([row], groups=1, share=0.5)[0].blocks
     (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
     """
-    chosen = np.random.default_rng(seed).integers(groups, size=len(arrivals)).tolist()
+    chosen = np.random.default_rng(GROUP_SEED).integers(groups, size=len(arrivals)).tolist()
     longest = max((a.prompt_tokens for a in arrivals), default=0) // GROUP_BLOCK + 1
     found = []
     for a, group in zip(arrivals, chosen, strict=True):

@@ -112,7 +112,7 @@ def written(header: Header, arrivals: Sequence[Arrival]) -> Iterator[bytes]:
         yield _ENCODER.encode(structs.replace(a, block_tokens=0)) + b"\n"
 
 
-def lengths(file: BinaryIO, *, name: str, rows_max: int = ROWS_MAX) -> NDArray[np.int64]:
+def lengths(file: BinaryIO, *, name: str) -> NDArray[np.int64]:
     """Pairs of lengths from a CSV with the columns `prompt` and `output`.
 
     Such files carry no arrivals: give the pairs to `generate.replayed`, which draws
@@ -133,8 +133,8 @@ def lengths(file: BinaryIO, *, name: str, rows_max: int = ROWS_MAX) -> NDArray[n
     places = (columns.index("prompt"), columns.index("output"))
     pairs: list[tuple[int, int]] = []
     for line_number, line in numbered:
-        if len(pairs) >= rows_max:
-            raise TraceError(name, line_number, f"more rows than the limit of {rows_max}")
+        if len(pairs) >= ROWS_MAX:
+            raise TraceError(name, line_number, f"more rows than the limit of {ROWS_MAX}")
         cells = line.split(b",")
         prompt, output = (length(name, line_number, cells, place) for place in places)
         pairs.append((prompt, output))

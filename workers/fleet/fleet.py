@@ -95,10 +95,10 @@ class Fleet:
         self._note(pods)
         return pods
 
-    async def down(self, grace_s: float = ENDED_S) -> list[Pod]:
+    async def down(self) -> list[Pod]:
         """End them; those that were still there."""
         pods = [one for one in self.found if one.is_running]
-        await end(pods, grace_s=grace_s)
+        await end(pods, grace_s=ENDED_S)
         self._note([])
         return pods
 
