@@ -27,6 +27,7 @@ def blocks(prompt: str | Sequence[int], limit: int = BLOCKS_MAX) -> tuple[str, .
 
     Args:
         prompt: text, of which four UTF-8 bytes count as one token, or token ids.
+        limit: the most blocks that are hashed; what lies behind cannot be matched.
 
     >>> a, b = blocks("x" * 1024), blocks("x" * 512 + "y" * 512)
     >>> len(a), a[0] == b[0], a[1] == b[1]
