@@ -846,6 +846,19 @@ class TestEnds:
 
         assert finish.result.outcome == "cancelled"
 
+    def test_an_endpoint_that_hands_back_what_was_cancelled_need_not_rest(self):
+        """It was asked to."""
+        pool = Pool()
+        pool.beat()
+        pool.ask("r")
+        [assign] = pool.decide()
+        pool.tell(Control(action="cancel", id="r"))
+        pool.decide()
+        pool.reward(assign, "returned")
+        pool.ask("next")
+
+        assert "next" in [c.job.id for c in pool.decide() if isinstance(c, Assign)]
+
     def test_what_redis_refuses_is_forgotten(self):
         """A refused move means somebody else ended it: its seat is free again."""
         pool = Pool()

@@ -215,6 +215,39 @@ class TestJoined:
         assert (one.taken, one.chance.tolist()) == (1, [0.75, 0.25])
         assert (one.left_s, one.ttft_s, one.on_time) == (1.0, 0.5, 1.0)
 
+    @pytest.mark.parametrize(
+        ("said", "ttft_s", "on_time"),
+        [
+            pytest.param({"outcome": "failed"}, math.nan, 0.0, id="failed"),
+            pytest.param({"decided_at": None}, math.nan, 1.0, id="no word when it was decided"),
+            pytest.param({"on_time": False}, 0.5, 0.0, id="late"),
+            pytest.param({"on_time": None}, 0.5, 1.0, id="nothing was promised"),
+        ],
+    )
+    def test_what_came_of_it_is_the_rewards_word(self, said, ttft_s, on_time):
+        """No first token is no time, and only an end that kept its promise counts as one."""
+        decision = Decision(
+            id="a",
+            kind="assigned",
+            attempt=1,
+            endpoint="e0",
+            candidates=("e0=0.2",),
+            weighed=("e0=1,0,0,0",),
+        )
+        times = {} if said.get("outcome") else {"decided_at": 10.0, "first_token_at": 10.5}
+        reward = Reward(
+            id="a",
+            endpoint="e0",
+            epoch=1,
+            attempt=1,
+            **{"outcome": "completed", "on_time": True, **times, **said},
+        )
+
+        [one], _ = evaluate.joined([decision], [reward])
+
+        assert (one.left_s, one.on_time) == (math.inf, on_time)
+        assert one.ttft_s == pytest.approx(ttft_s, nan_ok=True)
+
 
 @pytest.mark.parametrize(
     ("text", "reason"),
