@@ -284,12 +284,13 @@ class Client:
             for request_id in fresh:
                 self.records.forget(request_id)
             raise
-        return [
-            await self._answered(handle, reply)
-            for handle, reply in zip(handles, replies, strict=True)
+        answered = [
+            self._answered(handle, reply) for handle, reply in zip(handles, replies, strict=True)
         ]
+        await self._seek_all([handle.id for handle in handles if handle.is_found])
+        return answered
 
-    async def _answered(self, handle: Handle, reply: object) -> Handle | RequestRejected:
+    def _answered(self, handle: Handle, reply: object) -> Handle | RequestRejected:
         if isinstance(reply, StreamError):
             self.records.forget(handle.id)
             raise reply
@@ -297,15 +298,23 @@ class Client:
         code, what = reply
         if code > 0:
             self.records.sent(handle.id)
-        if code == 0:
-            handle.is_found = True
-            await self._seek(handle.id)
+        handle.is_found = code == 0
         if code < 0:
             self.records.forget(handle.id)
             return RequestRejected(
                 handle.id, f"{what} requests wait already", retry_after_s=FULL_RETRY_S
             )
         return handle
+
+    async def _seek_all(self, ids: Sequence[str]) -> None:
+        """Each is some looks at Redis: together, or a batch that goes on would crawl over what it had sent before."""
+        if len(ids) == 1:
+            await self._seek(ids[0])
+        elif ids:
+            found = await asyncio.gather(*map(self._seek, ids), return_exceptions=True)
+            for error in found:
+                if error is not None:
+                    raise error
 
     async def _seek(self, request_id: str) -> None:
         try:
