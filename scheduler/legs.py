@@ -33,7 +33,7 @@ class Legs:
     def __init__(self) -> None:
         """Nobody does."""
         self.prefilled = Queue(by_rank)
-        "Whose prompt is computed, and who have no endpoint that decodes."
+        "Requests whose prompt is computed and that no endpoint decodes yet."
         self.kept: dict[str, Kept] = {}
         "By request: KV that nobody has fetched yet."
         self._unclaimed: list[Kept] = []
@@ -69,20 +69,20 @@ class Legs:
         self.pledges.pop(request_id, None)
 
     def lost(self, now: float) -> list[Ticket]:
-        """Who waits, and whose KV may be forgotten by now."""
+        """Requests between two legs whose KV may be forgotten by now."""
         return [t for t in self.prefilled if self.kept[t.id].until_at <= now]
 
     def next_loss_at(self) -> float | None:
-        """When the first of those who wait may lose it."""
+        """When the first of them may lose its KV; None: nobody waits between two legs."""
         return min((self.kept[t.id].until_at for t in self.prefilled), default=None)
 
     def lose(self, endpoint: str, slot: int) -> list[Ticket]:
-        """An endpoint is gone: no place is pledged there; who waits with KV there is returned."""
+        """An endpoint is gone, and with it the places pledged there; returns the requests whose KV it kept."""
         self.pledges = {key: p for key, p in self.pledges.items() if p.slot != slot}
         return self.waiting_for(endpoint)
 
     def waiting_for(self, endpoint: str) -> list[Ticket]:
-        """Who waits with KV there."""
+        """Requests between two legs whose KV this endpoint keeps."""
         return [t for t in self.prefilled if self.kept[t.id].endpoint == endpoint]
 
     def kept_kv(self, fleet: Fleet, now: float) -> Floats:

@@ -66,12 +66,15 @@ class Onward:
         self._transfer = transfer
         self._step_s = step_s
         self._ahead = np.zeros(len(step_s))
-        "Bytes that are being fetched by each."
+        "float64[n_slots]: bytes that are on their way to it."
         self._link: Floats = np.minimum(
             transfer.links, transfer.links[self.is_prefill].max(initial=0.0)
         )
+        "float64[n_slots]: bytes a second from the quickest endpoint that only prefills."
         self._targets: dict[str, tuple[int, float]] = {}
+        "By request: where its answer would be decoded, and the seconds to its first token from the end of its prefill."
         self._sources: dict[str, int] = {}
+        "By request of a second leg: the slot that keeps its KV."
         room.withhold(legs.kept_kv(fleet, now))
         for kept in legs.kept.values():
             target = fleet.endpoints.get(kept.target)
@@ -79,12 +82,12 @@ class Onward:
                 self._ahead[target.slot] += kept.tokens * transfer.token_bytes[target.slot]
 
     def hold(self, legs: Legs) -> None:
-        """Keep the places that are pledged, once those who are through with prefill have theirs."""
+        """Keep the pledged places, once the requests whose prompt is computed have theirs."""
         for pledge in legs.pledges.values():
             self._room.pledge(pledge.slot, pledge.kv)
 
     def reach(self, offer: Offer) -> Offer:
-        """The same request, with all that follows a prefill leg added to it, and kept from where it would stall many."""
+        """The offer with what follows a prefill leg added to its seconds; `inf` beside decodes whose pace is short."""
         join_s = self._room.open_s + self.join_s(offer)
         join_s[self._room.kv < np.minimum(offer.kv, self._room.kv_max)] = math.inf
         target = self._best(offer, join_s)
@@ -108,7 +111,7 @@ class Onward:
         return stalls_s
 
     def is_idle(self) -> Bools:
-        """Which slots may be idle: whoever only decodes has no line of prompts, and is yet not idle."""
+        """Which slots may count as idle: one that decodes under promises has no line of prompts, and is not."""
         idle: Bools = self.is_prefill | (self._room.decodes.promised == 0)
         return idle
 

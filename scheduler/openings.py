@@ -40,7 +40,7 @@ class Openings:
         self._within_s = within_s
         self._known: tuple[Floats, Floats] | None = None
         self._bounds: dict[int, tuple[float, int, bool]] = {}
-        "By slot, at so much free KV: nobody behind this place fits there, and whether he there does."
+        "By slot: its free KV then, the place behind which nobody fits there, and whether the request at that place does."
         self._seen = -1
         self._last = -1
 
@@ -52,6 +52,7 @@ class Openings:
         return self._last
 
     def _find(self) -> int:
+        """Slot by slot, the last who fits there; what was found for a slot holds while its free KV is the same."""
         room, end = self._room, len(self._line) - 1
         if end < 0:
             return -1
@@ -74,7 +75,7 @@ class Openings:
         return found
 
     def _last_at(self, slot: int, known: int) -> int:
-        """The last who fits there, if he stands behind the one already known."""
+        """The place of the last who fits there, if it is behind the one already known; else -1."""
         room, after = self._room, known + 1
         free, most = room.kv.item(slot), room.kv_max.item(slot)
         wanted, shared = (np.minimum(sizes[after:], most) for sizes in self._sizes())

@@ -124,7 +124,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     propensity: float
     "With what chance this endpoint was taken."
     everywhere_s: Floats
-    "The same on every slot; float64[n_slots]."
+    "float64[n_slots]: `total_s` on every slot; `inf` where it could not go."
     why: str
     weighed: tuple[tuple[int, float, float, int, float], ...] = ()
     "Where chance decided: the slots a record names, each one's chance, predicted wait, cached tokens and pressure on its KV."

@@ -13,7 +13,7 @@ from scheduler.sessions import Sessions
 from scheduler.state import Endpoint, Floats, Ticket
 
 KNOWN_MAX = 4096
-"Of so many who wait it is remembered; then all are looked up anew."
+"Requests for which it is remembered; where there are more, all are looked up anew."
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -81,7 +81,7 @@ class _Known(msgspec.Struct):
 
 
 class Works:
-    """Of everybody who waits."""
+    """What is left of every prompt that waits."""
 
     def __init__(
         self, prefixes: Index, sessions: Sessions, by_slot: Sequence[Endpoint | None]

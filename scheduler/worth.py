@@ -25,7 +25,7 @@ PROMISE_MAX_S = 1e3
 "No promise per token is thought to be longer: where nobody was made any, the odds are still numbers."
 
 SHORT_ANSWER = 16
-"The fewest tokens over which a stall for prefill is thought to be spread."
+"A stall for prefill is spread over the answer's tokens, and over no fewer than these."
 
 
 class Worth:
@@ -50,7 +50,7 @@ class Worth:
             settings: what is worth how much.
             noise: how far off the predicted pace may be; asked once, if ever.
             standing: by tenant, what its promises count; None: all alike.
-            broken: of those to come, how many promised first tokens it would probably break on each slot.
+            broken: by slot, how many promised first tokens of requests to come it would probably break.
             now: unix seconds.
             onward: what follows a prefill leg; None where nobody only prefills.
             casting: a profile, which says itself where it is better put.
@@ -64,7 +64,7 @@ class Worth:
         self._onward = onward
         self._casting = casting
         self._seen = -1
-        "At which version of the room the next two were made."
+        "The version of the room that the next two were made of."
         self._tightest_s = np.empty((2, len(room.seats)))
         self._promised = room.decodes.promised
         if casting is not None:
@@ -83,19 +83,19 @@ class Worth:
 
     @functools.cached_property
     def _alone_s(self) -> float:
-        """Seconds per token that nobody falls below, even alone on the quickest."""
+        """The fewest seconds per token that any slot is predicted to need, with nobody else there."""
         return float(self._room.decodes.load.alone_s.min())
 
     def allows(self, offer: Offer, total_s: Floats, *, part: float = 1.0) -> Bools | None:
-        """Where it gains more than it breaks, and nearly as much as anywhere; None: nobody asks, or everywhere.
+        """The slots where it keeps more promises per token than it breaks, and nearly as many as on the best; None: all.
 
-        The earliest first token decides among them. A profile says so itself.
+        Among them the earliest first token decides. With a profile its soft filters say which.
 
         Args:
             offer: what is to be put somewhere.
-            total_s: seconds to its first token; `inf` where it cannot go now. A better pace where that would be late is
-                none, if there is a place where it would not.
-            part: what is left of its own gain.
+            total_s: seconds to its first token; `inf` where it cannot go now. Slots where that is late are left out, if
+                it is in time on another.
+            part: what its own promise counts here, 0 to 1.
         """
         candidates = total_s < math.inf
         if self._casting is not None:
@@ -112,7 +112,7 @@ class Worth:
         return worthy
 
     def allows_late(self, offer: Offer, total_s: Floats) -> Bools | None:
-        """Where one that is late breaks less than it counts, of those who are there and of those to come; as `allows`."""
+        """As `allows`, for one that is late: only where it breaks less than it counts, also of requests to come."""
         part, clear = self._settings.late_worth, self._settings.keep_clear
         worthy = self.allows(offer, total_s, part=part)
         if clear <= 0:
@@ -121,7 +121,7 @@ class Worth:
         return spares if worthy is None else worthy & spares
 
     def of(self, offer: Offer, part: float = 1.0) -> Floats | None:
-        """What it gains less what it breaks: the odds of its own pace against what it takes from the others'."""
+        """On each slot the odds that its own pace is kept, less what the others' odds fall, both by weight; None: nobody asks."""
         room, promise = self._room, offer.ticket.promise
         decodes, own_s = room.decodes, promise.tpot_s
         if self._settings.pace_worth <= 0 or (own_s is None and not decodes.is_bound):
@@ -170,13 +170,13 @@ class Worth:
         return gain, others
 
     def _harm(self, odds: Floats, slower: Floats) -> Floats:
-        """What the promises per token of those who are there are worth that it would break, making all slower by so much."""
+        """By slot, the worth of the others' promises per token that it would break, making all there slower by this part."""
         _, promised = self._bound()
         harm: Floats = promised * self.noise.fall(odds, slower)
         return harm
 
     def _bound(self) -> tuple[Floats, Floats]:
-        """A row for its own promise and one with the tightest there, and what those there are worth; by slot."""
+        """Two rows, its own promise (to be filled in) and the tightest there, and what the promises there are worth; by slot."""
         if self._seen != self._room.version:
             self._seen, decodes = self._room.version, self._room.decodes
             self._tightest_s[1] = np.minimum(decodes.tightest_s, PROMISE_MAX_S)
