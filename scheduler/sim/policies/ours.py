@@ -1,5 +1,9 @@
 """The core that ships: its plan under its own order, and under two plain ones."""
 
+from typing import Any
+
+from msgspec import Struct
+
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.fairness import FairnessSettings
 from scheduler.plan import PlanSettings
@@ -54,20 +58,7 @@ class _Core(LabPolicy, frozen=True):
                 over_worth=self.over_worth,
                 weights=stage.tenants,
             ),
-            plan=PlanSettings(
-                commit_window_s=self.commit_window_s,
-                horizon=self.horizon,
-                tie=self.tie,
-                fill=self.fill,
-                answer_part=self.answer_part,
-                pace_worth=self.pace_worth,
-                late_worth=self.late_worth,
-                keep_clear=self.keep_clear,
-                cache_patience=self.cache_patience,
-                patience=self.patience,
-                explore=self.explore,
-                explore_paid=self.explore_paid,
-            ),
+            plan=PlanSettings(**_of(self, PlanSettings)),
             profile=self.profile,
             lease_s=stage.delays.lease_s,
         )
@@ -84,13 +75,7 @@ class Plan(_Core, frozen=True, tag="plan"):
     aside_share: float = Urgency().aside_share
 
     def order(self) -> CorePolicy:
-        return Urgency(
-            odds_min=self.odds_min,
-            price=self.price,
-            stretch=self.stretch,
-            head_start=self.head_start,
-            aside_share=self.aside_share,
-        )
+        return Urgency(**_of(self, Urgency))
 
 
 class CoreFcfs(_Core, frozen=True, tag="core-fcfs"):
@@ -105,3 +90,9 @@ class CoreEdf(_Core, frozen=True, tag="core-edf"):
 
     def order(self) -> CorePolicy:
         return Edf()
+
+
+def _of(policy: LabPolicy, kind: type[Struct]) -> dict[str, Any]:
+    """The policy's settings that are fields of this kind as well."""
+    shared = [name for name in kind.__struct_fields__ if name in policy.__struct_fields__]
+    return {name: getattr(policy, name) for name in shared}
