@@ -33,6 +33,9 @@ TOKENIZED = (
 CARDS_MAX = 4096
 "Models and adapters of one engine; every beat names them."
 
+PAUSED = "paused"
+"Why an engine takes no work that a person has paused."
+
 
 class _Tokens(msgspec.Struct):
     tokens: list[int]
@@ -125,7 +128,7 @@ class Engine:
                 is_paused = _is_paused(body) if status == 200 else None
                 self._pauses = is_paused is not None  # a development endpoint; most engines lack it
                 if is_paused:
-                    return "paused"
+                    return PAUSED
         except EngineError as error:
             return str(error)
         return ""

@@ -17,12 +17,15 @@ import structlog
 from scheduler.errors import EngineError
 from scheduler.settings import EngineAddress, WorkerSettings
 from workers import features
-from workers.engine import Card, Engine
+from workers.engine import PAUSED, Card, Engine
 from workers.features import Features
 from workers.scrape import Load
 
 BUSY = frozenset({404, 429})
 "Refusals that say nothing against the engine: it does not have the model, or has enough to do."
+
+ASLEEP = "asleep"
+"Why an engine takes no work whose weights are put away."
 
 CARDS_S = 10.0
 "How often an engine that is ready is asked what it serves."
@@ -97,14 +100,8 @@ class Health:
         """Ask anew; `away` says the result. `is_doubted`: tokens that came lately do not excuse it."""
         trouble = await self._trouble()
         is_alive = perf_counter() - self.heard_tick < 2 * self._settings.probe_s
-        if (
-            trouble
-            and is_alive
-            and not is_doubted
-            and not self.away
-            and "paused" not in trouble
-            and "asleep" not in trouble
-        ):
+        is_excused = is_alive and not is_doubted and not self.away
+        if trouble and is_excused and trouble not in (PAUSED, ASLEEP):
             return  # tokens flow: a slow or overrun web server is no dead engine
         if not trouble and self.away:
             trouble = await self._proof()
@@ -153,7 +150,7 @@ class Health:
             self.load_at = self._clock()
         except EngineError as error:
             return f"/metrics: {error}"
-        return "asleep" if self.load.is_asleep else ""
+        return ASLEEP if self.load.is_asleep else ""
 
     async def _proof(self) -> str:
         """Before it comes back: what it serves, and after failures that it really makes tokens."""
