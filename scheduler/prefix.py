@@ -22,12 +22,11 @@ HASH_BYTES = 6
 "12 hex digits: one false match in 2**48 pairs, and a false match only costs a poorer choice."
 
 
-def blocks(prompt: str | Sequence[int], limit: int = BLOCKS_MAX) -> tuple[str, ...]:
-    """The chained hashes of a prompt's first `limit` whole blocks, first block first; a partial last block has none.
+def blocks(prompt: str | Sequence[int]) -> tuple[str, ...]:
+    """The chained hashes of a prompt's first `BLOCKS_MAX` whole blocks, first block first; a partial last block has none.
 
     Args:
         prompt: text, of which four UTF-8 bytes count as one token, or token ids.
-        limit: the most blocks that are hashed; what lies behind cannot be matched.
 
     >>> a, b = blocks("x" * 1024), blocks("x" * 512 + "y" * 512)
     >>> len(a), a[0] == b[0], a[1] == b[1]
@@ -39,7 +38,7 @@ def blocks(prompt: str | Sequence[int], limit: int = BLOCKS_MAX) -> tuple[str, .
         raw, size = b"".join(t.to_bytes(4, "little") for t in prompt), BLOCK_TOKENS * 4
     digest = b""
     chain: list[str] = []
-    for at in range(0, min(len(raw) - size + 1, limit * size), size):
+    for at in range(0, min(len(raw) - size + 1, BLOCKS_MAX * size), size):
         digest = blake2b(digest + raw[at : at + size], digest_size=HASH_BYTES).digest()
         chain.append(digest.hex())
     return tuple(chain)

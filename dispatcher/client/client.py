@@ -27,7 +27,7 @@ from scheduler.errors import RequestRejected, StreamError, UnknownRequestError, 
 from scheduler.keys import Keys
 from scheduler.settings import LimitSettings, LoopSettings, Settings
 from scheduler.wire.client import Request
-from scheduler.wire.words import BLOCKS_MAX, PATHS
+from scheduler.wire.words import PATHS
 from scheduler.wire.worker import Result
 
 BATCH = 128
@@ -175,7 +175,7 @@ class Client:
             reply_to=self.keys.reply(self.name),
             prompt_tokens=prompts.length(prompt),
             prompt_estimated=isinstance(prompt, str),
-            blocks=prefix.blocks(prompt, limit=BLOCKS_MAX),
+            blocks=prefix.blocks(prompt),
             **(guessed | wishes),
         )
         if not request.id:

@@ -23,7 +23,7 @@ def tokens(path):
 
 def chain(path):
     """Its blocks on the wire."""
-    return blocks(tokens(path), limit=512)
+    return blocks(tokens(path))
 
 
 class Machine(RuleBasedStateMachine):
