@@ -1,4 +1,4 @@
-"""Calls said until Redis answers them: what was decided is never lost to the weather.
+"""Calls repeated until Redis answers them: no decision is lost because Redis is away.
 
 an answer            it is done, or refused, and the caller learns which
 no answer            Redis is away: everything is said again, ever more patiently; each call knows its repetition

@@ -1,4 +1,4 @@
-"""A pool at one glance, put together from what lies in Redis; asks nobody, so it works while all are down."""
+"""A pool at one glance, made from what lies in Redis alone, so that it works while every other role is down."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -51,7 +51,7 @@ class Lease:
             await asyncio.sleep(max(POLL_MIN_S, min(self._ttl_s / RENEWALS, left_s)))
 
     async def keep(self, epoch: int) -> None:
-        """Renew until somebody newer leads, or nobody knows of this reign any more.
+        """Renew until a newer leader is there, or Redis has lost this reign.
 
         Raises:
             FencedError: the reign is over.

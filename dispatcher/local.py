@@ -273,9 +273,9 @@ def known_url(redis: RedisSettings) -> str:
 
 
 def announce(directory: Path) -> None:
-    """Let whoever is given no Redis find the one that runs in this directory, as long as it does.
+    """Note where commands that are given no Redis find this directory's, as long as it runs.
 
-    Only a convenience: without a home that can be written in, everybody must be given the URL.
+    Only a convenience: without a home directory to write in, every command must be given the URL.
     """
     state = state_directory(os.environ)
     with contextlib.suppress(OSError):

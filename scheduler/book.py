@@ -1,4 +1,4 @@
-"""Where every living request stands, kept in one place so that no account can disagree with another.
+"""Where every living request stands, in one place, so that no account can disagree with another.
 
 A request is in exactly one of four places: in the lines (it waits), with an endpoint (and then in the ledger),
 between two legs (`legs`), or gone. Each move below is one turn of the lifecycle and changes all accounts together (I1).

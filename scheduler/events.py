@@ -91,7 +91,7 @@ class Assign:
 
     @property
     def decision(self) -> Decision:
-        """Why there: made out when first asked for. A worker waits for the job, nobody for this."""
+        """Why there; made when first asked for, since a worker waits for the job and nobody for this."""
         if self._decision is None:
             self._decision = self._explain()
         return self._decision

@@ -51,7 +51,7 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 class Backlog(msgspec.Struct, frozen=True):
-    """Prefill that stands before whoever comes next; float64[n_slots] each."""
+    """Prefill that stands before the next request; float64[n_slots] each."""
 
     tokens: Floats
     "Uncached tokens without first token, less what the head must have done by now."

@@ -28,10 +28,10 @@ class Pledge(msgspec.Struct, frozen=True):
 
 
 class Legs:
-    """Who stands between two legs, and what is kept and pledged for them. Part of the `Book`."""
+    """Requests between two legs, and what is kept and pledged for them. Part of the `Book`."""
 
     def __init__(self) -> None:
-        """Nobody does."""
+        """No request is between two legs."""
         self.prefilled = Queue(by_rank)
         "Requests whose prompt is computed and that no endpoint decodes yet."
         self.kept: dict[str, Kept] = {}
@@ -53,7 +53,7 @@ class Legs:
         self.kept[ticket.id].target = endpoint
 
     def leave(self, ticket: Ticket) -> None:
-        """It waits for nobody's decoding any more, and nobody wants its KV."""
+        """It waits for its decode leg no more, and its KV is not wanted."""
         self.prefilled.remove(ticket)
         self.forget(ticket.id)
 
@@ -86,7 +86,7 @@ class Legs:
         return [t for t in self.prefilled if self.kept[t.id].endpoint == endpoint]
 
     def kept_kv(self, fleet: Fleet, now: float) -> Floats:
-        """KV tokens that every endpoint keeps for others, or for nobody; float64[n_slots]."""
+        """KV tokens that each endpoint keeps, also those that nobody will fetch, until their lease ends; float64[n_slots]."""
         found = np.zeros(len(fleet.by_slot))
         self._unclaimed = [kept for kept in self._unclaimed if kept.until_at > now]
         for kept in (*self.kept.values(), *self._unclaimed):

@@ -15,7 +15,7 @@ OLDEST_AMONG = 1000
 
 
 class Turns:
-    """A line for each tenant; first is the head of the tenant that has had least, by bands, then by the policy.
+    """A line for each tenant. First comes the head of a tenant in the lowest band; within a band, the policy's first.
 
     Two sorted lists make it cheap: each tenant's own line, and the tenants by (band, their head's place), of which
     only the first `count` can be among the first `count` requests. Most turns change neither band nor head, and touch
@@ -72,7 +72,7 @@ class Turns:
         return self._merged({t: iter(own) for t, own in by_tenant.items()}, len(everybody))
 
     def _merged(self, lines: dict[str, Iterator[tuple[Place, Ticket]]], count: int) -> list[Ticket]:
-        """The first of these lines together, as if whoever is named had been given what it will probably cost."""
+        """The first of these lines together, each tenant charged the predicted cost of its requests that are already in."""
         settings, accounts = self.accounts.settings, self.accounts
         quantum, output_weight = settings.quantum_tokens, settings.output_weight
         heap = []

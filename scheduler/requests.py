@@ -1,4 +1,4 @@
-"""What clients and people say of requests, and how those end that no worker holds."""
+"""Events about requests (arrived, recovered, cancelled, refused), and the end of those that no worker holds."""
 
 import itertools
 
@@ -19,11 +19,11 @@ class Requests:
         self._unwanted: list[tuple[Ticket, int]] = []
         "Cancelled while held, and at which attempt: aborted by the next `decide`."
         self._strange: dict[str, float] = {}
-        "Models that nobody serves or served, and since when that matters."
+        "Models that no endpoint serves or ever served, and since when they are waited for."
         self._unmeasured: dict[str, dict[str, Ticket]] = {}
-        "By model: came before anybody said how long a prompt may be."
+        "By model: requests that came before any endpoint said how long a prompt may be."
         self._served_since: dict[str, float] = {}
-        "The same models, once somebody has said it."
+        "The same models, and since when an endpoint has said it."
 
     @property
     def has_news(self) -> bool:
@@ -216,7 +216,7 @@ class Requests:
             del self._unmeasured[model], self._served_since[model]
 
     def _measure(self, newcomer: Ticket) -> None:
-        """Remember it where nobody can say yet whether it is too long."""
+        """Remember it where no endpoint has said yet how long a prompt may be."""
         model = newcomer.request.model
         if self._memory.book.fleet.longest(model) is None:
             self._unmeasured.setdefault(model, {})[newcomer.id] = newcomer

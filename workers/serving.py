@@ -1,4 +1,4 @@
-"""One engine asked, and what it says brought to where it belongs: the part of a job's life that its client waits for.
+"""A job in its engine: the request posted, its tokens passed on, its end. The part that a client waits for.
 
     1. start    the post is written in the turn that admits the job, before the word to Redis that it runs
     2. hear     tokens to the log as they come; of a prefill leg one answer, which says where its KV is
