@@ -332,10 +332,9 @@ class Endpoints:
         self._memory.sessions.close(endpoint.slot)
 
     def _lose_kv(self, ticket: Ticket, reason: str) -> None:
-        """Its prompt must be computed again, if its time allows."""
+        """Its prompt must be computed again: the leg that did it is no attempt that failed."""
         self._memory.book.lose_kv(ticket)
         self._memory.note(ticket, "kv_lost", reason)
-        self._requests.end_if_over(ticket)
 
     def _take_back(self, ticket: Ticket, endpoint: Endpoint, reason: str) -> None:
         if ticket.state == "assigned" and ticket.forgiven < FORGIVEN_MAX:

@@ -1084,14 +1084,17 @@ class TestMissing:
         pool.now += 0.5
         return pool
 
-    def test_it_is_taken_back_once_its_worker_has_said_so_for_long_enough(self):
+    @pytest.mark.parametrize(
+        "said", [{}, {"holds_to": "r"}, {"holds_after": "q"}], ids=["of all", "up to it", "from it"]
+    )
+    def test_it_is_taken_back_once_its_worker_has_said_so_for_long_enough(self, said):
         """Told twice, two seconds apart, and not held against the request."""
         pool = self.handed_over()
-        pool.beat(read_at=pool.now)
+        pool.beat(read_at=pool.now, **said)
         assert pool.decide() == []
 
         pool.now += MISSED_S
-        pool.beat(read_at=pool.now)
+        pool.beat(read_at=pool.now, **said)
         first, second = pool.decide()
 
         assert (first.id, first.endpoint, first.attempt) == ("r", "e0", 1)
@@ -1265,6 +1268,67 @@ class TestSessions:
         assert jobs["turn2"].endpoint == first.endpoint
         assert jobs["turn2"].job.cached_tokens == 4_100
         assert jobs["other"].job.cached_tokens == 0
+
+    def test_a_session_that_still_runs_is_where_it_runs(self):
+        """Turns may overlap: what the first one brings there counts as soon as it is computed."""
+        pool = Pool()
+        for name in ("e0", "e1", "e2", "e3"):
+            pool.beat(name)
+        pool.ask("turn1", prompt_tokens=4_000, session="talk")
+        [first] = pool.decide()
+        pool.beat(first.endpoint, first_tokens=("turn1:1:200",))
+
+        pool.ask("turn2", prompt_tokens=4_500, session="talk")
+        [second] = pool.decide()
+
+        assert (second.endpoint, second.job.cached_tokens) == (first.endpoint, 4_000)
+
+
+def test_a_pace_is_learned_halfway_between_the_load_at_its_beginning_and_at_its_end():
+    """Alone at first and one of three at last: an answer as slow as the mean of both is no surprise, and says nothing new."""
+    pool = Pool(plan=PlanSettings(commit_window_s=9.0))
+    pool.beat()
+    pace, ledger = pool.core._memory.predictor.pace, pool.core._memory.book.ledger
+
+    def pace_s() -> float:
+        row = pace.row(0, *ledger.load(0), pool.now)
+        return sum(row)  # untaught weights are one
+
+    pool.ask("r", prompt_tokens=1)
+    [first] = pool.decide()
+    pool.core.settle()
+    alone_s = pace_s()
+    for name in ("a", "b"):
+        pool.ask(name, prompt_tokens=30_000)
+    assert len(pool.decide()) == 2
+    pool.now += 2.0
+    pool.beat()
+    together_s = pace_s()
+    assert together_s > 1.2 * alone_s
+    pool.reward(first, tpot_s=0.5 * (alone_s + together_s))
+
+    assert pace.errors == pytest.approx([0.0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        pytest.param(lambda pool: pool.beat(epoch=2), id="an endpoint's new life"),
+        pytest.param(lambda pool: pool.ask("r", model="n"), id="a request"),
+        pytest.param(lambda pool: pool.tell(Control(action="cancel", id="held")), id="a wish"),
+    ],
+)
+def test_whatever_has_news_is_looked_at_at_once(tell):
+    """I: no fact waits for the next one."""
+    pool = Pool()
+    pool.beat()
+    pool.ask("held")
+    pool.decide()
+    assert pool.core.wakeup_at() > pool.now
+
+    tell(pool)
+
+    assert pool.core.wakeup_at() == pool.now
 
 
 class TestExploration:

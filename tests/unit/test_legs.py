@@ -25,6 +25,7 @@ def beat(
     epoch: int = 1,
     link_gbps: float = 320.0,
     kv_tokens: int = 100_000,
+    models: tuple[str, ...] = ("llama",),
     **fields: object,
 ) -> Beat:
     """An endpoint; prompts are computed ten times as fast on the one for prefill."""
@@ -32,7 +33,7 @@ def beat(
         endpoint=name,
         epoch=epoch,
         roles=(role,),
-        models=("llama",),
+        models=models,
         hardware="h100" if role == "prefill" else "v100",
         kv_tokens=kv_tokens,
         max_model_len=50_000,
@@ -52,7 +53,8 @@ class Pool:
             self.core.receive(one, self.now)
 
     def ask(self, request_id: str = "r1", prompt_tokens: int = 8000, **fields: object) -> None:
-        request = Request(id=request_id, model="llama", prompt_tokens=prompt_tokens, **fields)  # type: ignore[arg-type]
+        fields = {"model": "llama", "prompt_tokens": prompt_tokens, **fields}
+        request = Request(id=request_id, **fields)  # type: ignore[arg-type]
         self.core.receive(
             Arrived(request=request, entry=f"{request_id}-0", enqueued_at=self.now), self.now
         )
@@ -278,6 +280,50 @@ def test_a_pace_that_nobody_keeps_is_decoded_where_it_begins_first(pool):
     pool.ask(tpot_s=0.001)
     assert pool.assigned() == [("prefill", "p0")]
     assert pool.core._memory.book.legs.pledges["r1"].slot == 1
+
+
+def test_a_decode_leg_goes_nowhere_its_model_is_not_served():
+    """However idle, and though others go there."""
+    pool = Pool(
+        beat("p0", "prefill"), beat("d0", "decode"), beat("d1", "decode", models=("other",))
+    )
+    pool.ask()
+    pool.assigned()
+    pool.core.receive(beat("d0", "decode", state="draining"), pool.now)
+    pool.answer("prefilled", kv_params=PARAMS)
+    pool.ask("r2", model="other")
+    assert pool.assigned() == [("whole", "d1")]
+    pool.core.receive(beat("d0", "decode"), pool.now)
+    assert pool.assigned() == [("decode", "d0")]
+
+
+def test_a_decode_leg_tells_what_it_fetches():
+    """All of its prompt's KV over the slower of the two links, in seconds; what its first token is held against."""
+    pool = Pool(beat("p0", "prefill", link_gbps=80.0), beat("d0", "decode"))
+    pool.ask()
+    pool.assigned()
+    pool.answer("prefilled", kv_params=PARAMS)
+    pool.assigned()
+    said = dict(feature.split("=") for feature in pool.jobs[0].job.features)
+    assert float(said["kv_own"]) == pytest.approx(8000 * 131_072 / 10e9, rel=1e-4)
+    assert float(said["kv_ahead"]) == 0.0
+
+
+def test_the_core_wakes_when_the_first_kv_may_be_forgotten(pool):
+    """Of two who wait for somebody to decode them, computed one after the other."""
+    lease_s, began_at = CoreSettings().kv_lease_s, pool.now
+    for name in ("r1", "r2"):
+        pool.ask(name, prompt_tokens=1000)
+    assert pool.assigned() == 2 * [("prefill", "p0")]
+    pool.core.receive(beat("d0", "decode", state="draining"), pool.now)
+    for at in range(2):
+        pool.answer("prefilled", at=at, kv_params=PARAMS)
+        pool.now += 1.0
+    pool.now = began_at + lease_s - 0.5
+    pool.core.receive(beat("p0", "prefill"), pool.now)
+    pool.core.receive(beat("d0", "decode", state="draining"), pool.now)
+    pool.assigned()
+    assert pool.core.wakeup_at() == began_at + lease_s
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
