@@ -1,4 +1,4 @@
-"""What workers say of endpoints and of what they hold, and what is taken back from those that fall silent."""
+"""What workers report: beats and rewards; and the jobs taken back from endpoints that fall silent."""
 
 from scheduler import forecast, ledger
 from scheduler.events import Recovered
@@ -28,7 +28,7 @@ Its end may have been read before the beat was written and still lie behind it; 
 
 
 class Endpoints:
-    """Beats open and close columns of the ledger, the predictor and the prefix index; rewards teach them."""
+    """Events about endpoints: beats open and close their slots everywhere, rewards teach the predictor and the caches."""
 
     def __init__(self, memory: Memory, requests: Requests) -> None:
         """Keep accounts in this memory; `requests` ends what must not be tried again."""
@@ -36,14 +36,16 @@ class Endpoints:
         self._requests = requests
         self._fleet = memory.book.fleet
         self._lease_at = float("-inf")
-        "No lease ends before: hearing from an endpoint only moves its end away, so few steps need look."
+        "No lease ends before this moment: a beat only moves a lease's end away, so few steps need look."
         self._reborn: dict[str, Beat] = {}
-        "First beats of new lives: what the old ones held is taken back by the next `decide`, not before the"
-        "rewards that were read in the same step."
+        """
+        The first beat of each endpoint that was restarted. What it held before is taken back by the next `decide`, when
+        the rewards that were read in the same step are known.
+        """
         self._astray: list[tuple[Ticket, Endpoint]] = []
-        "Recovered from an endpoint's earlier life: taken back likewise."
+        "Recovered from before an endpoint's restart: taken back likewise."
         self._missing: list[tuple[Ticket, int]] = []
-        "Handed over, at which attempt, and not with their worker: taken back likewise."
+        "Requests that their worker does not have, and at which attempt: taken back likewise."
 
     @property
     def has_news(self) -> bool:
@@ -158,7 +160,7 @@ class Endpoints:
             endpoint.returns = 0
 
     def _prefilled(self, reward: Reward, ticket: Ticket) -> None:
-        """Its prompt is computed and its KV is kept; without a word where, or nobody wanting it, that was for nothing."""
+        """Its prompt is computed. It waits for an endpoint that decodes, or from the start where its KV is gone or it was cancelled."""
         book, memory = self._memory.book, self._memory
         kept = self._kept(reward, ticket)
         if kept is None or ticket.is_cancelled:
@@ -246,7 +248,7 @@ class Endpoints:
             self._memory.predictor.see(seen, slot)
 
     def _look_for_missing(self, endpoint: Endpoint, beat: Beat, read_at: float) -> None:
-        """What was handed over and read, and of which the worker knows nothing, is with nobody."""
+        """Find jobs that the worker must have read and does not have: after `MISSED_S` they are taken back."""
         held = frozenset(beat.holds)
         for ticket in endpoint.held.values():
             is_named = ticket.id > beat.holds_after and (
@@ -286,7 +288,7 @@ class Endpoints:
     # Losses
 
     def take_back_the_lost(self) -> None:
-        """Give back what nobody works on: new lives, ended leases, strays of a recovery, what its worker never got."""
+        """Let the requests wait again whose endpoint was restarted or fell silent, or whose worker does not have them."""
         if self.has_news:
             self._take_back_the_named()
         if self._lease_at <= self._memory.now:
