@@ -49,10 +49,14 @@ KEPT_MAX = 1000
 "Accounts that a snapshot holds, of those who have had most: some 40 KB."
 
 
+Weight = Annotated[float, Meta(ge=1e-6, le=1e6)]
+"Of a promise or a tenant beside others: sums and quotients of them stay numbers."
+
+
 class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tenants share a pool that cannot serve them all at once."""
 
-    quantum_tokens: Annotated[int, Meta(ge=0)] = 0
+    quantum_tokens: Annotated[int, Meta(ge=0, le=10**12)] = 0
     """
     How many tokens of service a tenant may be ahead of another before it stands behind it, however urgent.
 
@@ -60,7 +64,7 @@ class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     for four A100. 0: tenants are not told apart.
     """
 
-    output_weight: Annotated[float, Meta(ge=0)] = 2.0
+    output_weight: Annotated[float, Meta(ge=0, le=1e6)] = 2.0
     "What an output token counts beside a prompt token that had to be computed; prices are commonly 2 to 5 times."
 
     over_worth: Annotated[float, Meta(gt=0, le=1)] = 0.1
@@ -71,7 +75,7 @@ class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     headroom in which the others, who come later, keep their pace.
     """
 
-    weights: dict[str, Annotated[float, Meta(gt=0)]] = {}
+    weights: dict[str, Weight] = {}
     "Shares by tenant, as [fairness.weights]; who is not named has 1."
 
 

@@ -2,7 +2,7 @@
 
 from scheduler.errors import WireError
 from scheduler.wire.client import Request
-from scheduler.wire.words import BLOCKS_MAX, ID_PATTERN, PATHS
+from scheduler.wire.words import BLOCKS_MAX, ID_PATTERN, PATHS, PRIORITY_MAX
 
 NAME_CHARS = 256
 "The longest model, tenant, session, objective or reply name that is read."
@@ -59,8 +59,8 @@ def _check_numbers(request: Request) -> None:
         tokens = getattr(request, name)
         if tokens is not None and not least <= tokens <= TOKENS_MAX:
             _refuse(name, str(tokens), f"{least} to {TOKENS_MAX}")
-    if request.priority is not None and abs(request.priority) > 1_000_000:
-        _refuse("priority", str(request.priority), "-1000000 to 1000000")
+    if request.priority is not None and abs(request.priority) > PRIORITY_MAX:
+        _refuse("priority", str(request.priority), f"{-PRIORITY_MAX} to {PRIORITY_MAX}")
 
 
 def _refuse(field: str, found: str, wanted: str) -> None:

@@ -12,9 +12,12 @@ import msgspec
 from msgspec import Meta
 
 from scheduler.errors import WireError
+from scheduler.fairness import Weight
 from scheduler.wire.client import Request
+from scheduler.wire.words import PRIORITY_MAX
 
-Milliseconds = Annotated[float, Meta(gt=0)]
+Milliseconds = Annotated[float, Meta(gt=0, le=1e12)]
+"Up to thirty years, as settings in seconds."
 
 BYTES_PER_TOKEN = 4
 "English text in a GPT-like vocabulary: 3.5 to 4.5 bytes a token; the body's JSON makes up for the difference."
@@ -26,7 +29,7 @@ NO_PROMISE = math.inf
 class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A promise with a name, so that clients need not repeat it. In milliseconds, as on the wire."""
 
-    priority: int = 0
+    priority: Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] = 0
     "Higher first. Below 0 it may be shed: with `waiting_max` requests in line it makes room for one of 0 or more."
 
     ttft_ms: Milliseconds | None = None
@@ -38,7 +41,7 @@ class Objective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     deadline_ms: Milliseconds | None = None
     "The whole answer, from the enqueue; past it the request expires."
 
-    weight: Annotated[float, Meta(gt=0)] = 1.0
+    weight: Weight = 1.0
     "What keeping this promise is worth beside the others when not all can be kept."
 
     max_queue_ms: Milliseconds | None = None

@@ -15,6 +15,9 @@ EndpointState = Literal["ready", "draining", "away"]
 PATHS = ("/v1/chat/completions", "/v1/completions")
 "Where a body may be posted on an engine."
 
+PRIORITY_MAX = 1_000_000
+"Of a request or an objective, above 0 or below."
+
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 "An id is part of key names and is typed by people: no spaces, no braces, at most 128 characters."
 

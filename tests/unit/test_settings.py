@@ -93,7 +93,7 @@ class TestParse:
             pytest.param(
                 "[objectives.chat]\nttft_ms = 0",
                 {},
-                "objectives.chat.ttft_ms is 0, wanted number > 0 or nothing",
+                "objectives.chat.ttft_ms is 0, wanted number > 0 and <= 1e+12 or nothing",
                 id="below its bound",
             ),
             pytest.param(
@@ -101,6 +101,30 @@ class TestParse:
                 {},
                 "loop.retention_s is inf, wanted number >= 0 and <= 1e+09",
                 id="for ever",
+            ),
+            pytest.param(
+                "[objectives.chat]\ndeadline_ms = inf",
+                {},
+                "objectives.chat.deadline_ms is inf, wanted number > 0 and <= 1e+12",
+                id="a promise for ever",
+            ),
+            pytest.param(
+                "[objectives.chat]\nweight = 1e308",
+                {},
+                "objectives.chat.weight is 1e+308, wanted number >= 1e-06 and <= 1e+06",
+                id="worth more than all",
+            ),
+            pytest.param(
+                "[objectives.chat]\npriority = 9999999999",
+                {},
+                "objectives.chat.priority is 9999999999, wanted int >= -1e+06 and <= 1e+06",
+                id="before all",
+            ),
+            pytest.param(
+                "[fairness.weights]\na = 1e-300",
+                {},
+                "fairness.weights.a is 1e-300, wanted number >= 1e-06 and <= 1e+06",
+                id="no share at all",
             ),
             pytest.param(
                 "[lease]\nbeat_s = 2",
