@@ -11,14 +11,14 @@ from scheduler.legs import Pledge
 from scheduler.state import Floats, Ticket
 from scheduler.wire.words import Leg
 
-AtLeastNothing = Annotated[float, Meta(ge=0)]
+AtLeastNothing = Annotated[float, Meta(ge=0, le=1e9)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far the plan looks and how early it binds."""
 
-    commit_window_s: Annotated[float, Meta(gt=0)] = 0.25
+    commit_window_s: Annotated[float, Meta(gt=0, le=1e9)] = 0.25
     """
     Only what starts within this many predicted seconds is handed over.
 

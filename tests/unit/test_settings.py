@@ -229,6 +229,12 @@ class TestPrinted:
                 assert f"\n{name} = {getattr(struct, name)}" in printed
                 assert doc.split(".")[0][:60] in printed
 
+    @pytest.mark.parametrize("name", ["commit_window_s", "fill", "patience"])
+    def test_nothing_of_the_plan_is_for_ever(self, name):
+        """What is weighed with infinity is no number any more, and nobody has a place."""
+        with pytest.raises(SettingsError, match=rf"plan.{name} is inf, wanted number .* <= 1e\+09"):
+            node.core_settings(parse(f"[plan]\n{name} = inf", {}))
+
     def test_never_prints_a_password(self):
         """Neither the password field nor one inside the URL; and what is printed is still readable."""
         settings = Settings(redis=RedisSettings(url="redis://me:s3cret@h:1/2", password="s3cret"))
