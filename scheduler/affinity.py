@@ -1,4 +1,4 @@
-"""Until when a request keeps to the endpoint that has its prefix, where no KV is free.
+"""How long a request waits for the endpoint that has its prefix cached, where no KV is free.
 
 Elsewhere the prefix would be computed once more. Nobody knows when KV will be free here, and nothing here guesses it.
 A request that waits for as long as it would save, and then goes elsewhere, pays at most twice what the better of the

@@ -1,7 +1,7 @@
-"""Who will want an endpoint soon, and what it costs them if it is not there.
+"""How many requests of the next seconds would miss their first token if an endpoint were taken now.
 
-Whoever is promised a first token soon is lost if every endpoint is taken for longer than it can wait. Where `a` seconds
-of such work come each second, Erlang's formula says what part finds n endpoints all taken:
+A request with a promised first token misses it if every endpoint is taken for longer than it can wait. Where `a`
+seconds of such work come each second, Erlang's formula says what part of them finds n endpoints all taken:
 
     lost(0) = 1        lost(n) = a * lost(n - 1) / (n + a * lost(n - 1))
 
@@ -17,13 +17,13 @@ from scheduler.state import Floats
 from scheduler.work import Offer
 
 SPAN_S = 30.0
-"For how long what came counts: longer than a burst, shorter than a load."
+"Seconds for which a request that came counts: longer than a burst, shorter than a change of load."
 
 COUNT_MAX = 128
-"The most that counts."
+"Of those, the latest that are kept."
 
 LEAST_S = 1.0
-"What has come so far came in no less time."
+"The shortest time over which a rate is taken: what came in the first moments says little."
 
 
 class Demand:
@@ -42,7 +42,7 @@ class Demand:
         self._next = (self._next + 1) % COUNT_MAX
 
     def broken(self, taken_s: Floats, now: float) -> Floats:
-        """Promises broken by taking endpoints for so long, those first that are missed least; float64[n] both.
+        """Promises broken by taking endpoints for so many seconds, the one missed least first; float64[n] both.
 
         The first is free: if it were not, a fleet that all want could stand idle beside those who wait.
         """

@@ -1,4 +1,4 @@
-"""What was said of a request when it was handed over, as it rides in its job, and what it then really took.
+"""A prediction as it rides in a job and comes back in the reward, beside what the request really took.
 
 It comes back in the reward, so that every prediction is judged by what was known when it was made, however late the
 answer to it comes: the features it was made from, the wait that stood before it, and two quantiles.

@@ -1,4 +1,4 @@
-"""What each endpoint has been given and has not yet paid back.
+"""The work handed to each endpoint that has not ended.
 
 The dispatcher's own account, written in the same step as the choice: scraped load is stale, and makes a burst
 herd onto one endpoint. It is released by facts only (first token, terminal event, a lease's end), never by a timer.

@@ -1,4 +1,4 @@
-"""Which endpoints could begin something at once, and how far down the line anybody could use that.
+"""Which endpoints could begin something at once, and which request is the last in line that fits on one.
 
 A line is looked at only as far as its last who fits: in deep overload endpoints have time and seats, and no KV for
 any of those who wait. Time and KV only become less while a step is planned, so whoever cannot start now cannot later

@@ -1,4 +1,4 @@
-"""What a request gains by being somewhere, less what it breaks there: promises against one another."""
+"""Promises per token that placing a request somewhere keeps, less those of others that it breaks."""
 
 import functools
 import math
