@@ -27,9 +27,9 @@ import typer
 from msgspec import structs
 from typer.core import TyperGroup
 
-from dispatcher import given
+from dispatcher import options
 from dispatcher.cli.outline import outline
-from dispatcher.given import Given
+from dispatcher.options import Options
 from scheduler.errors import HeadgateError, StreamError
 from scheduler.settings import LogSettings, Settings
 
@@ -130,25 +130,24 @@ def root(words: Sequence[str]) -> typer.Typer:
     app = typer.Typer(
         cls=_Root, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
     )
-    before = Given()
+    before = Options()
 
     @app.callback()
-    def options(
+    def shared(
         config: ConfigOption = None, redis: RedisOption = None, pool: PoolOption = None
     ) -> None:
         """Durable, learned, deadline-aware dispatch of LLM requests: Redis Streams to vLLM fleets."""
         nonlocal before
-        before = Given(config=config, redis=redis, pool=pool)
+        before = Options(config=config, redis=redis, pool=pool)
 
-    def load(own: Given) -> Settings:
+    def load(own: Options) -> Settings:
         said = own.over(before)
         if said.config:
-            os.environ["HEADGATE_CONFIG"] = str(
-                Path(said.config).resolve()
-            )  # for processes that we start
-        return given.settings(said, os.environ)
+            # For processes that we start.
+            os.environ["HEADGATE_CONFIG"] = str(Path(said.config).resolve())
+        return options.settings(said, os.environ)
 
-    def load_found(own: Given) -> Settings:
+    def load_found(own: Options) -> Settings:
         return _with_known_redis(load(own))
 
     is_completing = "_HEADGATE_COMPLETE" in os.environ
@@ -171,13 +170,13 @@ def _unnamed() -> None:
     raise AssertionError("a command ran without its name among the words")
 
 
-def _adopt(app: typer.Typer, other: typer.Typer, load: Callable[[Given], Settings]) -> None:
+def _adopt(app: typer.Typer, other: typer.Typer, load: Callable[[Options], Settings]) -> None:
     _give_settings(other, load)
     app.registered_commands.extend(other.registered_commands)
     app.registered_groups.extend(other.registered_groups)
 
 
-def _give_settings(app: typer.Typer, load: Callable[[Given], Settings]) -> None:
+def _give_settings(app: typer.Typer, load: Callable[[Options], Settings]) -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         command.callback = _with_settings(command.callback, load)
@@ -186,7 +185,7 @@ def _give_settings(app: typer.Typer, load: Callable[[Given], Settings]) -> None:
             _give_settings(group.typer_instance, load)
 
 
-def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Function:
+def _with_settings(function: Function, load: Callable[[Options], Settings]) -> Function:
     """The function as typer should see it: options in place of settings, and never a coroutine."""
     # An application may be built more than once in a process; each dresses the bare function.
     function = getattr(function, "undressed", function)
@@ -198,7 +197,7 @@ def _with_settings(function: Function, load: Callable[[Given], Settings]) -> Fun
     def run(**values: object) -> object:
         said = {parameter.name: values.pop(parameter.name) for parameter in shared}
         if wanted:
-            settings = load(Given(**said))  # type: ignore[arg-type]
+            settings = load(Options(**said))  # type: ignore[arg-type]
             _configure_log(settings.log)
             values |= dict.fromkeys(wanted, settings)
         _hear_interrupts()

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from dispatcher import given, local
+from dispatcher import local, options
 from dispatcher.client import prompt as prompts
 from dispatcher.client.awaited import Awaited
 from dispatcher.client.follower import Follower
@@ -19,7 +19,7 @@ from dispatcher.client.prompt import Body, Tokenizer
 from dispatcher.client.records import Records
 from dispatcher.client.standing import Standing, standing
 from dispatcher.client.wishes import Wishes
-from dispatcher.given import Given
+from dispatcher.options import Options
 from dispatcher.streams import producer
 from dispatcher.streams.connection import Connection, Where
 from scheduler import prefix, servable
@@ -101,7 +101,7 @@ class Client:
     def from_env(cls, environ: Mapping[str, str] | None = None, *, name: str | None = None) -> Self:
         """A client from HEADGATE_… variables and the settings file they name."""
         return cls.from_settings(
-            given.settings(Given(), os.environ if environ is None else environ), name=name
+            options.settings(Options(), os.environ if environ is None else environ), name=name
         )
 
     async def __aenter__(self) -> Self:

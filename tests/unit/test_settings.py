@@ -6,9 +6,9 @@ import sys
 import msgspec
 import pytest
 
-from dispatcher import given, node
+from dispatcher import node, options
 from dispatcher.cli.settings import effective_toml, field_docs
-from dispatcher.given import Given
+from dispatcher.options import Options
 from scheduler import settings as sections
 from scheduler.errors import SettingsError
 from scheduler.parsing import parse
@@ -258,14 +258,14 @@ class TestPrinted:
         assert undocumented == []
 
 
-class TestGiven:
+class TestOptions:
     def test_option_over_variable_over_file(self, tmp_path):
         """The nearest to the hand wins."""
         path = tmp_path / "h.toml"
         path.write_text("pool = 'file'\n[redis]\nurl = 'redis://file'\nprefix = 'p'")
         environ = {"HEADGATE_CONFIG": str(path), "HEADGATE_REDIS_URL": "redis://variable"}
 
-        found = given.settings(Given(pool="option"), environ)
+        found = options.settings(Options(pool="option"), environ)
 
         assert (found.pool, found.redis.url, found.redis.prefix) == (
             "option",
@@ -276,17 +276,17 @@ class TestGiven:
     def test_the_file_here_is_read_when_none_is_named(self, tmp_path, monkeypatch):
         """./headgate.toml, if there is one."""
         monkeypatch.chdir(tmp_path)
-        assert given.settings(Given(), {}) == Settings()
+        assert options.settings(Options(), {}) == Settings()
 
         (tmp_path / "headgate.toml").write_text("pool = 'here'")
-        assert given.settings(Given(), {}).pool == "here"
+        assert options.settings(Options(), {}).pool == "here"
 
     def test_a_named_file_must_be_there(self, tmp_path):
         """Silence would run on defaults that nobody chose."""
         with pytest.raises(
             SettingsError, match=r"settings file '.*none.toml' cannot be read: No such file"
         ):
-            given.settings(Given(config=str(tmp_path / "none.toml")), {})
+            options.settings(Options(config=str(tmp_path / "none.toml")), {})
 
     def test_a_mistake_in_a_file_names_the_file(self, tmp_path):
         """With several files about, the path of the setting is not enough."""
@@ -294,7 +294,7 @@ class TestGiven:
         path.write_text("x = 1")
 
         with pytest.raises(SettingsError, match=rf"{path}: x is not a setting"):
-            given.settings(Given(config=str(path)), {})
+            options.settings(Options(config=str(path)), {})
 
     def test_the_password_comes_from_its_file(self, tmp_path):
         """As mounted secrets come: the file's last newline is not part of it."""
@@ -302,7 +302,7 @@ class TestGiven:
         secret.write_text("p@ss/word\n")
         environ = {"HEADGATE_REDIS_URL": "rediss://h:1/2", "HEADGATE_REDIS_USERNAME": "me"}
 
-        found = given.settings(Given(), environ | {"HEADGATE_REDIS_PASSWORD_FILE": str(secret)})
+        found = options.settings(Options(), environ | {"HEADGATE_REDIS_PASSWORD_FILE": str(secret)})
 
         assert found.redis.login_url == "rediss://me:p%40ss%2Fword@h:1/2"
 
