@@ -29,7 +29,15 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_siz
 MILLISECONDS = st.integers(1, 10**9).map(lambda ms: ms / 1e3)
 
 
+class Word(msgspec.Struct):
+    text: str = ""
+
+
 class TestRoundTrip:
+    @given(text=NAMES)
+    def test_a_message_may_have_one_field(self, text):
+        assert over_the_wire(Word(text)) == Word(text)
+
     @given(
         id=NAMES,
         model=NAMES.filter(bool),

@@ -441,6 +441,31 @@ class TestArrival:
         pool.beat("e1")
         assert [c.result.outcome for c in pool.decide(after_s=2.1)] == ["invalid"]
 
+    def test_a_prompts_place_counts_its_seconds_in_this_pool(self):
+        """As its endpoints compute them, and not as a usual one would."""
+        pool = Pool(policy=Urgency())
+        pool.beat(hardware="h100")
+        pool.ask("first")
+        pool.decide()
+        pool.beat(hardware="h100", state="draining")
+
+        pool.ask("r", prompt_tokens=8000, ttft_s=10.0)
+
+        work_s = 8000 * cost.CLASSES["h100"].token_s
+        asked = {"enqueued_at": pool.now, "due_at": pool.now + 10.0, "priority": 0}
+        ticket = pool.core._memory.book.tickets["r"]
+        assert ticket.rank == pytest.approx(Urgency().rank(work_s=work_s, **asked), rel=1e-9)
+        assert Urgency().rank(work_s=2 * work_s, **asked) != pytest.approx(ticket.rank, rel=1e-9)
+
+    def test_who_came_when_lengths_were_known_is_judged_at_once(self):
+        """Nothing is left to wake up for but the lease."""
+        pool = Pool(unknown_model_grace_s=2.0, lease_s=5.0)
+        pool.beat(state="draining")
+        pool.ask("r")
+        pool.decide()
+
+        assert pool.core.wakeup_at() == pool.now + 5.0
+
     def test_more_prompts_too_long_than_one_step_may_end_are_ended_by_the_next(self):
         """I8: with nobody left to judge, the core sleeps."""
         pool = Pool(unknown_model_grace_s=2.0, step_max=2)
@@ -802,6 +827,13 @@ class TestEnds:
             [assign] = pool.decide(rests[-1])
 
         assert rests == [0.25, 0.5, 1.0]
+        pool.reward(assign)
+        pool.ask("again")
+        [assign] = pool.decide()
+        pool.reward(assign, "returned")
+        assert pool.decide() == []
+        assert pool.core.wakeup_at() - pool.now == 0.25, "what it completes is in its favour"
+        [assign] = pool.decide(0.25)
         pool.reward(assign, "returned")
         pool.beat("e1")
         assert [c.endpoint for c in pool.decide() if isinstance(c, Assign)] == ["e1"]
@@ -939,6 +971,14 @@ class TestRecovery:
         [assign] = pool.decide()
 
         assert assign.job.entry == entry
+
+    def test_what_makes_no_sense_any_more_ends(self):
+        """Its objective is gone from the settings since it was asked."""
+        pool = Pool()
+        request = Request(id="r", model="m", objective="gold")
+        pool.tell(Recovered(request=request, entry="1-0", enqueued_at=90.0, attempt=1))
+
+        assert [c.result.outcome for c in pool.decide()] == ["invalid"]
 
     def test_what_redis_says_is_alive_lives_though_it_had_ended_here(self):
         """Its end was refused, or its client sent it again after Redis had lost that it was over."""

@@ -82,6 +82,29 @@ class TestTargets:
 
         assert evaluate.named(text).chances(one) == pytest.approx(expected)
 
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            pytest.param("sticky:window_s=9", 2, id="the longest prefix, of equals the earliest"),
+            pytest.param("sticky:window_s=9:wait_s=0.9", 1, id="for which it waits only so long"),
+            pytest.param("least-wait:window_s=9", 0, id="the shortest queue"),
+        ],
+    )
+    def test_others_choose_by_what_they_are_called_after(self, text, expected):
+        one = Weighed(
+            seconds=np.array([4.0, 1.5, 2.5, 3.5]),
+            start_s=np.array([0.0, 0.5, 1.0, 2.0]),
+            cached=np.array([0.0, 128.0, 256.0, 256.0]),
+            pressure=np.zeros(4),
+            chance=np.full(4, 0.25),
+            taken=0,
+            left_s=math.inf,
+            ttft_s=1.0,
+            on_time=1.0,
+        )
+
+        assert evaluate.named(text).chances(one).tolist() == [at == expected for at in range(4)]
+
     def test_its_exploration_counts(self):
         """As it would have drawn, of those that it may draw."""
         [one, *_], _ = logged(400)

@@ -485,6 +485,15 @@ class TestANewLeader:
         assert (job.attempt, job.kv_params) == (2, PARAMS)
         assert job.kv_until_at == pool.now - 5.0 + CoreSettings().kv_lease_s
 
+    def test_counts_a_prefill_leg_as_the_old_one_did(self):
+        """Its prompt and the first token, and not its answer."""
+        old, new = self.pool(), self.pool()
+        old.ask()
+        old.assigned()
+        self.recover(new, endpoint="p0", epoch=1)
+        ledgers = [one.core._memory.book.ledger for one in (old, new)]
+        assert ledgers[0].kv.tolist() == ledgers[1].kv.tolist() == [8001.0, 0.0]
+
     def test_begins_again_where_the_kv_may_be_forgotten(self):
         pool = self.pool()
         self.recover(pool, handovers=1, prefilled_s=CoreSettings().kv_lease_s + 0.1)

@@ -103,6 +103,9 @@ def test_an_engine_that_finds_less_than_believed_is_believed_less():
         held.correct(0, believed_tokens=10, cached_tokens=10)
         held.insert(0, chain)
     assert held.match(chain) == {0: 50}
+    long = tuple(f"c{i}" for i in range(150))
+    held.insert(0, long)
+    assert held.match(long) == {0: 100}, "no more than the engine has"
 
 
 CHAIN = tuple(f"b{at}" for at in range(6))
