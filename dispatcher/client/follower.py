@@ -142,6 +142,17 @@ class Follower:
         for reader in self._readers.values():
             reader.note_leaving(following)
 
+    async def rest(self, stream: str, after: str) -> list[Entry]:
+        """All that the stream holds behind `after`, now or when Redis can be read again."""
+        delay_s = RETRY_FIRST_S
+        while True:
+            try:
+                return await self._connection.entries(stream, f"({after}")
+            except StreamError as error:
+                log.debug("%s is not read yet: %s", stream, error)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, RETRY_MAX_S)
+
     async def close(self) -> None:
         """End every reader."""
         await ended(self._readers)

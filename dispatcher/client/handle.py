@@ -132,7 +132,7 @@ class Handle:
         finally:
             follower.stop(following)
         # The record and the log's end are written in one move, so what is there now is all there will be.
-        for entry in await self._client.connection.entries(stream, f"({after}"):
+        for entry in await follower.rest(stream, after):
             tokens = await self._read(entry, after)
             after = entry[0]
             if tokens.text or tokens.chunks:

@@ -443,6 +443,23 @@ class TestWeather:
         async with asyncio.timeout(LIMIT_S):
             assert (await handle).text == "x "
 
+    async def test_the_rest_of_a_log_waits_for_redis(self, tmp_path, pool):
+        """The record came just before Redis went: its text is as whole as that of any other outage."""
+        with Server(directory=tmp_path) as server:
+            played = await Played.start(server.url, pool)
+            async with Client(redis=server.url, pool=pool) as client, asyncio.timeout(LIMIT_S):
+                handle = await client.submit(says("one two three"), stream=True)
+                await played.turn(block_s=1.0)
+                await handle.record()
+                server.stop()
+                reading = asyncio.create_task(whole(handle))
+                with pytest.raises(StreamError):
+                    await client.status(handle.id)  # as often as redis-py tries by itself
+                server.start()
+
+                assert await reading == "one two three "
+            await played.connection.close()
+
     async def test_leaving_while_redis_is_away(self, tmp_path, pool, caplog):
         """Readers between two tries end like any other."""
         with Server(directory=tmp_path) as server:
@@ -457,6 +474,11 @@ class TestWeather:
 
                 with pytest.raises(asyncio.CancelledError):
                     await following
+
+
+async def whole(handle):
+    """All that its log holds."""
+    return "".join([piece.text async for piece in handle.pieces()])
 
 
 async def _all_without(outage, readers):
