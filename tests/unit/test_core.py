@@ -1080,6 +1080,23 @@ class TestUrgency:
 
         assert assigned == ["short"]
 
+    def test_a_long_late_one_leaves_what_is_idle_to_the_urgent(self):
+        """It could not be interrupted. Once nobody urgent waits, it is served there."""
+        pool = Pool(policy=Urgency(aside_share=0.0))
+        pool.beat("quick", hardware="h100")
+        pool.ask("first", prompt_tokens=20_000)
+        [first] = pool.decide()
+        pool.beat("slow", hardware="l4")
+        pool.ask("urgent", prompt_tokens=20_000, ttft_s=1.6)
+        pool.ask("late", prompt_tokens=10_000, ttft_s=0.01)
+        assert pool.decide() == []
+        assert pool.core.view(pool.now).set_aside == 1
+
+        pool.reward(first, prefill_s=0.6)
+
+        taken = {c.job.id: c.endpoint for c in pool.decide() if isinstance(c, Assign)}
+        assert taken == {"urgent": "quick", "late": "slow"}
+
     def test_urgent_work_overtakes_patient_work(self):
         """Earliest due first, and a level of priority is worth a band of seconds."""
         pool = Pool(policy=Urgency(band_s=5.0))

@@ -252,10 +252,10 @@ def decoding(count: int, tpot_s: float) -> Pool:
     return pool
 
 
-def offered(pool: Pool, **fields: object) -> tuple[Planner, Ticket]:
+def offered(pool: Pool, slots: int = 2, **fields: object) -> tuple[Planner, Ticket]:
     """The plan of the next step, and whom it is asked for."""
     pool.ask("r", **fields)
-    return pool.core._planning._planner(np.zeros(2)), pool.core._memory.book.tickets["r"]
+    return pool.core._planning._planner(np.zeros(slots)), pool.core._memory.book.tickets["r"]
 
 
 @pytest.mark.parametrize(("tpot_s", "is_open"), [(0.04, True), (0.022, False)])
@@ -273,6 +273,22 @@ def test_a_prompt_costs_each_who_decodes_beside_it():
     planner, ticket = offered(decoding(4, 0.05))
     offer = planner.offers.of(ticket)
     assert planner.onward.stalls_s(offer) == pytest.approx([0.0, 0.4 * offer.work_s[1]])
+
+
+@pytest.mark.parametrize(("has_promise", "slot"), [(False, 1), (True, 2)])
+def test_an_answer_is_planned_where_its_pace_is_kept(has_promise, slot):
+    """Over a slower link, if it must be; to whom no pace was promised the first token counts alone."""
+    pool = decoding(16, 0.05)
+    pool.core.receive(beat("d1", "decode", link_gbps=8.0), pool.now)
+    decodes = pool.core._planning._planner(np.zeros(3)).room.decodes
+    _, crowded_s, empty_s = decodes.pace_s(np.full(3, 8200.0)).tolist()
+    assert empty_s < crowded_s
+    tpot_s = 0.5 * (empty_s + crowded_s) if has_promise else None
+
+    planner, ticket = offered(pool, tpot_s=tpot_s, slots=3)
+    planner.offers.of(ticket)
+
+    assert planner.onward.target(ticket)[0] == slot
 
 
 def test_a_pace_that_nobody_keeps_is_decoded_where_it_begins_first(pool):
