@@ -480,6 +480,29 @@ class TestArrival:
         assert len(pool.decide()) == 1
         assert pool.core.wakeup_at() > pool.now
 
+    def test_a_guess_that_came_before_the_endpoints_is_cut_to_what_they_serve_once(self):
+        """Then nothing is left to judge, and the core sleeps though it waits on."""
+        pool = Pool(unknown_model_grace_s=2.0)
+        pool.ask("r", prompt_tokens=5000, prompt_estimated=True)
+        for _ in range(3):
+            pool.beat(max_model_len=4096, state="draining")
+            assert pool.decide(after_s=1.0) == []
+
+        assert pool.core.view(pool.now).waiting == 1
+        assert pool.core._memory.book.lines.tokens == 4096
+        assert pool.core.wakeup_at() > pool.now
+
+    @pytest.mark.parametrize(("features", "sent"), [((), ()), (("kv_events",), ("a", "b"))])
+    def test_blocks_ride_to_who_can_tell_of_them(self, features, sent):
+        """To a worker whose engine says nothing of its cache they would be bytes for nobody."""
+        pool = Pool()
+        pool.beat(features=features)
+        pool.ask("r", blocks=("a", "b"))
+
+        [assign] = pool.decide()
+
+        assert assign.job.blocks == sent
+
     def test_whoever_was_served_is_not_judged_by_its_length_any_more(self):
         """It came before the endpoints, and the one that could hold it has left since."""
         pool = Pool(unknown_model_grace_s=5.0)

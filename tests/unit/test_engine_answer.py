@@ -58,7 +58,15 @@ class TestSuccess:
         answer.check()
 
         assert answer.output_tokens == 3
-        assert answer.take()[2] == 2
+        assert answer.take() == ("Hello", "", 2)
+        assert answer.take() == ("", "", 0), "what was taken is told once"
+
+    def test_times_that_come_last_are_read(self):
+        """vLLM's own queue time, where it is asked to say it."""
+        last = event(choices=[], metrics={"queue_time_ms": 5.0})
+
+        assert fed(GOOD).metrics is None
+        assert fed(GOOD.removesuffix(DONE), last, DONE).metrics.queue_time_ms == 5.0
 
     def test_the_response_is_as_if_sent_whole(self):
         """Content, finish reason, usage with cached tokens, id, model, created."""
@@ -155,7 +163,7 @@ class TestSuccess:
         }
         text, chunks, pieces = answer.take()
         assert (text, len(msgspec.json.decode(chunks)), pieces) == ("", 3, 3)
-        assert answer.take() == ("", "", 0), "what was taken is told once"
+        assert answer.take() == ("", "", 0)
 
     def test_log_probabilities_are_joined(self):
         """Lists of each chunk one behind the other."""
