@@ -65,8 +65,8 @@ def _decision(
         ),
         weighed=tuple(
             [
-                f"{names[slot]}={chance:.4g},{start_s:.4g},{cached},{pressed:.3g}"
-                for slot, chance, start_s, cached, pressed in choice.weighed
+                f"{names[slot]}={chance:.4g},{start_s:.4g},{cached},{pressed:.3g},{others_s:.4g}"
+                for slot, chance, start_s, cached, pressed, others_s in choice.weighed
             ]
         ),
         features=job.features,

@@ -50,6 +50,8 @@ class Weighed(msgspec.Struct, frozen=True, kw_only=True):
     "Prompt tokens believed cached."
     pressure: Floats
     "What giving KV away there costs others, 0 to 1."
+    others_s: Floats
+    "What taking its time costs others."
     chance: Floats
     "With which each could have been taken."
     taken: int
@@ -84,14 +86,15 @@ class Target(
 
 
 class Plan(Target, frozen=True, tag="plan"):
-    """The plan's choice: predicted seconds and a price on KV given away, with its exploration."""
+    """The plan's choice: predicted seconds, its own, others' and a price on KV given away, with its exploration."""
 
     fill: float = PlanSettings().fill
+    externality: float = PlanSettings().externality
     explore: float = PlanSettings().explore
     tie: float = PlanSettings().tie
 
     def score(self, one: Weighed) -> Floats:
-        score = one.seconds + self.fill * one.pressure
+        score = one.seconds + self.fill * one.pressure + self.externality * one.others_s
         score[one.seconds > max(one.left_s, float(one.seconds.min()))] = np.inf
         return score
 
@@ -321,12 +324,12 @@ def _weighed(decision: Decision, reward: Reward) -> Weighed | None:
     seconds = dict(part.rpartition("=")[::2] for part in decision.candidates)
     for part in decision.weighed:
         name, _, text = part.rpartition("=")
-        if name in seconds:
+        if name in seconds and text.count(",") == 4:  # a record of another version says nothing
             names.append(name)
             columns.append([float(seconds[name]), *(float(cell) for cell in text.split(","))])
     if decision.endpoint not in names or not columns:
         return None
-    predicted_s, chance, start_s, cached, pressure = np.array(columns).T
+    predicted_s, chance, start_s, cached, pressure, others_s = np.array(columns).T
     taken = names.index(decision.endpoint)
     left_s = math.inf if decision.slack_s is None else decision.slack_s + float(predicted_s[taken])
     ttft_s = math.nan
@@ -338,6 +341,7 @@ def _weighed(decision: Decision, reward: Reward) -> Weighed | None:
         start_s=start_s,
         cached=cached,
         pressure=pressure,
+        others_s=others_s,
         chance=chance,
         taken=taken,
         left_s=left_s,

@@ -33,8 +33,11 @@ The most that may be presumed done of a prefill whose first token has not been s
 As an array it is multiplied, and compared, in half the time that numpy takes with a number of Python's.
 """
 
-HEAD_MIN_S = np.array(1e-9)
-"No head is shorter, so that its age can be divided by it."
+LEAST_S = 1e-9
+"No head and no step is shorter, so that an age can be divided by it."
+
+HEAD_MIN_S = np.array(LEAST_S)
+"As an array, likewise."
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -91,6 +94,9 @@ class Line(msgspec.Struct, frozen=True):
 
     weight: float = 1.0
     "What that promise is worth."
+
+    begins_at: float = -math.inf
+    "When its engine can begin it, by prediction; `-inf`: nobody predicted it."
 
     blocks: tuple[str, ...] = ()
     "Its prefix chain, no longer than `kv`: what others there hold as well is held once."
@@ -204,6 +210,22 @@ class Ledger:
             pairs=self.pairs - done * pairs,
             overdue_s=overdue_s,
         )
+
+    def unbegun(self, step_s: Floats, now: float) -> Floats:
+        """How many on each slot are still to begin, whom whoever comes now would keep waiting; float64[n_slots].
+
+        An engine begins whatever has come when a step ends, and when that is nobody here knows: who could begin now is
+        surely still to begin, and a step, `step_s`, later surely not. In between it counts in part.
+        """
+        found = np.zeros(len(step_s))
+        if self._n_prefilling:
+            for slot, lines in enumerate(self.prefilling):
+                longest_s = max(step_s.item(slot), LEAST_S)
+                for line in lines.values():
+                    left_s = line.begins_at + longest_s - now
+                    if left_s > 0:
+                        found[slot] += min(1.0, left_s / longest_s)
+        return found
 
     def _find_head(self, slot: int, now: float) -> None:
         head = next(iter(self.prefilling[slot].values()), None)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from scheduler import explore
+from scheduler.externality import others_s
 from scheduler.onward import Onward
 from scheduler.plan import PlanSettings
 from scheduler.pressure import pressure
@@ -52,6 +53,8 @@ class Picker:
         if self._casting is not None:
             return self._cast(self._casting, offer, total_s < math.inf)
         score_s = total_s + self._fill * self._pressure(offer)
+        if self._settings.externality > 0:
+            score_s += self._settings.externality * self._others_s(offer)
         if self._onward is not None and not offer.is_second:
             score_s += self._onward.stalls_s(offer)
         if left_s < math.inf:
@@ -107,7 +110,7 @@ class Picker:
 
     def weighed(
         self, offer: Offer, total_s: Floats
-    ) -> tuple[tuple[int, float, float, int, float], ...]:
+    ) -> tuple[tuple[int, float, float, int, float, float], ...]:
         """What an off-policy estimate wants to know of each that a record names; nothing where nothing was drawn."""
         chances, self._chances = self._chances, None
         if chances is None:
@@ -115,7 +118,7 @@ class Picker:
         order = total_s.argsort(kind="stable")
         is_named = chances[order] > 0
         is_named[:CANDIDATES] = True
-        pressed = self._pressure(offer)
+        pressed, others_s = self._pressure(offer), self._others_s(offer)
         cached = np.zeros(len(pressed)) if offer.cached is None else offer.cached
         return tuple(
             (
@@ -124,10 +127,18 @@ class Picker:
                 float(self._room.start_s[slot]),
                 int(cached[slot]),
                 float(pressed[slot]),
+                float(others_s[slot]),
             )
             for slot in order[is_named].tolist()
             if total_s[slot] < math.inf
         )
+
+    def _others_s(self, offer: Offer) -> Floats:
+        """What taking the time of each costs others in seconds; who was promised something looks to its promise."""
+        promise = offer.ticket.promise
+        if offer.ticket.due_at < math.inf or promise.tpot_s is not None or offer.is_second:
+            return np.zeros(len(offer.work_s))
+        return others_s(offer.prompt, offer.work_s, offer.new, self._room.unbegun)
 
     def _pressure(self, offer: Offer) -> Floats:
         """What giving KV away costs, where its answer would be decoded."""

@@ -66,6 +66,14 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     promised a pace that the pool keeps with ease, nothing: see `pressure`.
     """
 
+    externality: AtLeastNothing = 1.0
+    """
+    What a second that it costs others counts beside one of its own, of who was promised nothing; 0: nothing.
+
+    Whoever was handed over a moment ago waits for it too, in one step of the engine; and what is cached elsewhere and
+    computed anew here keeps those to come waiting: see `others_s`.
+    """
+
     cache_patience: AtLeastNothing = 0.5
     """
     A request waits where its prefix is, and no KV is free, for so many times the seconds that it saves; 0: for none.
@@ -126,8 +134,11 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     everywhere_s: Floats
     "float64[n_slots]: `total_s` on every slot; `inf` where it could not go."
     why: str
-    weighed: tuple[tuple[int, float, float, int, float], ...] = ()
-    "Where chance decided: the slots a record names, each one's chance, predicted wait, cached tokens and pressure on its KV."
+    weighed: tuple[tuple[int, float, float, int, float, float], ...] = ()
+    """
+    Where chance decided: the slots a record names, each one's chance, predicted wait, cached tokens, pressure on its KV
+    and seconds it costs others.
+    """
     leg: Leg = "whole"
     onward_s: float = 0.0
     "Of a prefill leg, what of the seconds to its first token comes after it."

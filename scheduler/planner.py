@@ -391,6 +391,7 @@ class Planner:
             kv=kv,
             tpot_s=own_s if own_s is not None and keeps else math.inf,
             weight=self.worth.weight(offer.ticket),
+            begins_at=self._now + self.room.start_s.item(slot),
             blocks=chain(offer.ticket.request.blocks, kv),
         )
 

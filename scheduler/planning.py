@@ -174,6 +174,7 @@ class Planning:
             length_max=fleet.length_max,
             wanted_s=wanted_s,
             answer_part=self._settings.answer_part,
+            unbegun=lambda step_s: ledger.unbegun(step_s, now),
         )
         if self._settings.explore > 0:
             room.probe(self._memory.predictor.is_new(), ledger.seats > 0)

@@ -102,11 +102,12 @@ class Room:
         length_max: Floats,
         wanted_s: Floats,
         answer_part: float = 1.0,
+        unbegun: Callable[[Floats], Floats] | None = None,
     ) -> None:
         """Start from the ledger; `seats` and `kv` are what is free, `inf` where unknown.
 
         `wanted_s` is 0 for endpoints that may take something of what waits, and `inf` for the others. `answer_part`
-        is of `PlanSettings`.
+        is of `PlanSettings`. `unbegun` says how many on each slot are still to begin, by the seconds of its steps; None: nobody.
         """
         self.rates = rates
         self.backlog_s = backlog.seconds(rates)
@@ -145,6 +146,8 @@ class Room:
         "Grows with each change after which fewer requests may start: what was made out of an older one is stale."
         self._kv_least = _least(kv)
         self._used: Floats | None = None
+        self._find_unbegun = unbegun
+        self._unbegun: Floats | None = None
         self._taken: list[tuple[int, float]] = []
         self._is_new: Bools | None = None
 
@@ -172,6 +175,18 @@ class Room:
                 free = np.divide(self.kv, self.kv_max, out=np.ones(len(self.kv)), where=known)
                 self._used = 1.0 - free
         return self._used
+
+    @property
+    def unbegun(self) -> Floats:
+        """How many each has been handed that it has not begun; who is nearly due to begin counts in part."""
+        if self._unbegun is None:
+            if self._find_unbegun is None:
+                self._unbegun = np.zeros(len(self.kv))
+            else:
+                self._unbegun = self._find_unbegun(self.decodes.load.joined_s)
+            for slot, _ in self._taken:
+                self._unbegun[slot] += 1.0
+        return self._unbegun
 
     @functools.cached_property
     def _pace_s(self) -> tuple[float, float]:
@@ -262,6 +277,8 @@ class Room:
         if self.probed is not None and self._is_new is not None:
             self.probed[slot] = self._is_new[slot]
         self._taken.append((slot, work_s))
+        if self._unbegun is not None:
+            self._unbegun[slot] += 1.0
         self.kv[slot] -= line.kv
         self._kv_least = min(self._kv_least, float(self.kv[slot]))
         if self._used is not None:

@@ -289,6 +289,7 @@ def _scene(rng: np.random.Generator, n_slots: int, *, is_idle: bool) -> Scene:
         cached_tokens=numbers(999.0),
         busy_s=numbers(7.0),
         queued=read_only(numbers(9.0).round()),
+        unbegun=numbers(4.0),
         queued_tokens=numbers(20_000.0),
         running=read_only(numbers(90.0).round()),
         kv_used=numbers(1.0),

@@ -177,6 +177,7 @@ class Casting:
             cached_tokens=read_only(np.minimum(cached, offer.prompt - 1.0)),
             busy_s=read_only(room.start_s),
             queued=read_only(np.maximum(self._seats_max - room.seats - running, 0.0)),
+            unbegun=read_only(room.unbegun),
             queued_tokens=read_only(room.tokens),
             running=running,
             kv_used=read_only(room.used),

@@ -53,6 +53,8 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     "Predicted seconds until something new can begin."
     queued: Floats
     "Requests handed over whose first token has not come."
+    unbegun: Floats
+    "Of those, how many a newcomer would keep waiting: their engine has not begun them. Who is about to begin counts in part."
     queued_tokens: Floats
     "Their uncached tokens, and those of requests for which a place is kept."
     running: Floats

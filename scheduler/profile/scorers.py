@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from scheduler.externality import others_s
 from scheduler.pressure import pressure
 from scheduler.profile.fetchers import LATENCY, PREFIX_MATCH
 from scheduler.profile.parts import Scorer
@@ -100,6 +101,21 @@ class PredictedLatency(Scorer, frozen=True, tag="predicted-latency-scorer"):
         return 1.0 - np.minimum(scene.data[LATENCY], self.worst_s) / self.worst_s
 
 
+class Externality(Scorer, frozen=True, tag="externality-scorer"):
+    """What it costs others: those whom it joins there before their engine begins them, and those to come."""
+
+    worst_s: Positive = 60.0
+    "Seconds from which on the score is 0; as with `predicted-latency-scorer`."
+
+    def score(self, scene: Scene, candidates: Bools) -> Floats:  # noqa: ARG002
+        """1 where it costs nobody anything, and with a promise, whose request looks to that."""
+        if scene.left_s < np.inf or scene.tpot_s is not None:
+            return np.ones(scene.n_slots)
+        new = (scene.prompt_tokens - scene.cached_tokens) / scene.prompt_tokens
+        seconds = others_s(scene.prompt_tokens, scene.work_s, new, scene.unbegun)
+        return 1.0 - np.minimum(seconds, self.worst_s) / self.worst_s
+
+
 class SessionAffinity(Scorer, frozen=True, tag="session-affinity-scorer"):
     """Where this session was served last."""
 
@@ -174,6 +190,7 @@ BUILT_IN = (
     LeastRequest,
     TokenLoad,
     PredictedLatency,
+    Externality,
     SessionAffinity,
     LoraAffinity,
     NoHitLru,
@@ -189,6 +206,7 @@ AnyScorer = (
     | LeastRequest
     | TokenLoad
     | PredictedLatency
+    | Externality
     | SessionAffinity
     | LoraAffinity
     | NoHitLru

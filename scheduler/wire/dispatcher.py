@@ -149,7 +149,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     "`endpoint=seconds` to first token, best first."
 
     weighed: tuple[str, ...] = ()
-    "Where an endpoint was drawn of those that start now: `endpoint=chance,start_s,cached_tokens,pressure` of each."
+    "Where an endpoint was drawn of those that start now: `endpoint=chance,start_s,cached_tokens,pressure,others_s` of each."
 
     features: tuple[str, ...] = ()
     "What the predictor saw for the chosen endpoint."

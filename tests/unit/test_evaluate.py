@@ -35,6 +35,7 @@ def logged(n, *, seed=0, scale=0.5, noise=0.2, bias=1.0):
             start_s=start_s,
             cached=rng.integers(0, 3, 3) * 128.0,
             pressure=rng.random(3),
+            others_s=rng.random(3),
             chance=chance,
             taken=taken,
             left_s=0.4,
@@ -59,8 +60,9 @@ class TestTargets:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            pytest.param("plan:fill=0", [0.5, 0.5, 0, 0], id="equals share"),
-            pytest.param("plan:fill=0:tie=0", [1, 0, 0, 0], id="the earliest"),
+            pytest.param("plan:fill=0:externality=0", [0.5, 0.5, 0, 0], id="equals share"),
+            pytest.param("plan:fill=0:externality=0:tie=0", [1, 0, 0, 0], id="the earliest"),
+            pytest.param("plan:fill=0", [0, 1, 0, 0], id="seconds of others are worth as many"),
             pytest.param("plan:fill=1", [0, 0, 1, 0], id="KV to spare is worth seconds"),
             pytest.param("plan:fill=1:window_s=0.1", [1, 0, 0, 0], id="of those that start soon"),
             pytest.param("plan:fill=9", [0, 0, 1, 0], id="and none that makes it late"),
@@ -73,6 +75,7 @@ class TestTargets:
             start_s=np.array([0.0, 0.2, 0.2, 0.2]),
             cached=np.zeros(4),
             pressure=np.array([1.0, 1.0, 0.5, 0.0]),
+            others_s=np.array([0.1, 0.0, 0.0, 0.0]),
             chance=np.full(4, 0.25),
             taken=0,
             left_s=2.0,
@@ -109,7 +112,7 @@ class TestTargets:
         """As it would have drawn, of those that it may draw."""
         [one, *_], _ = logged(400)
 
-        found = evaluate.named("plan:fill=0:explore=0.3:window_s=9").chances(one)
+        found = evaluate.named("plan:fill=0:externality=0:explore=0.3:window_s=9").chances(one)
 
         late = one.seconds > max(one.left_s, one.seconds.min())
         assert found == pytest.approx(
@@ -216,7 +219,7 @@ class TestJoined:
             endpoint="e1",
             slack_s=0.7,
             candidates=("e0=0.2", "e1=0.3"),
-            weighed=("e0=0.75,0,128,0.5", "e1=0.25,0.1,0,0.25"),
+            weighed=("e0=0.75,0,128,0.5,0.1", "e1=0.25,0.1,0,0.25,0"),
         )
         rewards = [
             Reward(id="a", endpoint="e0", epoch=1, attempt=1, outcome="returned"),
@@ -255,7 +258,7 @@ class TestJoined:
             attempt=1,
             endpoint="e0",
             candidates=("e0=0.2",),
-            weighed=("e0=1,0,0,0",),
+            weighed=("e0=1,0,0,0,0",),
         )
         times = {} if said.get("outcome") else {"decided_at": 10.0, "first_token_at": 10.5}
         reward = Reward(
@@ -276,7 +279,10 @@ class TestJoined:
     ("text", "reason"),
     [
         ("best", "policy is 'best', wanted one of: plan, earliest-finish"),
-        ("plan:fil=1", "no setting 'fil', wanted one of: fill, explore, tie, window_s"),
+        (
+            "plan:fil=1",
+            "no setting 'fil', wanted one of: fill, externality, explore, tie, window_s",
+        ),
         ("plan:fill=much", "float"),
         pytest.param("mine.toml", "a profile: the log does not hold", id="a profile's file"),
         pytest.param("plan:profile=mine.toml", "plays a profile in the lab", id="as in the lab"),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler.externality import STEP_TOKENS, others_s
 from scheduler.ledger import Backlog, Ledger, Line, Rates, uncached
 from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
@@ -347,7 +348,8 @@ class TestLedger:
         one.output_tokens = 300
         made.serve([one])
 
-        assert made.choices[0].line == uncached(one, answer_part=1.0, kv_max=math.inf)
+        taken_over = uncached(one, answer_part=1.0, kv_max=math.inf)
+        assert msgspec.structs.replace(made.choices[0].line, begins_at=-math.inf) == taken_over
 
     def test_a_head_is_presumed_to_progress_but_never_to_be_done(self):
         """Dead reckoning between the facts: half its time, half its tokens; at the end 5 % are left."""
@@ -616,6 +618,94 @@ class TestCachePatience:
 
     def test_it_can_be_switched_off(self):
         assert served(self.placed(ticket("r", 1000), cache_patience=0.0)) == [("r", 1)]
+
+
+class TestExternality:
+    """What taking an endpoint's time costs others."""
+
+    @given(
+        prompt=st.floats(1, 100_000),
+        cached=st.floats(0, 0.999),
+        less=st.floats(0, 0.999),
+        few=st.floats(0, 9),
+        more=st.floats(0, 9),
+    )
+    def test_it_grows_with_who_is_there_and_with_what_is_cached_elsewhere(
+        self, prompt, cached, less, few, more
+    ):
+        """Nothing where nobody is and nobody has more; never beyond the work itself for each of them and once more."""
+        new = 1.0 - np.array([max(cached, less), min(cached, less), min(cached, less)])
+        work_s = prompt * new * 1e-4
+        joined = np.array([0.0, min(few, more), max(few, more)])
+
+        nothing, least, most = others_s(prompt, work_s, new, joined)
+
+        assert 0 == nothing <= least <= most <= work_s[2] * (1 + joined[2])
+
+    def test_a_long_prompt_delays_nobody_by_more_than_a_step(self):
+        """It comes in parts, and only the first is computed with those before it."""
+        step_s = STEP_TOKENS * 1e-4
+        alone = np.ones(1)
+
+        cold_s = others_s(5 * STEP_TOKENS, 5 * step_s * alone, None, alone)
+        warm_s = others_s(5 * STEP_TOKENS, step_s * alone, 0.2 * alone, alone)
+
+        assert [cold_s[0], warm_s[0]] == pytest.approx([step_s, step_s])
+
+    @pytest.mark.parametrize(
+        ("one", "externality", "slot"),
+        [
+            (ticket("r", 1000), 1.0, 1),
+            (ticket("r", 1000), 0.0, 0),
+            (ticket("r", 1000, due_at=100.0), 1.0, 0),
+        ],
+        ids=["nothing", "switched off", "a first token"],
+    )
+    def test_who_was_handed_over_a_moment_ago_is_not_joined(self, one, externality, slot):
+        """It would wait as long as the newcomer; who was promised a first token looks to its own."""
+        settings = msgspec.structs.replace(SETTINGS, externality=externality, fill=0.0)
+        made = planner([0.001, 0.0015], settings=settings)
+        made.room.unbegun[0] = 1.0
+
+        made.serve([one])
+
+        assert served(made) == [("r", slot)]
+
+    def test_two_of_one_step_do_not_join_each_other(self):
+        """The first choice counts at once, though its endpoint would be the sooner for both."""
+        for externality, slots in ((1.0, [0, 1]), (0.0, [0, 0])):
+            settings = msgspec.structs.replace(SETTINGS, externality=externality, fill=0.0)
+            made = planner([0.001, 0.0025], settings=settings)
+
+            made.serve([ticket("a", 100), ticket("b", 100)])
+
+            assert [slot for _, slot in served(made)] == slots
+
+    def test_what_is_cached_elsewhere_counts_twice(self):
+        """An endpoint a little sooner is not worth computing it anew: whoever comes next waits for that as well."""
+        for externality, slot in ((1.0, 1), (0.0, 0)):
+            settings = msgspec.structs.replace(SETTINGS, externality=externality, fill=0.0)
+            made = planner(
+                [0.001, 0.001], cached=[0.0, 500.0], busy_tokens=[0.0, 700.0], settings=settings
+            )
+
+            made.serve([ticket("r", 1000)])
+
+            assert served(made) == [("r", slot)]
+
+    def test_one_is_joined_until_its_engine_has_surely_begun(self):
+        """From one to none within a step after the moment at which it could begin; none with its first token."""
+        step_s, book = np.full(2, 0.1), Ledger()
+        book.open(0)
+        book.open(1)
+        book.commit(1, "a", Line(tokens=9.0, pairs=0.0, kv=9.0, begins_at=5.0), now=4.0)
+        book.commit(1, "b", Line(tokens=9.0, pairs=0.0, kv=9.0), now=4.0)
+
+        found = [book.unbegun(step_s, now)[1] for now in (4.0, 5.0, 5.05, 5.1)]
+
+        assert found == pytest.approx([1.0, 1.0, 0.5, 0.0])
+        book.first_token(1, "a", now=4.5)
+        assert book.unbegun(step_s, 4.5).tolist() == [0.0, 0.0]
 
 
 class TestPressure:

@@ -43,12 +43,12 @@ def test_nothing_is_listed_that_is_not_there():
 
 
 def test_the_plans_own_profile_is_the_one_shown():
-    """With the plan's own fill and tie."""
+    """With the plan's own fill, externality and tie."""
     plan = PlanSettings()
     [shown] = [block for block in BLOCKS["toml"] if "slo-filter" in block]
 
     assert profile.decode(tomllib.loads(shown)["profile"]) == planned.of_plan(
-        fill=plan.fill, tie=plan.tie
+        fill=plan.fill, externality=plan.externality, tie=plan.tie
     )
 
 

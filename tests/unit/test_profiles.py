@@ -23,6 +23,7 @@ from scheduler.profile.pickers import MaxScore, Random, RoundRobin, WeightedRand
 from scheduler.profile.profile import Profile
 from scheduler.profile.scorers import (
     Cost,
+    Externality,
     KvCache,
     KvPressure,
     LeastRequest,
@@ -40,7 +41,7 @@ from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat, Reward
 
 PLAN = PlanSettings()
-AS_PLANNED = planned.of_plan(fill=PLAN.fill, tie=PLAN.tie)
+AS_PLANNED = planned.of_plan(fill=PLAN.fill, externality=PLAN.externality, tie=PLAN.tie)
 
 ALL = np.ones(4, dtype=bool)
 
@@ -142,6 +143,12 @@ class TestScorers:
                 {"kv_used": [0.0, 0.5, 1.0, 1.2], "tpot_s": 0.05, "pressed": 0.5},
                 [1, 0.75, 0.5, 0.5],
             ),
+            (
+                Externality(worst_s=0.2),
+                {"unbegun": [0, 1, 2, 9], "work_s": [0.05, 0.1, 0.05, 0.1]},
+                [1, 0.5, 0.5, 0],
+            ),
+            (Externality(), {"unbegun": [9, 9, 9, 9], "left_s": 1.0}, [1, 1, 1, 1]),
             (Load(), {"queued": [0, 64, 128, 999]}, [0.5, 0.25, 0, 0]),
             (LeastRequest(), {"queued": [0, 1, 0, 4], "running": [0, 1, 4, 0]}, [1, 0.5, 0, 0]),
             (PrefixCache(), {"cached_tokens": [0, 250, 500, 999]}, [0, 0.25, 0.5, 0.999]),

@@ -21,6 +21,7 @@ class _Core(LabPolicy, frozen=True):
     horizon: int = PlanSettings().horizon
     tie: float = PlanSettings().tie
     fill: float = PlanSettings().fill
+    externality: float = PlanSettings().externality
     answer_part: float = PlanSettings().answer_part
     pace_worth: float = PlanSettings().pace_worth
     late_worth: float = PlanSettings().late_worth
