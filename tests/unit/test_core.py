@@ -912,7 +912,10 @@ class TestEnds:
         pool.reward(assign, "returned")
         pool.ask("next")
 
-        assert "next" in [c.job.id for c in pool.decide() if isinstance(c, Assign)]
+        finish, assign = pool.decide()
+
+        assert (finish.result.id, finish.result.outcome) == ("r", "cancelled")
+        assert assign.job.id == "next"
 
     def test_what_redis_refuses_is_forgotten(self):
         """A refused move means somebody else ended it: its seat is free again."""
@@ -1348,6 +1351,19 @@ class TestSessions:
         assert jobs["turn2"].endpoint == first.endpoint
         assert jobs["turn2"].job.cached_tokens == 4_100
         assert jobs["other"].job.cached_tokens == 0
+
+    def test_a_session_of_which_engines_find_nothing_is_soon_believed_nowhere(self):
+        """As one whose turns have nothing in common."""
+        pool, believed = Pool(), []
+        pool.beat()
+        for turn in range(20):
+            pool.ask(f"turn{turn}", prompt_tokens=4_000, session="talk")
+            [assign] = pool.decide()
+            believed.append(assign.job.cached_tokens)
+            pool.reward(assign, prompt_tokens=4_000, output_tokens=100, cached_tokens=0)
+
+        assert believed[1] == 3_999
+        assert believed[-1] < 1_000
 
     def test_a_session_that_still_runs_is_where_it_runs(self):
         """Turns may overlap: what the first one brings there counts as soon as it is computed."""

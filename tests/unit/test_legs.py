@@ -314,8 +314,9 @@ def test_a_decode_leg_goes_nowhere_its_model_is_not_served():
 
 
 def test_a_decode_leg_tells_what_it_fetches():
-    """All of its prompt's KV over the slower of the two links, in seconds; what its first token is held against."""
-    pool = Pool(beat("p0", "prefill", link_gbps=80.0), beat("d0", "decode"))
+    """All of its prompt's KV over the slower of the two links, whoever else has a faster one; in seconds."""
+    quick = beat("p1", "prefill", state="draining")
+    pool = Pool(beat("p0", "prefill", link_gbps=80.0), quick, beat("d0", "decode"))
     pool.ask()
     pool.assigned()
     pool.answer("prefilled", kv_params=PARAMS)
