@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-import msgspec
 import structlog
 from msgspec import structs
 
@@ -71,7 +70,6 @@ class Journal:
         self._head = head
         self._open = open_file
         self._bytes_max = bytes_max
-        self._encoder = msgspec.json.Encoder(enc_hook=lambda value: value.item())
         self._buffer = bytearray()
         self._written = 0
         self._flushed_at = 0.0
@@ -88,7 +86,7 @@ class Journal:
     def add(self, line: object) -> None:
         """One more line; kept here until there are enough."""
         if self._file is not None:
-            self._encoder.encode_into(line, self._buffer, -1)
+            recording.ENCODER.encode_into(line, self._buffer, -1)
             self._buffer += b"\n"
 
     def flush_by(self, now: float) -> None:

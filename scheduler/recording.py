@@ -150,7 +150,9 @@ _NAMES: dict[type, str] = {
     )
 }
 # numpy's scalars are no floats to msgspec; `item` makes them what they are.
-_ENCODER = msgspec.json.Encoder(enc_hook=lambda value: value.item())
+ENCODER = msgspec.json.Encoder(enc_hook=lambda value: value.item())
+"Writes lines, without their ends."
+
 _HEAD, _LINE = msgspec.json.Decoder(Head), msgspec.json.Decoder(Line)
 _COMMANDS = msgspec.json.Decoder(list[_Recorded])
 
@@ -170,7 +172,7 @@ def head(settings: CoreSettings, *, seed: int | None, version: str, pool: str) -
 
 def encode(line: object) -> bytes:
     """One line, with its end."""
-    return _ENCODER.encode(line) + b"\n"
+    return ENCODER.encode(line) + b"\n"
 
 
 def told(event: Event, now: float) -> dict[str, object]:
