@@ -61,6 +61,19 @@ class TestSuccess:
         assert answer.take() == ("Hello", "", 2)
         assert answer.take() == ("", "", 0), "what was taken is told once"
 
+    def test_what_goes_on_from_a_prompt_is_text_and_no_message(self):
+        """As OpenAI's completions say it."""
+        parts = [event(choices=[{"index": 0, "text": text}]) for text in ("Hel", "lo")]
+        last = event(choices=[{"index": 0, "text": "", "finish_reason": "length"}])
+        job = msgspec.structs.replace(JOB, path="/v1/completions")
+
+        response = msgspec.json.decode(fed(*parts, last, usage(3), DONE).response(job))
+
+        assert response["object"] == "text_completion"
+        [choice] = response["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("Hello", "length")
+        assert "message" not in choice
+
     def test_times_that_come_last_are_read(self):
         """vLLM's own queue time, where it is asked to say it."""
         last = event(choices=[], metrics={"queue_time_ms": 5.0})
@@ -255,6 +268,14 @@ class TestFailure:
         with pytest.raises(EngineError, match="an answer of over 1000 bytes"):
             answer.feed(said("x" * 9, **more) * 200)
 
+    def test_what_is_no_text_counts_as_well(self, monkeypatch):
+        """A hundred calls of tools are no less memory for saying nothing."""
+        monkeypatch.setattr(answers, "ANSWER_BYTES", 1000)
+        call = said(None, tool_calls=[{"index": 0, "function": {"arguments": "y"}}])
+
+        with pytest.raises(EngineError, match="an answer of over 1000 bytes"):
+            Answer(keeps_news=False).feed(call * 100)
+
     @pytest.mark.parametrize(
         ("stream", "words"),
         [
@@ -370,12 +391,15 @@ class TestFailure:
             b'{"detail":"too long"}',
             b'{"error":"too long"}',
             b"too long",
-            pytest.param(b"too long" + b"[" * 10_000, id="no JSON at all"),
         ],
     )
     def test_the_message_is_found_in_every_shape(self, body):
-        """vLLM's, older vLLM's, FastAPI's, a proxy's."""
-        assert "too long" in fault_in(body)
+        """vLLM's, older vLLM's, FastAPI's, a proxy's; and nothing but the message."""
+        assert fault_in(body) == "too long"
+
+    def test_what_is_no_json_is_its_own_message(self):
+        """The beginning of it."""
+        assert fault_in(b"too long" + b"[" * 10_000).startswith("too long[[")
 
     @pytest.mark.parametrize("body", [b"null", b"{}", b"[]", b'{"error":null}'])
     def test_no_message_is_none(self, body):

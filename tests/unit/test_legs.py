@@ -326,6 +326,20 @@ def test_a_decode_leg_tells_what_it_fetches():
     assert float(said["kv_ahead"]) == 0.0
 
 
+def test_a_decode_leg_fetches_only_what_its_own_cache_has_not(pool):
+    """The second prompt begins with ten of the blocks that the first one brought there."""
+    fetched = []
+    for name in ("r1", "r2"):
+        pool.ask(name, blocks=tuple(f"{at if at < 10 else name + str(at)}" for at in range(62)))
+        assert pool.assigned() == [("prefill", "p0")]
+        pool.answer("prefilled", kv_params=PARAMS)
+        assert pool.assigned() == [("decode", "d0")]
+        said = dict(feature.split("=") for feature in pool.jobs[0].job.features)
+        fetched.append(float(said["kv_own"]))
+        pool.answer("completed", first_token_at=pool.now)
+    assert fetched[1] == pytest.approx(fetched[0] * (8000 - 10 * 128) / 8000, rel=1e-4)
+
+
 def test_the_core_wakes_when_the_first_kv_may_be_forgotten(pool):
     """Of two who wait for somebody to decode them, computed one after the other."""
     lease_s, began_at = CoreSettings().kv_lease_s, pool.now
