@@ -706,6 +706,17 @@ class TestFleet:
         pool.beat(kv_tokens=10_000, kv_usage=0.2)
         assert [command.job.id for command in pool.decide()] == ["next"]
 
+    @pytest.mark.parametrize(("tokens", "fits"), [(2500, True), (3000, False)])
+    def test_what_came_since_the_engine_counted_is_taken_too(self, tokens, fits):
+        """It says 4,000 of 10,000 and cannot know of the 3,000 that were handed over a moment ago, nor of their answer."""
+        pool = Pool(plan=WIDE)
+        pool.beat(kv_tokens=10_000, kv_usage=0.4)
+        pool.ask("first", prompt_tokens=3000)
+        assert len(pool.decide()) == 1
+        pool.ask("next", prompt_tokens=tokens)
+
+        assert len(pool.decide()) == fits
+
     def test_a_large_request_is_not_starved_by_small_ones(self):
         """KV for it is never free while small ones keep coming: its endpoint is kept from them until it fits."""
         pool = Pool(policy=Fcfs())

@@ -76,6 +76,16 @@ def test_a_new_life_holds_nothing():
     assert held.match(("a",)) == {}
 
 
+def test_what_was_not_found_is_believed_gone_at_once():
+    """A tenth of its room with each surprise, tails first."""
+    held, chain = index(10 * BLOCK_TOKENS), tuple(f"b{at}" for at in range(10))
+    held.insert(0, chain)
+
+    held.correct(0, believed_tokens=10 * BLOCK_TOKENS, cached_tokens=0)
+
+    assert held.match(chain) == {0: 9}
+
+
 def test_a_new_life_is_believed_from_its_first_word():
     """Neither what the last one was found to forget nor what it told counts against it."""
     held = index()

@@ -21,16 +21,18 @@ def transfer(*links_gbps: float) -> Transfer:
     return made
 
 
-def teach(made: Transfer, slot: int, seconds: float, **fields: object) -> None:
-    """A gigabyte was fetched there over a link of its own speed, and took so long."""
-    features = made.features(own=GIGABYTE, ahead=0.0, step_s=STEP_S, link=made.links[slot])
+def teach(
+    made: Transfer, slot: int, seconds: float, *, of: float = GIGABYTE, **fields: object
+) -> None:
+    """So many bytes were fetched there over a link of its own speed, and took so long."""
+    features = made.features(own=of, ahead=0.0, step_s=STEP_S, link=made.links[slot])
     said = {"features": features, "pulled_at": 7.0, "first_token_at": 7.0 + seconds, **fields}
     made.learn(Reward(id="r", endpoint="e", epoch=1, attempt=1, outcome="completed", **said), slot)
 
 
-def predicted_s(made: Transfer) -> list[float]:
+def predicted_s(made: Transfer, of: float = GIGABYTE) -> list[float]:
     each = np.ones(len(made.links))
-    return made.seconds(GIGABYTE * each, 0 * each, STEP_S * each, made.links).tolist()
+    return made.seconds(of * each, 0 * each, STEP_S * each, made.links).tolist()
 
 
 @given(
@@ -86,6 +88,17 @@ def test_each_endpoints_link_has_its_own_speed():
         teach(made, 1, 0.375)
 
     assert predicted_s(made) == pytest.approx([0.125, 0.375], rel=0.1)
+
+
+def test_what_the_declared_link_is_worth_is_learned_by_the_whole_fleet():
+    """Bytes take four times as long as they should and steps do not: told apart by small transfers among large ones."""
+    made = transfer(80.0, 80.0)
+    for turn in range(200):
+        teach(made, turn % 2, 0.425, of=1e9)
+        teach(made, turn % 2, 0.029, of=1e7)
+
+    assert predicted_s(made, of=1e9) == pytest.approx([0.425] * 2, rel=0.15)
+    assert predicted_s(made, of=1e7) == pytest.approx([0.029] * 2, rel=0.15)
 
 
 @pytest.mark.parametrize(
