@@ -32,6 +32,8 @@ class Lease:
         self._keys = keys
         self._node = node
         self._ttl_s = ttl_s
+        self._life = ""
+        "Of Redis, when the reign began."
         self.asked_at = float("-inf")
         "When Redis last answered us, on its clock: a standby is warm while this is fresh."
 
@@ -40,6 +42,7 @@ class Lease:
         tries = 0
         while True:
             try:
+                self._life = await self._connection.life()
                 epoch, _, until = await self._lead(0)
             except StreamError as error:
                 tries = await wait_out(str(error), tries)
@@ -60,11 +63,14 @@ class Lease:
             await asyncio.sleep(self._ttl_s / RENEWALS)
             try:
                 held, holder, _ = await self._lead(epoch)
+                life = await self._connection.life()
             except StreamError as error:
                 log.warning("lease_not_renewed", epoch=epoch, reason=str(error))
                 continue
-            if held == epoch:
+            if held == epoch and life == self._life:
                 continue
+            if held == epoch:
+                raise FencedError(f"epoch {epoch} is over, redis has begun anew")
             if (
                 held
             ):  # the lease was lost with the server's memory, and is ours anew: begin anew as well

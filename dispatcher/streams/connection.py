@@ -338,6 +338,12 @@ class Connection:
             )
         return str(reply[0], "ascii"), replies.entries(reply[1])
 
+    async def life(self) -> str:
+        """Which life of which server answers; empty of a Cluster, whose nodes come and go."""
+        with Weather(self.shown):
+            info = await self._client.info("server")
+        return str(info.get("run_id", ""))
+
     async def memory(self) -> dict[str, Any]:
         """What the server says of its memory; of one node, where there are several."""
         with Weather(self.shown):

@@ -490,6 +490,25 @@ class TestEnd:
         await connection.close()
 
 
+async def test_a_redis_that_went_back_is_read_anew(tmp_path, pool, keys, settings):
+    """It has lost an end, and says that its request waits: it is taken up again, and not left there until the next leader."""
+    with Server(directory=tmp_path) as server:
+        redis = await Connection.connect(Where(url=server.url))
+        async with dispatching(server.url, settings) as node:
+            await enqueue(redis, keys, "r1")
+            await until(lambda: node.is_leader and node.view().waiting)
+            await redis.command("CONFIG", "SET", "appendonly", "no")
+            call = producer.cancel(keys, "r1")
+            await redis.call(call.function, call.keys, call.args)
+            await until(lambda: node.is_leader and not node.view().waiting)
+
+            await asyncio.to_thread(server.stop)
+            server.start()
+
+            await until(lambda: node.is_leader and node.view().waiting)
+        await redis.close()
+
+
 class TestUpkeep:
     async def test_a_cut_is_as_long_as_the_fastest_stream_needs(self, redis, keys):
         """At Redis' own limit of 10,000 entries a cut, more than 1,000 results a second would pile up."""
