@@ -327,7 +327,7 @@ def _weighed(decision: Decision, reward: Reward) -> Weighed | None:
         if name in seconds and text.count(",") == 4:  # a record of another version says nothing
             names.append(name)
             columns.append([float(seconds[name]), *(float(cell) for cell in text.split(","))])
-    if decision.endpoint not in names or not columns:
+    if decision.endpoint not in names:
         return None
     predicted_s, chance, start_s, cached, pressure, others_s = np.array(columns).T
     taken = names.index(decision.endpoint)

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +52,21 @@ def room(ledger: Ledger, pace: Pace) -> Room:
         length_max=np.full(N, np.inf),
         wanted_s=np.zeros(N),
     )
+
+
+@given(tokens=st.integers(1, 4000), part=st.floats(0, 0.9))
+def test_a_head_progresses_in_tokens_and_in_pairs(tokens, part):
+    """After a part of its predicted seconds, that part of them is done: so much less stands before a newcomer."""
+    ledger = Ledger()
+    for slot in range(N):
+        ledger.open(slot)
+    ledger.commit(0, "head", line(tokens, math.inf, 1.0), NOW)
+    rates = Rates(overhead_s=np.full(N, 0.01), token_s=np.full(N, 1e-4), pair_s=np.full(N, 1e-7))
+    work_s = tokens * 1e-4 + 0.5 * tokens * tokens * 1e-7
+
+    left = ledger.backlog(rates, NOW + part * work_s)
+
+    assert left.seconds(rates) == pytest.approx([(1 - part) * work_s, 0.0])
 
 
 @given(before=given_to, chosen=given_to, is_asked=st.booleans())

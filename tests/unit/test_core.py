@@ -1215,6 +1215,14 @@ class TestMissing:
             pool.beat(**said)
             assert pool.decide() == []
 
+    def test_it_stays_until_that_has_lasted(self):
+        """Its worker may be between reading it and noting it: twice within a second is not long enough."""
+        pool = self.handed_over()
+        for _ in range(2):
+            pool.now += 0.49 * MISSED_S
+            pool.beat(read_at=pool.now)
+            assert pool.decide() == []
+
     def test_it_stays_if_it_is_found_after_all(self):
         """Missed once and then there: the next miss counts from its own moment."""
         pool = self.handed_over()

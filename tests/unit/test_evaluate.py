@@ -99,6 +99,7 @@ class TestTargets:
             start_s=np.array([0.0, 0.5, 1.0, 2.0]),
             cached=np.array([0.0, 128.0, 256.0, 256.0]),
             pressure=np.zeros(4),
+            others_s=np.zeros(4),
             chance=np.full(4, 0.25),
             taken=0,
             left_s=math.inf,
@@ -240,6 +241,21 @@ class TestJoined:
         assert certain == 0
         assert (one.taken, one.chance.tolist()) == (1, [0.75, 0.25])
         assert (one.left_s, one.ttft_s, one.on_time) == (1.0, 0.5, 1.0)
+
+    @pytest.mark.parametrize("weighed", [(), ("e0=1,0,0,0,0",)])
+    def test_a_choice_whose_chance_nobody_named_estimates_nothing(self, weighed):
+        """Where it says nothing of chances, or of others' alone."""
+        decision = Decision(
+            id="a",
+            kind="assigned",
+            attempt=1,
+            endpoint="e1",
+            candidates=("e0=0.2", "e1=0.3"),
+            weighed=weighed,
+        )
+        reward = Reward(id="a", endpoint="e1", epoch=1, attempt=1, outcome="completed")
+
+        assert evaluate.joined([decision], [reward]) == ([], 1)
 
     @pytest.mark.parametrize(
         ("said", "ttft_s", "on_time"),
