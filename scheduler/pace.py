@@ -29,6 +29,9 @@ PREFILL_S = 5.0
 SHARE_MAX = 0.8
 "The largest share of prefill believed."
 
+LATELY_S = 8.0
+"Over how long the pace of late is averaged: about as long as an answer in a chat takes."
+
 SPREAD_SIZE, SPREAD_LEAST = 300, 30
 COLD_SIGMA, SIGMA_MIN = 0.2, 0.05
 "How far off predictions are before enough answers were seen to know, and at least."
@@ -52,6 +55,9 @@ class Load(msgspec.Struct, frozen=True):
 
     alone_s: Floats
     "Seconds per token of a sequence that is alone and reads nothing."
+
+    lately_s: Floats
+    "What `joined_s` was of late."
 
 
 class Noise(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +98,9 @@ class Pace:
         self.speeds = Speeds()
         self._prefill_s: Floats = np.zeros(0)
         self._prefill_at = -math.inf
+        self._lately_s: Floats = np.zeros(0)
+        "NaN where nobody has asked yet."
+        self._lately_at = -math.inf
         self._errors = Window(SPREAD_SIZE)
 
     def open(self, slot: int, hardware: Hardware) -> None:
@@ -100,8 +109,10 @@ class Pace:
         if slot == len(self._prefill_s):
             self._rated = np.column_stack([self._rated, np.zeros(3)])
             self._prefill_s = np.append(self._prefill_s, 0.0)
+            self._lately_s = np.append(self._lately_s, math.nan)
         self._rated[:, slot] = hardware.step_s, hardware.sequence_s, hardware.kv_s
         self._prefill_s[slot] = 0.0
+        self._lately_s[slot] = math.nan
 
     def export(self) -> Sums:
         """What the whole fleet has taught; `errors` are apart."""
@@ -132,11 +143,13 @@ class Pace:
         one_s = speed * sequence_s * (weights[1] + stretch)
         token_s = speed * kv_s * (weights[2] + stretch)
         base_s = speed * step_s
+        joined_s = base_s * (weights[0] + stretch) + one_s * (batch + 1) + token_s * read
         return Load(
-            joined_s=base_s * (weights[0] + stretch) + one_s * (batch + 1) + token_s * read,
+            joined_s=joined_s,
             sequence_s=one_s,
             token_s=token_s,
             alone_s=base_s * weights[0] + speed * sequence_s * weights[1],
+            lately_s=self._late(joined_s, now),
         )
 
     def row(self, slot: int, batch: float, read: float, now: float) -> tuple[float, ...]:
@@ -166,6 +179,15 @@ class Pace:
             return Noise()
         sigma = 0.5 * (errors.quantile(0.84) - errors.quantile(0.16))
         return Noise(bias=errors.quantile(0.5), sigma=max(SIGMA_MIN, sigma))
+
+    def _late(self, pace_s: Floats, now: float) -> Floats:
+        """The pace of late, this one included."""
+        kept = math.exp(min(0.0, (self._lately_at - now) / LATELY_S))
+        lately_s = self._lately_s = pace_s + kept * (self._lately_s - pace_s)
+        self._lately_at = max(now, self._lately_at)
+        unknown = np.isnan(lately_s)
+        lately_s[unknown] = pace_s[unknown]
+        return lately_s
 
     def _stretch(self, now: float) -> Floats:
         """Seconds of prefill for each second of decoding."""

@@ -24,6 +24,9 @@ PACE_TIE = 0.1
 PROMISE_MAX_S = 1e3
 "No promise per token is thought to be longer: where nobody was made any, the odds are still numbers."
 
+SAID = 0.5
+"The part of its answer that who is there has said already, in the mean."
+
 SHORT_ANSWER = 16
 "A stall for prefill is spread over the answer's tokens, and over no fewer than these."
 
@@ -129,7 +132,8 @@ class Worth:
         read_s = decodes.load.token_s * room.held_kv(offer.prompt, offer.kv)
         pace_s = decodes.joined_s(read_s)
         # What nobody keeps, not even alone, is no reason to be in one place rather than another.
-        gain, others = self._odds(None if own_s is None or own_s < self._alone_s else own_s, pace_s)
+        kept_s = None if own_s is None or own_s < self._alone_s else own_s
+        gain, others = self._odds(kept_s, pace_s, is_urgent=offer.ticket.due_at < math.inf)
         if gain[gain.argmin()] < PACE_ODDS_MIN:
             gain[gain < PACE_ODDS_MIN] = 0.0
         if others is None:
@@ -153,9 +157,13 @@ class Worth:
             value[self._onward.is_prefill] = apart[target]
         return value
 
-    def _odds(self, own_s: float | None, pace_s: Floats) -> tuple[Floats, Floats | None]:
+    def _odds(
+        self, own_s: float | None, pace_s: Floats, *, is_urgent: bool
+    ) -> tuple[Floats, Floats | None]:
         """At this pace, the odds of its own promise and of the tightest there; None: nobody there was promised any.
 
+        A promise is a mean over the whole answer, so the others' is judged by the pace of late as well: as load rises
+        they are ahead of it. Not for who is promised no first token, and loses nothing by waiting.
         Together, where both are asked for: numpy takes hardly longer for two rows than for one.
         """
         tightest_s, _ = self._bound()
@@ -163,10 +171,13 @@ class Worth:
             # Whoever asks was promised a pace himself; a second leg comes to where nobody else was.
             gain = np.ones(len(pace_s)) if own_s is None else self.noise.odds(own_s, pace_s)
             return gain, None
+        others_s = pace_s
+        if is_urgent:
+            others_s = pace_s + SAID * (self._room.decodes.load.lately_s - pace_s)
         if own_s is None:
-            return np.ones(len(pace_s)), self.noise.odds(tightest_s[1], pace_s)
+            return np.ones(len(pace_s)), self.noise.odds(tightest_s[1], others_s)
         tightest_s[0] = own_s
-        gain, others = self.noise.odds(tightest_s, pace_s)
+        gain, others = self.noise.odds(tightest_s, np.array([pace_s, others_s]))
         return gain, others
 
     def _harm(self, odds: Floats, slower: Floats) -> Floats:

@@ -7,7 +7,7 @@ import pytest
 
 from scheduler.cost import CLASSES
 from scheduler.ledger import Ledger, Line
-from scheduler.pace import Noise, Pace
+from scheduler.pace import LATELY_S, Noise, Pace
 from scheduler.pins import Pins
 
 
@@ -37,6 +37,19 @@ class TestPace:
             2 * idle_s
         )
         assert made.load(np.zeros(1), np.zeros(1), now=99.0).joined_s[0] == pytest.approx(idle_s)
+
+    def test_the_pace_of_late_follows_and_begins_anew_with_the_endpoint(self):
+        made, few, many, kv = pace(), np.array([1.0]), np.array([100.0]), np.zeros(1)
+        before_s = made.load(few, kv, now=0.0).joined_s
+        crowded = made.load(many, kv, now=LATELY_S * math.log(2))
+
+        assert crowded.joined_s > before_s
+        assert crowded.lately_s == pytest.approx((before_s + crowded.joined_s) / 2)
+        later = made.load(many, kv, now=99 * LATELY_S)
+        assert later.lately_s == pytest.approx(later.joined_s)
+
+        made.open(0, CLASSES["a100"])
+        assert made.load(few, kv, now=99 * LATELY_S).lately_s == before_s
 
     def test_what_is_learned_from_is_what_was_predicted(self):
         """The terms of the sequence that has just joined add up to the pace that was predicted for it, prefill and all."""

@@ -74,7 +74,9 @@ def planner(
         kv_max=free_kv.copy(),
         pins=Pins(),
         decodes=Decodes(
-            lambda: Load(np.full(n, 0.01), np.zeros(n), np.zeros(n), np.full(n, 0.01)),
+            lambda: Load(
+                np.full(n, 0.01), np.zeros(n), np.zeros(n), np.full(n, 0.01), np.full(n, 0.01)
+            ),
             tightest_s=np.full(n, np.inf),
             promised=np.zeros(n),
             is_bound=False,
@@ -396,10 +398,12 @@ def decoding(
     alone_s: float = 0.01,
     settings: PlanSettings = SETTINGS,
     asked: list[str] | None = None,
+    lately_s: float | None = None,
 ) -> Planner:
-    """Two alike but for what decodes there: this many promises of 50 ms, at this pace."""
+    """Two alike but for what decodes there: this many promises of 50 ms, at this pace, of late as well if not said."""
     made = planner([0.001, 0.001], settings=settings, asked=asked)
-    load = Load(np.array(pace_s), np.full(2, 0.001), np.zeros(2), np.full(2, alone_s))
+    late_s = np.array(pace_s) if lately_s is None else np.full(2, lately_s)
+    load = Load(np.array(pace_s), np.full(2, 0.001), np.zeros(2), np.full(2, alone_s), late_s)
     made.room.decodes = Decodes(
         lambda: load,
         tightest_s=np.where(np.array(promised) > 0, 0.05, np.inf),
@@ -445,6 +449,24 @@ class TestPace:
 
         assert served(made) == [("r", 1)]
         assert made.choices[0].line.tpot_s == 0.05
+
+    @pytest.mark.parametrize(
+        ("lately_s", "due_at", "expected"),
+        [
+            pytest.param(0.046, 1.0, [], id="they have no slack"),
+            pytest.param(0.02, 1.0, ["r"], id="they are ahead"),
+            pytest.param(0.02, math.inf, [], id="but it loses nothing by waiting"),
+        ],
+    )
+    def test_who_has_been_fast_of_late_may_be_slowed(self, lately_s, due_at, expected):
+        """A promise is a mean over the whole answer. Both decode at 46 of 50 ms."""
+        made = decoding([40.0, 40.0], [0.046, 0.046], lately_s=lately_s)
+        one = paced("r")
+        one.due_at, one.output_tokens = due_at, 100
+
+        made.serve([one])
+
+        assert [name for name, _ in served(made)] == expected
 
     @pytest.mark.parametrize(
         ("due_at", "slot"),
