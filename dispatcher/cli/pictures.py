@@ -110,9 +110,12 @@ def _timeline(one: Report) -> "Figure":
     for column, label in ((1, "running"), (2, "waiting in the engine"), (3, "held by the worker")):
         axes.plot(moments[:, 0], moments[:, column], label=label, lw=1)
     other = axes.twinx()
-    other.plot(moments[:, 0], moments[:, 4], color="grey", lw=0.8, label="KV usage")
+    other.plot(moments[:, 0], moments[:, 4], color="grey", lw=0.8, label="KV usage (right)")
     other.set_ylim(0.0, 1.05)
-    axes.legend(fontsize="x-small", loc="upper left")
+    other.set_ylabel("part of the KV cache")
+    figure.legend(
+        fontsize="x-small", loc="upper left", bbox_to_anchor=(0, 1), bbox_transform=axes.transAxes
+    )
     return figure
 
 
