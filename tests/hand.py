@@ -85,7 +85,14 @@ class Hand:
         return arrived
 
     async def assign(
-        self, request_id: str, epoch: int, *, attempt: int = 1, endpoint: str = "e0", **fields
+        self,
+        request_id: str,
+        epoch: int,
+        *,
+        attempt: int = 1,
+        endpoint: str = "e0",
+        enqueued_at: float | None = None,
+        **fields,
     ) -> Job:
         arrived = self.arrived[request_id]
         request = arrived.request
@@ -101,7 +108,7 @@ class Hand:
             path=request.path,
             body=request.body,
             stream=request.stream,
-            enqueued_at=arrived.enqueued_at,
+            enqueued_at=arrived.enqueued_at if enqueued_at is None else enqueued_at,
             ttft_s=request.ttft_s,
             tpot_s=request.tpot_s,
             deadline_at=deadline_at,

@@ -258,7 +258,7 @@ class Attempt:
             prefill_s=prefill_s,
             predicted_s=job.prefill_s or None,
             queue_s=queue_s,
-            ttft_s=None if first_at is None or is_half else first_at - job.enqueued_at,
+            ttft_s=None if is_half else self._waited_s(first_at),
             tpot_s=self._own_tpot_s(),
             gap_max_s=self.gap_max_s or None,
             prompt_tokens=answer.usage.prompt_tokens if answer.usage else 0,
@@ -279,7 +279,11 @@ class Attempt:
 
     @property
     def _ttft_s(self) -> float | None:
-        return None if self._seen_at is None else self._seen_at - self.job.enqueued_at
+        return self._waited_s(self._seen_at)
+
+    def _waited_s(self, at: float | None) -> float | None:
+        """Since it was enqueued; never less than nothing, though Redis' clock went back meanwhile."""
+        return None if at is None else max(0.0, at - self.job.enqueued_at)
 
     def _tpot_s(self, finished_at: float) -> float | None:
         """Over all attempts, their gap included: that is what the client saw."""

@@ -123,7 +123,7 @@ class Meter:
         if result.ttft_s is not None:
             self.ttft.labels(endpoint).observe(result.ttft_s)
         if result.finished_at is not None and result.enqueued_at is not None:
-            self.e2e.labels(endpoint).observe(result.finished_at - result.enqueued_at)
+            self.e2e.labels(endpoint).observe(max(0.0, result.finished_at - result.enqueued_at))
         self.prompt_tokens.labels(endpoint).inc(result.prompt_tokens)
         self.cached_tokens.labels(endpoint).inc(result.cached_tokens)
         self.output_tokens.labels(endpoint).inc(result.output_tokens)

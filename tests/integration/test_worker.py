@@ -313,6 +313,16 @@ class TestSuccess:
         assert reward.cached_tokens == 0
         assert result.on_time is False
 
+    async def test_no_first_token_came_before_its_request(self, emulator, hand, rig):
+        """Redis' clock went back an hour since it was enqueued: sums of seconds must not."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+
+        await hand.submit("r1", chat(3), beat.epoch, job_enqueued_at=hand.redis.now() + 3600.0)
+
+        result, reward = await hand.result("r1"), await hand.reward("r1")
+        assert (result.outcome, result.ttft_s, reward.ttft_s) == ("completed", 0.0, 0.0)
+
     async def test_a_claim_checked_body_is_fetched(self, emulator, hand, rig):
         """A body too long for its entry lies in a key of its own."""
         await rig.start(emulator.url)
