@@ -116,10 +116,10 @@ class TestOrder:
 
     @given(prompt=st.integers(0, 9999), output=st.integers(0, 9999), more=st.integers(1, 9999))
     def test_a_price_is_the_tokens_held_summed_over_the_steps(self, prompt, output, more):
-        """Each step holds one more than the last; who says nothing stays for one step all the same."""
-        by_step = [prompt + step + 0.5 for step in range(output)] or [max(prompt, 1)]
+        """Each step holds one more than the last; who says nothing stays for one step all the same, and nobody is free."""
+        by_step = [prompt + step + 0.5 for step in range(output)] or [prompt]
 
-        assert held(prompt, output).kv_seconds == pytest.approx(sum(by_step))
+        assert held(prompt, output).kv_seconds == pytest.approx(max(sum(by_step), 1.0))
         assert held(prompt + more, output).kv_seconds >= held(prompt, output).kv_seconds
         assert held(prompt, output + more).kv_seconds >= held(prompt, output).kv_seconds
 
