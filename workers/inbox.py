@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from dispatcher.streams.connection import Connection, Entry, Read
-from dispatcher.streams.pages import pages
+from dispatcher.streams.pages import whole
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
 from scheduler.errors import UNREADABLE, StreamError, WireError
@@ -253,13 +253,14 @@ class Inbox:
 
     async def _written(self, job: Job, pieces: int) -> Written:
         """What earlier attempts left in the token log, so many pieces; all of them are fenced, so it stands still."""
-        parts: list[Tokens] = []
-        first_at: float | None = None
-        async for page in pages(self._connection, self._keys.tokens(job.id)):
-            parts.extend(codec.decode(Tokens, fields) for _, fields in page)
-            if first_at is None:
-                first_at = _moment(page[0][0])
-        return _joined(parts, pieces, first_at)
+        entries = await whole(self._connection, self._keys.tokens(job.id))
+        parts = codec.readable(Tokens, entries)
+        return _joined(
+            parts,
+            pieces,
+            first_at=_moment(entries[0][0]) if entries else None,
+            is_whole=len(parts) == len(entries) and _is_whole(parts),
+        )
 
     async def _acknowledge(self, entries: list[str]) -> None:
         if entries:
@@ -281,7 +282,12 @@ def _moment(entry: str) -> float:
     return int(entry.partition("-")[0]) / 1e3
 
 
-def _joined(parts: list[Tokens], pieces: int, first_at: float | None) -> Written:
+def _is_whole(parts: list[Tokens]) -> bool:
+    """Whether they begin where the answer does, and Redis has lost nothing between them."""
+    return bool(parts) and parts[0].index == 0 and not any(part.lost for part in parts)
+
+
+def _joined(parts: list[Tokens], pieces: int, *, first_at: float | None, is_whole: bool) -> Written:
     ids: list[int] = []
     is_known = True
     for part in parts:
@@ -295,6 +301,7 @@ def _joined(parts: list[Tokens], pieces: int, first_at: float | None) -> Written
         first_token_at=first_at,
         ids=tuple(ids) if is_known else (),
         is_plain=not any(part.chunks for part in parts),
+        is_whole=is_whole,
     )
 
 
