@@ -5,32 +5,18 @@ import math
 
 import msgspec
 import pytest
+from attempts import held
 
-from dispatcher.streams.sidecar import Held
-from scheduler.wire.dispatcher import Job
-from scheduler.wire.words import PATHS
-from workers.attempt import FENCED, Attempt, Stop
+from workers.attempt import FENCED, Stop
 from workers.body import NOTHING, Written
 from workers.halves import CLAIM
 
 ENQUEUED_AT, PULLED_AT = 1000.0, 1001.0
 
 
-def attempt(*, written=NOTHING, parsed=None, **fields):
-    job = Job(
-        **{
-            "id": "r1",
-            "entry": "1-0",
-            "attempt": 2,
-            "epoch": 7,
-            "model": "m",
-            "path": PATHS[1],
-            "enqueued_at": ENQUEUED_AT,
-            "decided_at": 1000.5,
-        }
-        | fields
-    )
-    return Attempt(Held("e0", job, "5-0"), parsed or {}, pulled_at=PULLED_AT, written=written)
+def attempt(**fields):
+    usual = {"attempt": 2, "epoch": 7, "enqueued_at": ENQUEUED_AT, "decided_at": 1000.5}
+    return held(pulled_at=PULLED_AT, **usual | fields)
 
 
 def event(**fields):
@@ -191,9 +177,9 @@ class TestLog:
 
     async def test_the_first_reason_to_stop_stays(self):
         """Its task is cancelled once: a second cancel would be somebody else's. Held back it has none."""
-        held = attempt()
-        held.halt(FENCED)
-        assert held.stop is FENCED
+        waiting = attempt()
+        waiting.halt(FENCED)
+        assert waiting.stop is FENCED
         one = attempt()
         one.task = asyncio.create_task(asyncio.Event().wait())
 

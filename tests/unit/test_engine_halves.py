@@ -2,10 +2,10 @@
 
 import msgspec
 import pytest
+from attempts import job
 
 from scheduler.errors import EngineError
-from scheduler.wire.dispatcher import Job
-from scheduler.wire.words import KV_PARAMS_BYTES, PATHS
+from scheduler.wire.words import KV_PARAMS_BYTES
 from workers import body, halves, parked
 from workers.answer import Answer
 from workers.parked import Parked
@@ -14,19 +14,7 @@ KV = b'{"remote_block_ids":[1,2]}'
 
 
 def posted(client, leg="prefill", kv_params=b""):
-    job = Job(
-        id="r1",
-        entry="1-0",
-        attempt=1,
-        epoch=1,
-        model="m",
-        path=PATHS[1],
-        enqueued_at=0.0,
-        decided_at=0.0,
-        leg=leg,
-        kv_params=kv_params,
-    )
-    return body.post(job, {"prompt": "x"} | client)
+    return body.post(job(leg=leg, kv_params=kv_params), {"prompt": "x"} | client)
 
 
 class TestPosted:

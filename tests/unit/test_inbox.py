@@ -2,6 +2,7 @@
 
 import asyncio
 
+import attempts
 import msgspec
 import pytest
 
@@ -11,8 +12,6 @@ from scheduler import codec
 from scheduler.errors import StreamError
 from scheduler.keys import WORKER_GROUP, Keys
 from scheduler.wire.client import Control
-from scheduler.wire.dispatcher import Job
-from scheduler.wire.words import PATHS
 from scheduler.wire.worker import Tokens
 from workers import inbox as inboxes
 from workers.body import NOTHING
@@ -33,19 +32,7 @@ async def redis(redis_url):
 
 def job(request_id="j1", **fields):
     """With an empty body: its claim check must be fetched, and others go on meanwhile."""
-    return Job(
-        **{
-            "id": request_id,
-            "entry": "0-1",
-            "attempt": 1,
-            "epoch": EPOCH,
-            "model": "m",
-            "path": PATHS[0],
-            "enqueued_at": 0.0,
-            "decided_at": 0.0,
-        }
-        | fields
-    )
+    return attempts.job(request_id, **{"entry": "0-1", "epoch": EPOCH} | fields)
 
 
 class Box(Inbox):

@@ -3,13 +3,11 @@
 import math
 
 import pytest
+from attempts import held
 
-from dispatcher.streams.sidecar import Held
 from scheduler.settings import WorkerSettings
-from scheduler.wire.dispatcher import Job
-from scheduler.wire.words import PATHS
 from workers import vigil as vigils
-from workers.attempt import STALE, Attempt, Stop
+from workers.attempt import STALE, Stop
 from workers.vigil import BLIND_S, Vigil
 
 NOW, TICK = 1000.0, 5000.0
@@ -42,21 +40,6 @@ class Watch(Vigil):
     def ended(self, *attempts, heard_s=0.0):
         """Those that are over, where the engine last sent something so many seconds ago."""
         return list(self.over(attempts, TICK - heard_s))
-
-
-def held(**fields):
-    job = Job(
-        id="r1",
-        entry="1-0",
-        attempt=1,
-        epoch=1,
-        model="m",
-        path=PATHS[1],
-        enqueued_at=0.0,
-        decided_at=0.0,
-        **fields,
-    )
-    return Attempt(Held("e0", job, "5-0"), {}, pulled_at=0.0)
 
 
 def running(*, silent_s, has_spoken=True, is_done=False, **fields):
