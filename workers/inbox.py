@@ -163,11 +163,9 @@ class Inbox:
         if self._taking.locked() or len(self._entries) != 1:
             return None
         [(entry, fields)] = self._entries
-        if b"action" in fields:
-            return None
         try:
             job = codec.decode(Job, fields)
-        except WireError:
+        except WireError:  # a word to cancel, perhaps
             return None
         is_checked = not job.body or job.kv_params == CLAIM
         if job.epoch != epoch or _is_resumed(job) or is_checked or is_known(job):

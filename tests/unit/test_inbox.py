@@ -5,6 +5,7 @@ import asyncio
 import attempts
 import msgspec
 import pytest
+import structlog
 
 from dispatcher.streams import pages
 from dispatcher.streams.connection import Connection, Where
@@ -291,9 +292,10 @@ class TestTaking:
         await box.redis.add(box.jobs, word)
         await box.redis.add(box.jobs, {"action": "dance"})
 
-        assert await box.passed_on() == []
+        with structlog.testing.capture_logs() as logs:
+            assert await box.passed_on() == []
 
-        assert box.cancelled == [("j7", "not wanted")]
+        assert (box.cancelled, logs) == ([("j7", "not wanted")], [])
         assert await box.redis.command("XLEN", box.jobs) == 0
         assert await box.pending() == 0
 
@@ -311,9 +313,11 @@ class TestTaking:
         strange = codec.encode(job("j1")) | {"enqueued_at": "yesterday"}
         [entry] = [await box.redis.add(box.jobs, strange)]
 
-        [arrival] = await box.passed_on()
+        with structlog.testing.capture_logs() as logs:
+            [arrival] = await box.passed_on()
 
         assert "enqueued_at" in arrival.trouble
+        assert [(one["event"], one["entry"]) for one in logs] == [("job_unreadable", entry)]
         held = arrival.held
         assert (held.endpoint, held.job_entry, held.job.entry) == ("e0", entry, "0-1")
         assert (held.job.id, held.job.attempt, held.job.epoch) == ("j1", 1, EPOCH)
