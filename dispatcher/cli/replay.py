@@ -13,7 +13,7 @@ from dispatcher.cli.lab import Bench, Cell
 from dispatcher.cli.recordings import Recording
 from scheduler import recording
 from scheduler.errors import SettingsError
-from scheduler.sim import recorded, replay, workload
+from scheduler.sim import recorded, replay, story, workload
 from scheduler.sim.replay import Outcome
 
 app = typer.Typer()
@@ -116,15 +116,12 @@ def _ask(
     found: Recording, names: list[str], *, seeds: int, out: Path | None, jobs: int | None
 ) -> None:
     """The lab with the recording's arrivals, on a fleet fitted from its rewards."""
-    told = recorded.story(found.lines)
+    told = story.read(found.lines, is_copy=found.head.seed is None)
     settings = recording.settings(found.head, plug_ins=_plug_ins(found))
-    stage = recorded.stage(
-        told,
-        settings.objectives,
-        name=Path(found.name).name.split(".")[0],
-        lease_s=settings.lease_s,
-    )
+    stage = recorded.stage(told, settings, name=Path(found.name).name.split(".")[0])
     stage.check()
+    for caution in recorded.cautions(told, stage.machines):
+        output.talk(caution)
     rate_rps = workload.rate(stage.work.arrivals)
     if not rate_rps:
         raise SettingsError(
@@ -152,5 +149,5 @@ def _ask(
     late = "-" if was.ttft_p99_s is None else f"{was.ttft_p99_s:.3f}"
     output.console().print(
         f"as it was: {was.n_completed} of {was.n} completed, {was.on_time:.1%} on time, "
-        f"TTFT mean {shown} s, P99 {late} s"
+        f"TTFT mean {shown} s, P99 {late} s, hit {was.cache_hit:.1%}"
     )

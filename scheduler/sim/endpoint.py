@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
-from scheduler.sim import truth
+from msgspec import structs
+
+from scheduler.sim import declared, truth
 from scheduler.sim.admission import Admission
 from scheduler.sim.attempt import Attempt
 from scheduler.sim.course import Course
@@ -51,7 +53,7 @@ class Endpoint(Party):
         is_open: bool,
         report: Report,
         fence: Callable[[str, int], bool],
-        model: str,
+        models: tuple[str, ...],
         kv_lease_s: float = math.inf,
     ) -> None:
         """Start empty.
@@ -62,7 +64,7 @@ class Endpoint(Party):
             is_open: no admission: every job goes to the engine as it comes.
             report: takes what the worker says.
             fence: whether an id's attempt is still the one that counts.
-            model: the name it serves.
+            models: what it serves.
             kv_lease_s: how long it keeps KV that nobody claims.
         """
         self.machine = machine
@@ -71,10 +73,12 @@ class Endpoint(Party):
         self.epoch = 1
         self.is_dead = False
         self.is_frozen = False
+        self.is_draining = False
+        "Takes nothing new, and says so."
         self._delays = delays
         self._report = report
         self._fence = fence
-        self._model = model
+        self._declared = declared.beat(machine, models)
         self.handover: Handover | None = None
         "Set by the world, where KV is handed over."
         self._frontend_s = machine.actual.frontend_s
@@ -370,20 +374,11 @@ class Endpoint(Party):
     def beat(self, now: float) -> Beat:
         """A heartbeat, with the news so far."""
         started, first_tokens = self._news.take()
-        settings, engine = self.machine.settings, self.engine
-        return Beat(
-            endpoint=self.name,
+        engine = self.engine
+        return structs.replace(
+            self._declared,
             epoch=self.epoch,
-            models=(self._model,),
-            hardware=self.machine.hardware,
-            max_num_seqs=settings.max_num_seqs,
-            kv_tokens=engine.kv_tokens,
-            block_tokens=settings.block_size,
-            no_prefix_cache=not settings.prefix_caching,
-            max_model_len=self.machine.tokens_max,
-            roles=(self.machine.role,),
-            link_gbps=self.machine.link_gbps,
-            kv_token_bytes=self.machine.nominal.kv_bytes_per_token,
+            state="draining" if self.is_draining else "ready",
             running=engine.n_running,
             queued=engine.n_waiting,
             held=len(self._held),

@@ -127,6 +127,9 @@ NO_DELAYS = Delays(hop_s=0.0, turn_s=0.0, news_s=0.0, beat_s=1.0, scrape_s=0.02)
 "Everybody knows everything at once (but a scrape, which takes some time)."
 
 
+FaultKind = Literal["slow", "freeze", "thaw", "die", "join", "drain", "resume"]
+
+
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One thing that befalls one endpoint."""
 
@@ -134,10 +137,11 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     endpoint: str
     "As the fleet numbers them: `a30-0`."
 
-    kind: Literal["slow", "freeze", "thaw", "die", "join"]
+    kind: FaultKind
     """
     `slow` multiplies every step by `factor`; `freeze` stops engine and worker until `thaw`; `die` loses all
-    it held; `join` is the moment it starts, again or for the first time.
+    it held; `join` is the moment it starts, again or for the first time; `drain` ends what it has and takes
+    nothing new until `resume`, over deaths as well.
     """
 
     factor: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
@@ -187,6 +191,12 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     link_gbps: float = 0.0
     "0: it is in no pool that hands KV over."
 
+    models: tuple[str, ...] = ()
+    "What it serves, adapters included; empty: what all arrivals ask for."
+
+    context_tokens: int = 0
+    "The longest context it serves; 0: as its KV cache holds."
+
     def engine(self) -> Engine:
         return Engine(self.actual, self.settings, np.random.default_rng(self.seed))
 
@@ -202,9 +212,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tokens_max(self) -> int:
         """The longest prompt and answer together that it can serve."""
+        most = min(self.kv_tokens, self.context_tokens or self.kv_tokens)
         if self.settings.chunked_prefill:
-            return self.kv_tokens
-        return min(self.kv_tokens, self.settings.max_num_batched_tokens)
+            return most
+        return min(most, self.settings.max_num_batched_tokens)
 
 
 def parse(text: str, name: str) -> Fleet:

@@ -11,7 +11,8 @@ import numpy as np
 from msgspec import structs
 
 from scheduler.errors import SettingsError
-from scheduler.sim import bounds, fleet, policy, report, workload, world
+from scheduler.sim import arriving, bounds, fleet, policy, report, workload
+from scheduler.sim.arriving import Row
 from scheduler.sim.fleet import Fleet, Machine
 from scheduler.sim.policies.base import LabPolicy, Stage
 from scheduler.sim.policies.routers import EarliestFinish, Oracle
@@ -79,11 +80,17 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             SettingsError: the fleet parts prefill from decode, and the policy's source does not; or it asks for
                 more seats than the engines' flags give.
         """
-        if self.fleet.is_disaggregated and not chosen.parts:
+        if self._is_parted and not chosen.parts:
             known = ", ".join(name for name, kind in policy.BY_NAME.items() if kind().parts)
             raise SettingsError(
                 f"policy {chosen.label!r} does not part prefill from decode, as fleet "
                 f"{self.fleet.name} does; wanted one of: {known}"
+            )
+        apart = self._whole_only() if self._is_parted and chosen.is_peer else []
+        if apart:
+            raise SettingsError(
+                f"policy {chosen.label!r} parts every request, and in fleet {self.fleet.name} nobody prefills for "
+                f"{', '.join(apart)}; wanted one of ours, such as plan"
             )
         if chosen.seats is not None:
             most = min(one.settings.max_num_seqs for one in self._made(0) if one.decodes)
@@ -101,7 +108,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             for arrival in self.work.arrivals[: None if self.closed else CAPACITY_ROWS]
         )
         rate = OVERLOAD * _cold_rate(some, made)
-        run = self._world(world.rows(_at_rate(some, rate)), made, EarliestFinish(), None)
+        rows = arriving.rows(_at_rate(some, rate), asked=self.work.asked)
+        run = self._world(rows, made, EarliestFinish(), None)
         run.run(EarliestFinish().dispatch(self._stage(seed)))
         ends = np.sort([fate.finished_at for fate in run.fates if fate.finished_at is not None])
         if len(ends) < 2:
@@ -125,7 +133,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         """One cell with one seed."""
         self.admit(chosen)
         made = _seated(self._made(seed), chosen.seats)
-        rows = world.rows(self._arriving(rate_rps), self.work.weights, self.work.objectives)
+        work = self.work
+        rows = arriving.rows(self._arriving(rate_rps), work.weights, work.objectives, work.asked)
         run = self._world(rows, made, chosen, timer)
         stage = self._stage(seed)
         begun = timer() if timer else 0
@@ -184,6 +193,22 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         ttft_s, *others = kinds.pop()
         return ttft_s if others == [None, None] else None
 
+    @property
+    def _is_parted(self) -> bool:
+        """Whether some endpoints only prefill."""
+        return any(one.role == "prefill" for one in self.machines) or self.fleet.is_disaggregated
+
+    def _whole_only(self) -> list[str]:
+        """Of given machines, those that decode nothing which another has prefilled."""
+        prefilled = {
+            model for one in self.machines if one.role == "prefill" for model in one.models
+        }
+        return [
+            one.name
+            for one in self.machines
+            if one.decodes and not (one.link_gbps and prefilled.issuperset(one.models))
+        ]
+
     def _arriving(self, rate_rps: float) -> tuple[Arrival, ...]:
         return (_closed if self.closed else _at_rate)(self.work.arrivals, rate_rps)
 
@@ -195,7 +220,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
 
     def _world(
         self,
-        rows: Sequence[world.Row],
+        rows: Sequence[Row],
         made: Sequence[Machine],
         chosen: LabPolicy,
         timer: Timer | None,
@@ -216,7 +241,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         return Stage(
             rng=np.random.default_rng([seed, 2]),
             delays=self.fleet.delays,
-            is_parted=self.fleet.is_disaggregated,
+            is_parted=self._is_parted,
             objectives=self.work.known,
             tenants=self.work.tenants,
         )

@@ -26,6 +26,7 @@ from scheduler.sim.arguments import EngineSettings
 from scheduler.sim.fleet import Machine
 from scheduler.sim.workload import Arrival
 from scheduler.slo import Objective
+from scheduler.wire.client import Request
 
 SHARE_SEED = 0
 
@@ -67,6 +68,8 @@ class Promised(msgspec.Struct, frozen=True):
     "What the dispatcher's settings say of them."
     tenants: dict[str, float] = {}
     "Shares by tenant."
+    asked: tuple[Request, ...] = ()
+    "As their clients wrote them; empty: they say what arrivals do."
 
 
 def parse(text: str, name: str) -> Promises:

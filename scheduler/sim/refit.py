@@ -3,6 +3,9 @@
 Two factors an endpoint: `prefill` on what multiplies and attends over new tokens, `decode` on what every step costs
 and reads. Rewards say of each request when it was admitted, had its first token and ended, so also who was prefilled
 or decoded beside whom. The factors are moved until the median request takes as long in the model as it really took.
+
+Of a request in two legs the first says what prefilling took and the second what decoding did; between them lies the
+way of its KV, which is neither.
 """
 
 from collections.abc import Sequence
@@ -33,6 +36,7 @@ class Factors(msgspec.Struct, frozen=True):
     """Times a profile's own."""
 
     prefill: float = 1.0
+    "NaN: too few prompts were computed there to say."
     decode: float = 1.0
 
 
@@ -45,6 +49,8 @@ class _Spans(msgspec.Struct, frozen=True):
     prompt: Floats
     cached: Floats
     output: Floats
+    computed: Floats
+    "1 where the prompt was computed here, 0 where its KV was fetched."
 
 
 def fit(machine: Machine, rewards: Sequence[Reward]) -> Factors | None:
@@ -52,15 +58,16 @@ def fit(machine: Machine, rewards: Sequence[Reward]) -> Factors | None:
 
     Args:
         machine: its profile and engine, as declared.
-        rewards: completed ones of it.
+        rewards: of the legs that it completed.
     """
     spans = _spans(rewards)
     if len(spans.first) < SAMPLES_LEAST:
         return None
     chosen = np.arange(0, len(spans.first), max(1, len(spans.first) // SAMPLES_MAX))
+    here = chosen[spans.computed[chosen] > 0]
     # Of a short prompt the weights and the front end are most; it says little of prefill.
-    uncached = spans.prompt - spans.cached
-    long = chosen[uncached[chosen] >= np.median(uncached[chosen])]
+    uncached = (spans.prompt - spans.cached)[here]
+    long = here[uncached >= np.median(uncached)] if len(here) >= SAMPLES_LEAST else here[:0]
     found = Factors()
     for _ in range(ROUNDS):
         model = slowed(machine, found)
@@ -70,7 +77,15 @@ def fit(machine: Machine, rewards: Sequence[Reward]) -> Factors | None:
             min(FACTOR_MAX, max(FACTOR_MIN, found.prefill * prefill)),
             min(FACTOR_MAX, max(FACTOR_MIN, found.decode * decode)),
         )
-    return found
+    return found if len(long) else structs.replace(found, prefill=np.nan)
+
+
+def filled(own: Factors | None, alike: Sequence[Factors]) -> Factors:
+    """What was not measured taken from others of its kind; as declared where they do not say either."""
+    usual = middle(alike)
+    if own is None:
+        return usual
+    return own if np.isfinite(own.prefill) else structs.replace(own, prefill=usual.prefill)
 
 
 def slowed(machine: Machine, factors: Factors) -> Machine:
@@ -149,8 +164,11 @@ def _spans(rewards: Sequence[Reward]) -> _Spans:
             one.first_token_at,
             one.finished_at,
             one.prompt_tokens,
-            min(one.cached_tokens or 0, one.prompt_tokens - 1),
+            one.prompt_tokens - 1
+            if one.leg == "decode"
+            else min(one.cached_tokens or 0, one.prompt_tokens - 1),
             one.output_tokens,
+            one.leg != "decode",
         )
         for one in rewards
         if one.admitted_at is not None
@@ -159,8 +177,7 @@ def _spans(rewards: Sequence[Reward]) -> _Spans:
         and one.prompt_tokens > 0
         and one.first_token_at > one.admitted_at
     )
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 6).T
-    return _Spans(*columns)
+    return _Spans(*np.array(rows, dtype=np.float64).reshape(-1, 7).T)
 
 
 def _middle(values: Sequence[float]) -> float:

@@ -16,23 +16,17 @@ from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Protocol
 
-import msgspec
-
 from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Reclaim
 from scheduler.sim import chain
+from scheduler.sim.arriving import MODEL, Row
 from scheduler.sim.endpoint import Endpoint
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays, Fault, Links, Machine
 from scheduler.sim.handover import Handover
 from scheduler.sim.network import Network
 from scheduler.sim.sequence import Sequence as Prompt
-from scheduler.sim.workload import Arrival
-from scheduler.wire.client import Request
 from scheduler.wire.dispatcher import Job
 from scheduler.wire.worker import Beat, Reward
-
-MODEL = "llm"
-"The one model that every endpoint of the lab serves."
 
 DRAIN_LEAST_S = 300.0
 "After the last arrival a run goes on for three times its span, and at least for so long."
@@ -55,41 +49,6 @@ class Dispatch(Protocol):
     def decide(self, now: float) -> list[Command]: ...
 
     def wakeup_at(self) -> float | None: ...
-
-
-class Row(msgspec.Struct, frozen=True):
-    """An arrival, made ready for runs: what its client writes and what keeping its promise is worth."""
-
-    arrival: Arrival
-    request: Request
-    weight: float = 1.0
-
-
-def rows(
-    arrivals: Sequence[Arrival], weights: Sequence[float] = (), objectives: Sequence[str] = ()
-) -> tuple[Row, ...]:
-    """A workload as requests; `objectives` name those whose weight the dispatcher should know."""
-    return tuple(
-        Row(
-            arrival,
-            Request(
-                id=str(at),
-                model=MODEL,
-                objective=objectives[at] if objectives else "",
-                ttft_s=arrival.ttft_s,
-                tpot_s=arrival.tpot_s,
-                deadline_s=arrival.deadline_s,
-                priority=arrival.priority or None,
-                tenant=arrival.tenant,
-                session="" if arrival.session is None else str(arrival.session),
-                prompt_tokens=arrival.prompt_tokens,
-                expected_tokens=arrival.expected_tokens,
-                blocks=chain.hashes(arrival),
-            ),
-            weights[at] if weights else 1.0,
-        )
-        for at, arrival in enumerate(arrivals)
-    )
 
 
 class World:
@@ -135,7 +94,7 @@ class World:
                 is_open=is_open,
                 report=self._report,
                 fence=self._counts,
-                model=MODEL,
+                models=machine.models or (MODEL,),
                 kv_lease_s=links.kv_lease_s,
             )
             for machine in machines
@@ -186,15 +145,16 @@ class World:
     # Setting out.
 
     def _open_fleet(self) -> None:
-        first_fault: dict[str, Fault] = {}
+        first_turn: dict[str, Fault] = {}
         for fault in self._faults:
-            first_fault.setdefault(fault.endpoint, fault)
+            if fault.kind in ("die", "join"):
+                first_turn.setdefault(fault.endpoint, fault)
             self._at(fault.at_s, self._befall, fault)
         for at, (name, endpoint) in enumerate(self.endpoints.items()):
-            fault_of_it = first_fault.get(name)
+            turn = first_turn.get(name)
             # Later beats come one after the other, not all at once.
             self._at(self._beat_s * (at + 1) / len(self.endpoints), self._beat, endpoint)
-            if fault_of_it is not None and fault_of_it.kind == "join":
+            if turn is not None and turn.kind == "join":
                 endpoint.die()
             else:  # known before the first arrival
                 self._dispatch.receive(endpoint.beat(0.0), 0.0)
@@ -367,6 +327,10 @@ class World:
             case "join":
                 endpoint.join()
                 self._report(self.now, endpoint.beat(self.now))
+            case "drain" | "resume":
+                endpoint.is_draining = fault.kind == "drain"
+                if not endpoint.is_dead:
+                    self._report(self.now, endpoint.beat(self.now))
         self._attend(endpoint)
 
     def _report(self, at: float, fact: Beat | Reward) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from dispatcher.journal import Journal, Recorder
 from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.sim import fleet, workload, world
+from scheduler.sim import arriving, fleet, workload
 from scheduler.sim.fleet import EndpointSpec, Fleet
 from scheduler.sim.world import World
 
@@ -45,7 +45,7 @@ class Timed:
 def run(path: Path | None) -> float:
     """Microseconds a request in the core, with a journal where a path is given."""
     rng = np.random.default_rng(0)
-    rows = world.rows(
+    rows = arriving.rows(
         tuple(
             workload.Arrival(
                 at_s=float(at),

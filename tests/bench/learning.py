@@ -17,7 +17,8 @@ import numpy as np
 from msgspec import structs
 
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.sim import catalogue, cells, fleet, policy, trace, workload, world
+from scheduler.sim import arriving, catalogue, cells, fleet, policy, trace, workload
+from scheduler.sim.arriving import Row
 from scheduler.sim.baselines.lodestar import Lodestar
 from scheduler.sim.cells import Cell
 from scheduler.sim.fleet import EndpointSpec, Fault, Fleet
@@ -55,10 +56,10 @@ def pair(hardware: str | None) -> Fleet:
     )
 
 
-def rows(seed: int, span_s: float) -> tuple[world.Row, ...]:
+def rows(seed: int, span_s: float) -> tuple[Row, ...]:
     rng = np.random.default_rng(seed)
     n = int(RATE_RPS * span_s)
-    return world.rows(
+    return arriving.rows(
         tuple(
             workload.Arrival(
                 at_s=float(at),

@@ -13,7 +13,7 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.errors import SettingsError
 from scheduler.events import Assign
 from scheduler.plan import PlanSettings
-from scheduler.sim import fleet, workload, world
+from scheduler.sim import arriving, fleet, workload
 from scheduler.sim.fleet import EndpointSpec, Fleet
 from scheduler.sim.world import World
 from scheduler.wire.worker import Reward
@@ -57,7 +57,7 @@ class Tap:
 
 def run(plan: PlanSettings, rate_rps: float, n: int) -> Tap:
     rng = np.random.default_rng(5)
-    rows = world.rows(
+    rows = arriving.rows(
         tuple(
             workload.Arrival(
                 at_s=float(at) / rate_rps,

@@ -9,6 +9,7 @@ import pytest
 from scheduler.errors import SettingsError
 from scheduler.events import Arrived
 from scheduler.sim import policy
+from scheduler.sim.arriving import Row
 from scheduler.sim.baselines import affinity, finish, load, lodestar, orders
 from scheduler.sim.baselines.desk import Desk
 from scheduler.sim.baselines.senses import Asked
@@ -18,7 +19,7 @@ from scheduler.sim.fleet import Delays
 from scheduler.sim.policies.base import Stage
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.workload import Arrival
-from scheduler.sim.world import Row, World
+from scheduler.sim.world import World
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat, Reward
 

@@ -3,7 +3,7 @@
 import numpy as np
 from test_instrument import crowd
 
-from scheduler.sim import chain, foresight, world
+from scheduler.sim import arriving, chain, foresight
 from scheduler.sim.workload import Arrival
 
 
@@ -42,8 +42,8 @@ class TestForeseen:
     def test_the_request_carries_it(self):
         """It is a field that any application may set, and nothing else of the request differs."""
         rows = crowd(20)
-        plain = world.rows(rows)
-        told = world.rows(foresight.foreseen(rows, "known"))
+        plain = arriving.rows(rows)
+        told = arriving.rows(foresight.foreseen(rows, "known"))
 
         assert [row.request.expected_tokens for row in told] == [row.output_tokens for row in rows]
         assert {row.request.expected_tokens for row in plain} == {None}

@@ -14,7 +14,7 @@ from scheduler.plan import PlanSettings
 from scheduler.profile.filters import InTime
 from scheduler.profile.pickers import Random
 from scheduler.profile.profile import Profile
-from scheduler.sim import fleet, workload, world
+from scheduler.sim import arriving, fleet, workload
 from scheduler.sim.fleet import EndpointSpec, Fleet
 from scheduler.sim.world import World
 
@@ -29,7 +29,7 @@ RATE_RPS = 8.0
 def run(path, **chosen):
     """A run of the core with these settings, its recording, and its mean seconds from decision to first token."""
     rng = np.random.default_rng(1)
-    rows = world.rows(
+    rows = arriving.rows(
         tuple(
             workload.Arrival(
                 at_s=float(at),

@@ -1,14 +1,13 @@
 """I5: what a recording tells a fresh core gives the recorded commands, and any difference is named."""
 
 import io
-import math
 
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from msgspec import structs
+from taped import CHAT, lines_of, played, recorded_run
 from typer.testing import CliRunner
 
 from dispatcher.cli import recordings
@@ -20,75 +19,10 @@ from scheduler.errors import SettingsError
 from scheduler.events import Arrived, Assign
 from scheduler.policies import Urgency
 from scheduler.recording import RecordingError
-from scheduler.sim import fleet, recorded, refit, workload, world
-from scheduler.sim.fleet import CERTAIN, Delays, EndpointSpec, Fault, Fleet
-from scheduler.sim.refit import Factors
+from scheduler.sim import story
 from scheduler.sim.replay import replayed
-from scheduler.sim.world import World
-from scheduler.slo import Objective
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat
-
-CHAT = {"chat": Objective(ttft_ms=800.0, weight=2.0)}
-FLEET = Fleet(
-    name="three",
-    endpoints=(EndpointSpec(profile="a100", count=2), EndpointSpec(profile="l40s")),
-    faults=(
-        Fault(at_s=6.0, endpoint="a100-0", kind="slow", factor=3.0),
-        Fault(at_s=9.0, endpoint="l40s-0", kind="die"),
-        Fault(at_s=14.0, endpoint="l40s-0", kind="join"),
-    ),
-)
-
-
-def arrivals(seed, *, rate_rps=12.0, span_s=20.0):
-    """Conversations of every length, some with promises."""
-    rng = np.random.default_rng(seed)
-    n = int(rate_rps * span_s)
-    at_s = np.sort(rng.uniform(0, span_s, n))
-    return tuple(
-        workload.Arrival(
-            at_s=float(at),
-            prompt_tokens=int(rng.lognormal(6.5, 1.0)) + 1,
-            output_tokens=int(rng.integers(2, 120)),
-            blocks=(int(rng.integers(5)),),
-            block_tokens=128,
-            ttft_s=float(rng.choice([0.3, 1.0, 5.0])) if rng.random() < 0.6 else None,
-            deadline_s=8.0 if rng.random() < 0.3 else None,
-            priority=int(rng.integers(-1, 3)),
-        )
-        for at in at_s
-    )
-
-
-def recorded_run(seed=0, core_settings=None, where=FLEET, **more):
-    """A run of the lab and its recording, as bytes."""
-    core_settings = core_settings or CoreSettings(objectives=CHAT, lease_s=Delays().lease_s)
-    file = io.BytesIO()
-    head = recording.head(core_settings, seed=seed, version="0", pool="lab")
-    journal = Journal(head, lambda _: file, bytes_max=2**40)
-    run = played(journal, core_settings, seed, where, **more)
-    return run, file.getvalue()
-
-
-def played(journal, core_settings, seed=0, where=FLEET, **more):
-    """A run of the lab that this journal takes down."""
-    core = Recorder(Scheduler(core_settings, np.random.default_rng(seed)), journal)
-    rows = world.rows(arrivals(seed, **more))
-    run = World(
-        rows,
-        fleet.machines(where, seed),
-        delays=where.delays,
-        is_open=False,
-        faults=where.faults,
-    )
-    run.run(core)
-    journal.flush_by(math.inf)
-    return run
-
-
-def lines_of(data):
-    return recording.read(enumerate(data.splitlines(), 1), name="test")
 
 
 def again(data, *changes):
@@ -201,7 +135,7 @@ class TestParts:
         """The last part alone knows the endpoints and what was asked then; its turns can't be repeated, and it says so."""
         files = parts(20_000)
         with recordings.opened(files[-1]) as found:
-            part, told = found.head.part, recorded.story(found.lines)
+            part, told = found.head.part, story.read(found.lines)
 
         assert len(files) == FILES_KEPT
         assert part > FILES_KEPT
@@ -296,80 +230,3 @@ class TestFormat:
         head = msgspec.json.decode(msgspec.json.encode(head), type=recording.Head)
 
         assert recording.settings(head) == chosen
-
-
-class TestRecorded:
-    @pytest.mark.parametrize(
-        ("models", "roles", "message"),
-        [
-            (("a", "b"), ("both",), r"holds requests for 2 models \(a, b\), wanted one"),
-            (("a", "a"), ("prefill",), "e0 only prefill, wanted endpoints that serve whole"),
-        ],
-        ids=["two models", "two legs"],
-    )
-    def test_what_the_lab_cannot_play_again_is_refused(self, models, roles, message):
-        """It fits one profile to each endpoint, and all of them serve one model, whole."""
-        told = recorded.Story(
-            requests={f"r{at}": (Request(model=m), float(at)) for at, m in enumerate(models)},
-            beats={"e0": [(0.0, Beat(endpoint="e0", epoch=1, roles=roles))]},
-        )
-
-        with pytest.raises(SettingsError, match=message):
-            recorded.stage(told, {}, name="log", lease_s=3.0)
-
-    def test_the_arrivals_are_those_of_the_run(self):
-        """Moments, lengths and promises come back; who never finished has the usual length."""
-        run, data = recorded_run(rate_rps=4.0)
-        told = recorded.story(lines_of(data)[1])
-
-        work = recorded.work(told, CHAT, min(at for _, at in told.requests.values()))
-
-        real = [fate.arrival for fate in run.fates]
-        first_s = real[0].at_s
-        assert [a.at_s for a in work.arrivals] == pytest.approx([a.at_s - first_s for a in real])
-        done = [at for at, _ in enumerate(real) if str(at) in told.rewards]
-        assert len(done) > len(real) / 2
-        for at in done:
-            mine, theirs = work.arrivals[at], real[at]
-            assert (mine.prompt_tokens, mine.output_tokens) == (
-                theirs.prompt_tokens,
-                theirs.output_tokens,
-            )
-            assert (mine.ttft_s, mine.priority) == (theirs.ttft_s, theirs.priority)
-
-    def test_a_death_and_a_return_are_seen(self):
-        """An endpoint that fell silent and came back with a new epoch dies and joins in the lab."""
-        _, data = recorded_run(span_s=25.0)
-        told = recorded.story(lines_of(data)[1])
-
-        found = recorded.faults(told, 0.0, lease_s=3.0)
-
-        assert [(f.endpoint, f.kind) for f in found] == [("l40s-0", "die"), ("l40s-0", "join")]
-        assert 7.5 < found[0].at_s < 9.5
-        assert 13.5 < found[1].at_s < 15.5
-
-    def test_endpoints_are_as_slow_as_measured(self):
-        """A fleet twice as slow as its profiles, and noisy, is found so within 15 %."""
-        where = structs.replace(FLEET, faults=(), chance=CERTAIN)
-        slow = tuple(refit.slowed(m, Factors(2.0, 1.5)) for m in fleet.machines(where, 0))
-        assert slow
-        file = io.BytesIO()
-        head = recording.head(CoreSettings(), seed=0, version="0", pool="lab")
-        journal = Journal(head, lambda _: file, bytes_max=2**40)
-        core = Recorder(Scheduler(CoreSettings(), np.random.default_rng(0)), journal)
-        run = World(
-            world.rows(arrivals(0, rate_rps=6.0, span_s=60.0)),
-            slow,
-            delays=where.delays,
-            is_open=False,
-        )
-        run.run(core)
-        journal.flush_by(math.inf)
-
-        made = recorded.machines(recorded.story(lines_of(file.getvalue())[1]))
-
-        for mine, real in zip(made, sorted(slow, key=lambda m: m.name), strict=True):
-            prefill = mine.actual.coef.g / real.nominal.coef.g
-            decode = mine.actual.coef.ad / real.nominal.coef.ad
-            assert prefill == pytest.approx(2.0, rel=0.15), mine.name
-            assert decode == pytest.approx(1.5, rel=0.15), mine.name

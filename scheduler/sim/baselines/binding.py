@@ -67,7 +67,9 @@ class Bound:
                 if self._desk.is_possible(asked):
                     self._new.append(asked)
                 else:
-                    commands.append(self._desk.refuse(asked, "longer than every context", now))
+                    commands.append(
+                        self._desk.refuse(asked, "nobody serves its model, or its length", now)
+                    )
                 continue
             chosen = self._router.choose(asked, slots, now)
             if chosen is None:
@@ -140,7 +142,7 @@ class Lined:
         slots = [slot for slot in living if free[slot]]
         if not slots:
             if not desk.is_possible(asked):
-                return desk.refuse(asked, "longer than every context", now)
+                return desk.refuse(asked, "nobody serves its model, or its length", now)
             self._stuck.append(asked)
             return None
         cached = desk.prefixes.match(asked)

@@ -45,7 +45,7 @@ class Desk:
         "Roles of endpoints that new requests are sent to; empty: all."
 
     def living(self, asked: Asked, now: float, roles: frozenset[str] = frozenset()) -> list[int]:
-        """Slots that were heard from within the lease, can hold this prompt, and have one of these roles.
+        """Slots that were heard from within the lease, serve this model and prompt, and have one of these roles.
 
         Args:
             asked: whose prompt.
@@ -56,16 +56,24 @@ class Desk:
             slot
             for slot, seen_at in enumerate(self._seen_at)
             if now - seen_at <= self._lease_s
-            and asked.prompt_tokens < self.beats[slot].max_model_len
+            and self._serves(slot, asked)
+            and self.beats[slot].state == "ready"
             and self._has_role(slot, roles or self.first_legs)
         ]
 
     def takes_first(self) -> Bools:
         """Which slots new requests are sent to."""
         found: Bools = np.array(
-            [self._has_role(slot, self.first_legs) for slot in range(len(self.beats))]
+            [
+                self._has_role(slot, self.first_legs) and beat.state == "ready"
+                for slot, beat in enumerate(self.beats)
+            ]
         )
         return found
+
+    def _serves(self, slot: int, asked: Asked) -> bool:
+        beat = self.beats[slot]
+        return asked.prompt_tokens < beat.max_model_len and asked.request.model in beat.models
 
     def _has_role(self, slot: int, roles: frozenset[str]) -> bool:
         return not roles or not roles.isdisjoint(self.beats[slot].roles)
@@ -81,8 +89,8 @@ class Desk:
         return found
 
     def is_possible(self, asked: Asked) -> bool:
-        """Whether any endpoint ever seen could hold this prompt."""
-        return any(asked.prompt_tokens < beat.max_model_len for beat in self.beats)
+        """Whether any endpoint ever seen serves this model and could hold this prompt."""
+        return any(self._serves(slot, asked) for slot in range(len(self.beats)))
 
     def send(
         self,
