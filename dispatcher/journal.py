@@ -24,6 +24,7 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Command, Event
 from scheduler.recording import Head
 from scheduler.view import Snapshot, View
+from scheduler.wire.client import Control
 from scheduler.wire.worker import Beat
 
 FLUSH_BYTES, FLUSH_S = 1 << 16, 0.02
@@ -75,6 +76,8 @@ class Journal:
         self._flushed_at = 0.0
         self.beats: dict[str, tuple[float, Beat]] = {}
         "The last of each endpoint, and when it was told."
+        self.drained: dict[str, None] = {}
+        "Those that people have drained."
         self._file: BinaryIO | None = open_file(0)
         self.add(head)
 
@@ -88,6 +91,12 @@ class Journal:
         if self._file is not None:
             recording.ENCODER.encode_into(line, self._buffer, -1)
             self._buffer += b"\n"
+
+    def note(self, control: Control) -> None:
+        """Remember who is drained: the next part begins with it."""
+        self.drained.pop(control.endpoint, None)
+        if control.action == "drain":
+            self.drained[control.endpoint] = None
 
     def flush_by(self, now: float) -> None:
         """Write what has gathered, if it is much or old."""
@@ -119,7 +128,8 @@ class Journal:
             return
         self.add(self._head)
         self.beats = {name: told for name, told in self.beats.items() if now - told[0] < STANDS_S}
-        self.add({"now": now, "standing": [beat for _, beat in self.beats.values()]})
+        standing = [beat for _, beat in self.beats.values()]
+        self.add({"now": now, "standing": standing, "drained": [*self.drained]})
 
     def _flush(self) -> None:
         if self._file is None:
@@ -150,6 +160,8 @@ class Recorder:
         """As the core's."""
         if isinstance(event, Beat):
             self._journal.beats[event.endpoint] = now, event
+        elif isinstance(event, Control):
+            self._journal.note(event)
         self._journal.add(recording.told(event, now))
         self._core.receive(event, now)
 
@@ -163,6 +175,7 @@ class Recorder:
     def restore(self, snapshot: Snapshot) -> bool:
         """As the core's."""
         self._journal.add({"restored": snapshot})
+        self._journal.drained.update(dict.fromkeys(snapshot.drained))
         return self._core.restore(snapshot)
 
 

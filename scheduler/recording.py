@@ -6,7 +6,7 @@
     {"now": 1731500000.125, "decided": [{"assign": {...}}, ...]}  a turn, and every command of it
     {"end": "resigned"}                                           or "rolled": the reign's next part goes on
 
-A later part begins with {"now": ..., "standing": [beats]}, which tells nobody anything new.
+A later part begins with {"now": ..., "standing": [beats], "drained": [names]}, which tells nobody anything new.
 
 With the same seed and settings a fresh core that is told the same at the same moments asks for the same, byte for
 byte (I5). Bodies stay out, only their length is kept: the core never looks into one, and a log that people pass
@@ -105,6 +105,9 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     standing: tuple[Beat, ...] = ()
     "Where a later part begins: the last beat of each endpoint, told before."
+
+    drained: tuple[str, ...] = ()
+    "With it: the endpoints that people had drained."
 
     restored: Snapshot | None = None
     end: str | None = None

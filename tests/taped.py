@@ -91,8 +91,8 @@ def stage_of(data, *, is_copy=False):
     return recorded.stage(told_by(data, is_copy=is_copy), recording.settings(head), name="test")
 
 
-def asked_again(data, chosen="plan", *, is_copy=False):
-    """The run that this policy makes of a recording."""
+def asked_again(data, chosen="recorded", *, is_copy=False):
+    """The run that this policy makes of a recording; by default the one that made it."""
     lab = stage_of(data, is_copy=is_copy)
     rate_rps = workload.rate(lab.work.arrivals)
     return lab.run(policy.named(chosen), label=chosen, seed=0, rate_rps=rate_rps)[1]

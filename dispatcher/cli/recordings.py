@@ -107,7 +107,11 @@ async def copied(
     reader = Intake(keys, body_bytes=LINE_BYTES_MAX)
     first = f"{round(since * 1e3)}-0"
     streams = (keys.beats, keys.requests, keys.controls, keys.decisions, keys.rewards)
-    read = [_entries(connection, stream, first) for stream in streams]
+    # Who was drained before is drained still.
+    read = [
+        _entries(connection, stream, "0-0" if stream == keys.controls else first)
+        for stream in streams
+    ]
     async for stream, entry in _merged(streams, read):
         line = _line(reader, keys, stream, entry)
         if line is not None:

@@ -37,7 +37,7 @@ def replay_(
         typer.Option(
             "--policy",
             metavar="P[,P...]",
-            help="What would these have done? See `simulate --policy`.",
+            help="What would these have done? As `simulate --policy`, and `recorded`: its own settings.",
         ),
     ] = None,
     seeds: lab.SeedsOption = 1,

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from msgspec import structs
 
+from scheduler.core import CoreSettings
 from scheduler.errors import SettingsError
 from scheduler.sim import arriving, bounds, fleet, policy, report, workload
 from scheduler.sim.arriving import Row
@@ -56,6 +57,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
     "Which part of the trace this is, where several are run."
     machines: tuple[Machine, ...] = ()
     "These, whatever the seed, in place of those that the fleet and a seed would make."
+    core: CoreSettings | None = None
+    "Of the dispatcher whose recording this is, for the policy `recorded`."
 
     def check(self) -> None:
         """Refuse what cannot run.
@@ -244,6 +247,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             is_parted=self._is_parted,
             objectives=self.work.known,
             tenants=self.work.tenants,
+            core=self.core,
         )
 
 

@@ -41,6 +41,10 @@ ALL: tuple[type[LabPolicy], ...] = (
 BY_NAME: Mapping[str, type[LabPolicy]] = {str(kind.__struct_config__.tag): kind for kind in ALL}
 
 
+_KINDS: Mapping[str, type[LabPolicy]] = {**BY_NAME, "recorded": ours.Recorded}
+"With the one that only a recording has."
+
+
 def named(text: str) -> LabPolicy:
     """A policy from `name` or `name:field=value:field=value`.
 
@@ -51,9 +55,9 @@ def named(text: str) -> LabPolicy:
         SettingsError: no such policy or field; the message says what exists.
     """
     name, *parts = text.strip().split(":")
-    if name not in BY_NAME:
+    if name not in _KINDS:
         raise SettingsError(f"policy is {name!r}, wanted one of: {', '.join(BY_NAME)}")
-    kind = BY_NAME[name]
+    kind = _KINDS[name]
     fields: dict[str, str] = {}
     for part in parts:
         key, sign, value = part.partition("=")
@@ -73,5 +77,5 @@ def is_peer(label: str) -> bool:
     >>> is_peer("edf-drop:seats=48"), is_peer("plan:fill=0"), is_peer("oracle")
     (True, False, False)
     """
-    kind = BY_NAME.get(label.partition(":")[0])
+    kind = _KINDS.get(label.partition(":")[0])
     return kind is None or kind().is_peer

@@ -78,6 +78,7 @@ def stage(found: Story, settings: CoreSettings, *, name: str) -> Lab:
         work=structs.replace(promised, tenants=dict(settings.fairness.weights)),
         trace=name,
         machines=made,
+        core=settings,
     )
 
 

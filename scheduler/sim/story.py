@@ -77,8 +77,8 @@ def read(lines: Iterable[Line], *, is_copy: bool = False) -> Story:
     for line in lines:
         for beat in line.standing:
             _beat(found, beat, line.now)
-        if line.restored is not None:
-            found.drains += [(0.0, name, True) for name in line.restored.drained]
+        before = line.drained if line.restored is None else line.restored.drained
+        found.drains += [(0.0, name, True) for name in before]
         event = line.event
         if event is None:
             continue

@@ -22,8 +22,21 @@ from scheduler.core import CoreSettings
 from scheduler.errors import SettingsError
 from scheduler.events import Arrived, Refused
 from scheduler.fairness import FairnessSettings
+from scheduler.plan import PlanSettings
+from scheduler.policies import Edf
 from scheduler.recording import Line
-from scheduler.sim import alike, arriving, asked, fleet, lives, recorded, refit, story, workload
+from scheduler.sim import (
+    alike,
+    arriving,
+    asked,
+    fleet,
+    lives,
+    policy,
+    recorded,
+    refit,
+    story,
+    workload,
+)
 from scheduler.sim.fleet import CERTAIN, Chance, EndpointSpec, Fault, Fleet
 from scheduler.sim.refit import Factors
 from scheduler.sim.story import Story
@@ -471,8 +484,8 @@ class TestPromises:
         rows[5] = structs.replace(rows[5], request=structs.replace(rows[5].request, id="5"))
         _, data = recorded_run(where=A100S, made=made, rows=tuple(rows))
 
-        for policy in ("plan", "round-robin"):
-            assert asked_again(data, policy).fates[5].endpoint == "a100-2"
+        for chosen in ("plan", "round-robin"):
+            assert asked_again(data, chosen).fates[5].endpoint == "a100-2"
 
     def test_who_gave_up_is_counted(self):
         """The lab has no clients that leave: it says how many did."""
@@ -487,6 +500,44 @@ class TestPromises:
         lines = [Line(now=1.0, arrived=bare), Line(now=1.1, refused=Refused(id="r", entry="1-0"))]
 
         assert story.read(lines).requests == {}
+
+
+class TestOwn:
+    """The policy `recorded`: the core as it was set."""
+
+    def test_it_decides_by_the_recorded_settings(self):
+        """Another order, plan and quantum than those that ship: as with them, and not as without."""
+        chosen = CoreSettings(
+            policy=Edf(),
+            plan=PlanSettings(fill=0.5),
+            fairness=FairnessSettings(quantum_tokens=512, weights={"a": 3.0}),
+        )
+        rows = talk(rate_rps=40.0, span_s=10.0)
+        tenants = tuple(
+            structs.replace(
+                row,
+                arrival=structs.replace(row.arrival, tenant="ab"[at % 2]),
+                request=structs.replace(row.request, tenant="ab"[at % 2]),
+            )
+            for at, row in enumerate(rows)
+        )
+        _, data = recorded_run(core_settings=chosen, where=A100S, rows=tenants)
+
+        def firsts(policy):
+            return [fate.first_token_at for fate in asked_again(data, policy).fates]
+
+        own = firsts("recorded")
+        assert own == firsts("core-edf:fill=0.5:quantum_tokens=512")
+        assert own != firsts("core-edf:fill=0.5")
+
+    def test_without_a_recording_there_is_none(self):
+        """In `simulate` it says so."""
+        lab = structs.replace(
+            stage_of(recorded_run(where=A100S, rows=talk(span_s=2.0))[1]), core=None
+        )
+
+        with pytest.raises(SettingsError, match="'recorded' is the core as it was recorded"):
+            lab.run(policy.named("recorded"), label="", seed=0, rate_rps=1.0)
 
 
 class TestFit:

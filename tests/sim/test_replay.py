@@ -21,7 +21,7 @@ from scheduler.policies import Urgency
 from scheduler.recording import RecordingError
 from scheduler.sim import story
 from scheduler.sim.replay import replayed
-from scheduler.wire.client import Request
+from scheduler.wire.client import Control, Request
 from scheduler.wire.worker import Beat
 
 
@@ -156,6 +156,26 @@ class TestParts:
 
         with recordings.opened(paths[1]) as part:
             assert [beat.endpoint for beat in next(part.lines).standing] == ["here"]
+
+    def test_who_was_drained_is_drained_in_the_parts_that_follow(self, tmp_path):
+        """By a person in this reign or in one before; who was resumed is not."""
+        head = recording.head(CoreSettings(), seed=1, version="0", pool="lab")
+        paths = [tmp_path / f"{part}.jsonl" for part in range(2)]
+        journal = Journal(head, lambda part: paths[part].open("xb"), bytes_max=1)
+        before = Scheduler(CoreSettings(), np.random.default_rng(1))
+        core = Recorder(Scheduler(CoreSettings(), np.random.default_rng(1)), journal)
+        for name in ("a", "b"):
+            before.receive(Control(action="drain", endpoint=name), 1.0)
+        core.restore(before.snapshot())
+        core.receive(Control(action="resume", endpoint="a"), 2.0)
+        core.receive(Control(action="drain", endpoint="c"), 2.0)
+        journal.flush_by(2.0)
+        journal.close("resigned")
+
+        with recordings.opened(paths[1]) as part:
+            drains = story.read(part.lines).drains
+
+        assert sorted(drains) == [(0.0, "b", True), (0.0, "c", True)]
 
     def test_a_disk_that_fails_ends_the_recording_only(self, tmp_path):
         """The next part cannot be opened: the core goes on, and the journal says that it is shut."""

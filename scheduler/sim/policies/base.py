@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from scheduler.core import CoreSettings
 from scheduler.sim.fleet import Delays
 from scheduler.sim.world import Dispatch
 from scheduler.slo import Objective
@@ -27,6 +28,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     "Whether some endpoints only prefill."
     objectives: dict[str, Objective] = {}
     tenants: dict[str, float] = {}
+    core: CoreSettings | None = None
+    "Of the dispatcher whose recording this is, if it is one."
 
 
 class LabPolicy(

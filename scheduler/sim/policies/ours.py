@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from scheduler.core import CoreSettings, Scheduler
+from scheduler.errors import SettingsError
 from scheduler.fairness import FairnessSettings
 from scheduler.plan import PlanSettings
 from scheduler.policies import Edf, Fcfs, Urgency
@@ -91,6 +92,30 @@ class CoreEdf(_Core, frozen=True, tag="core-edf"):
 
     def order(self) -> CorePolicy:
         return Edf()
+
+
+class Recorded(LabPolicy, frozen=True, tag="recorded"):
+    """The core with the settings of the dispatcher that was recorded: its own policy, plan, profile and fairness."""
+
+    @property
+    def is_peer(self) -> bool:
+        return False
+
+    @property
+    def is_open(self) -> bool:
+        return False
+
+    @property
+    def parts(self) -> bool:
+        return True
+
+    def dispatch(self, stage: Stage) -> Dispatch:
+        if stage.core is None:
+            raise SettingsError(
+                "policy 'recorded' is the core as it was recorded, and this is no recording: wanted another"
+            )
+        settings = structs.replace(stage.core, objectives=stage.objectives)
+        return Scheduler(settings, stage.rng)
 
 
 def _of(policy: LabPolicy, kind: type[Struct]) -> dict[str, Any]:
