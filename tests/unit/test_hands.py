@@ -26,6 +26,7 @@ class TestHands:
     def test_an_attempt_goes_through(self):
         """Held, running, through with the engine, gone; in hand until the last."""
         hands = Hands(2)
+        assert hands.empty.is_set()
         [one] = taken(hands, held())
         assert (one.stage, list(hands.held.values())) == ("held", [one])
         assert not hands.empty.is_set()
@@ -141,6 +142,9 @@ class TestAdmission:
 
         assert made().chosen() == [one]
         assert made(step_s=1e-9).chosen() == [one]
+
+        taken(hands, held("r2"))
+        assert len(made(step_s=1e-9).chosen()) == 1, "and one of two"
 
     def test_beside_others_the_promises_are_asked(self, door):
         """One held alone is judged by those in the engine, and by the operator's own bound."""

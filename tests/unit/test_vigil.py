@@ -65,7 +65,7 @@ class TestDue:
     def test_the_earliest_counts(self):
         """Whoever sleeps is woken by what comes sooner, and by nothing else."""
         watch = Watch()
-        for deadline_at, sooner in ((NOW + 50, 1), (NOW + 80, 1), (NOW + 20, 2)):
+        for deadline_at, sooner in ((NOW + 50, 1), (NOW + 50, 1), (NOW + 80, 1), (NOW + 20, 2)):
             watch.arrived(held(deadline_at=deadline_at))
             assert watch.sooner == sooner
         assert watch.due_s() == 20.0
@@ -92,8 +92,10 @@ class TestDue:
         one = running(silent_s=3.0, has_spoken=False, deadline_at=NOW + 200)
 
         assert watch.ended(one) == []
-
         assert watch.due_s() == 97.0
+
+        assert watch.ended(one, held(deadline_at=NOW + 60)) == []
+        assert watch.due_s() == 60.0
 
     @pytest.mark.parametrize(("heard_s", "due_s"), [(2.0, 3.0), (7.0, vigils.AGAIN_S)])
     def test_a_frozen_engine_is_looked_for_while_answers_are_under_way(self, heard_s, due_s):
@@ -140,11 +142,11 @@ class TestOver:
     @pytest.mark.parametrize(
         ("silent_s", "how", "words"),
         [
-            (99.0, {"has_spoken": False}, None),
+            (100.0, {"has_spoken": False}, None),
             (101.0, {"has_spoken": False}, "silent for 100 s before the first token"),
-            (29.0, {}, None),
+            (30.0, {}, None),
             (31.0, {}, "silent for 30 s between two tokens"),
-            (4.0, {"is_done": True}, None),
+            (5.0, {"is_done": True}, None),
             (6.0, {"is_done": True}, "silent for 5 s after [DONE]"),
         ],
     )
