@@ -10,6 +10,7 @@ from scheduler.wire.dispatcher import Job
 from workers import answer as answers
 from workers.answer import Answer, fault_in, refusal
 from workers.body import Written
+from workers.halves import NO_KV
 
 JOB = Job(
     id="r1",
@@ -155,6 +156,78 @@ class TestSuccess:
         assert response["usage"]["completion_tokens"] == 5
         assert response["usage"]["prompt_tokens"] == 8
 
+    def test_what_comes_once_may_come_anywhere(self):
+        """Usage, times and an id in any chunk hold, whatever later chunks leave out or say again."""
+        times = event(choices=[], metrics={"queue_time_ms": 5.0})
+        answer = fed(times, usage(3), said("Hel"), event(id="c2", choices=[]), said("lo", "stop"))
+        answer.check()
+
+        assert answer.metrics.queue_time_ms == 5.0
+        assert answer.output_tokens == 3
+        assert msgspec.json.decode(answer.response(JOB))["id"] == "c1"
+
+    def test_an_engine_that_does_not_say_who_it_is(self):
+        """The request's own id and model stand in for what is missing; one named late is named."""
+        nameless = event(id="", model="", choices=[{"index": 0, "text": "x"}])
+        assert self._head(nameless) == {"id": "r1", "model": "m", "created": 0}
+
+        late = event(id="c9", model="n", created=5, choices=[])
+        assert self._head(nameless, late) == {"id": "c9", "model": "n", "created": 5}
+
+    @staticmethod
+    def _head(*parts):
+        response = msgspec.json.decode(fed(*parts).response(JOB))
+        return {name: response[name] for name in ("id", "model", "created")}
+
+    def test_what_ended_it_is_told(self):
+        """The string or token of the request's own that the engine stopped at."""
+        last = {"index": 0, "text": "x", "finish_reason": "stop", "stop_reason": "END"}
+
+        [choice] = msgspec.json.decode(fed(event(choices=[last])).response(JOB))["choices"]
+
+        assert choice["stop_reason"] == "END"
+
+    def test_the_second_choice_is_no_text_of_the_first(self):
+        """In the log it comes as the engine's own chunk; an answer nobody listens to gathers nothing."""
+        two = said("a") + event(choices=[{"index": 1, "delta": {"content": "b"}}])
+        answer, quiet = fed(two), Answer(keeps_news=False)
+        quiet.feed(two)
+
+        text, chunks, pieces = answer.take()
+        assert (text, pieces) == ("a", 2)
+        assert [one["choices"][0]["index"] for one in msgspec.json.decode(chunks)] == [1]
+        assert (quiet.fresh_text, quiet.fresh_chunks) == ([], [])
+
+    def test_what_gathers_is_weighed(self):
+        """While Redis is away the longest answers are given up by it; what was taken weighs nothing."""
+        answer = fed(said("x" * 1000))
+        assert 1000 < answer.fresh_bytes < 1200
+        answer.feed(said("x" * 1000))
+        assert 2000 < answer.fresh_bytes < 2400
+
+        answer.take()
+
+        assert answer.fresh_bytes == 0
+
+    def test_all_may_have_been_said_before(self):
+        """A continued attempt that ends at once is no empty answer; nor one shorter than what went before."""
+        written = Written(text="Oh. ", pieces=2, output_tokens=5)
+
+        fed(said("", "stop") + usage(0) + DONE).check(written)
+        fed(said("a", "stop") + usage(2) + DONE).check(written)
+
+    @pytest.mark.parametrize(
+        ("leg", "kv_params", "spared"),
+        [("whole", b"", 4), ("decode", b'{"at":1}', 3), ("decode", NO_KV, 4)],
+    )
+    def test_what_was_cached_is_said_by_who_computed_it(self, leg, kv_params, spared):
+        """To an engine that fetched a prompt's KV all of it may be cached: the first leg's engine knows better."""
+        job = msgspec.structs.replace(JOB, leg=leg, kv_params=kv_params, kv_cached_tokens=3)
+
+        usage = msgspec.json.decode(fed(GOOD).response(job))["usage"]
+
+        assert usage["prompt_tokens_details"] == {"cached_tokens": spared}
+
     def test_tool_calls_come_in_pieces(self):
         """Names once, arguments bit by bit; the log keeps the engine's own chunks."""
         head = {
@@ -267,6 +340,16 @@ class TestFailure:
 
         with pytest.raises(EngineError, match="an answer of over 1000 bytes"):
             answer.feed(said("x" * 9, **more) * 200)
+
+    def test_an_event_without_end_is_none(self, monkeypatch):
+        """It would be kept until its end came."""
+        monkeypatch.setattr(answers, "EVENT_BYTES", 1000)
+        answer = Answer()
+        for _ in range(10):
+            answer.feed(b"x" * 100)
+
+        with pytest.raises(EngineError, match="an event of over 1000 bytes"):
+            answer.feed(b"x")
 
     def test_what_is_no_text_counts_as_well(self, monkeypatch):
         """A hundred calls of tools are no less memory for saying nothing."""
