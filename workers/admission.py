@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from time import perf_counter
 
-from scheduler import batch
-from scheduler.batch import Limits
+from scheduler import batching
+from scheduler.batching import Limits
 from scheduler.settings import EngineAddress, WorkerSettings
 from workers.attempt import Attempt
 from workers.hands import Hands
@@ -37,7 +37,7 @@ class Admission:
         if len(held) == 1 and not self._hands.running:
             return held  # an empty batch always takes one
         tick = perf_counter()
-        places = batch.admit(
+        places = batching.admit(
             [attempt.member(tick) for attempt in self._hands.running.values()],
             [attempt.candidate() for attempt in held],
             self._rhythm.step_time.law,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from dispatcher.streams.sidecar import Held
-from scheduler import batch
-from scheduler.batch import Candidate, Member
+from scheduler import batching
+from scheduler.batching import Candidate, Member
 from scheduler.slo import BYTES_PER_TOKEN
 from scheduler.wire.words import Outcome
 from scheduler.wire.worker import Result, Reward, Tokens
@@ -166,7 +166,7 @@ class Attempt:
 
     def member(self, tick: float) -> Member:
         """As the batch sees it."""
-        return batch.member(
+        return batching.member(
             prompt_tokens=self.prompt_tokens,
             uncached_tokens=self.uncached_tokens,
             said=self.new_tokens,

@@ -2,7 +2,7 @@
 
     1. join     a new epoch; whoever worked in this name before is fenced
     2. read     jobs arrive with their bodies and what earlier attempts wrote (`inbox`)
-    3. admit    as many as the promises of the batch allow (`scheduler.batch`)
+    3. admit    as many as the promises of the batch allow (`scheduler.batching`)
     4. serve    `start` and POST in the same moment; tokens to the log as they come (`serving`)
     5. end      one terminal move, or the request goes back to be tried elsewhere
 

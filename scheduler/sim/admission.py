@@ -1,9 +1,9 @@
-"""Whom a worker lets into its engine: `batch.admit`, with what the live worker has learned and knows."""
+"""Whom a worker lets into its engine: `batching.admit`, with what the live worker has learned and knows."""
 
 from collections.abc import Callable, Iterable, Sequence
 
-from scheduler import batch, cost, steptime
-from scheduler.batch import Limits
+from scheduler import batching, cost, steptime
+from scheduler.batching import Limits
 from scheduler.lengths import Answers
 from scheduler.sim.attempt import Attempt
 from scheduler.sim.fleet import Machine
@@ -42,7 +42,7 @@ class Admission:
         """Which of the held may enter, by their place; `said` tells how many tokens a running one has."""
         if self._is_open:
             return list(range(len(held)))
-        return batch.admit(
+        return batching.admit(
             [attempt.member(said(attempt.sequence), now) for attempt in running],
             [attempt.candidate() for attempt in held],
             self._law.law,

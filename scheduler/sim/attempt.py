@@ -2,8 +2,8 @@
 
 import math
 
-from scheduler import batch
-from scheduler.batch import Candidate, Member
+from scheduler import batching
+from scheduler.batching import Candidate, Member
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Machine
 from scheduler.sim.handover import Params
@@ -63,7 +63,7 @@ class Attempt:
 
     def member(self, said: int, now: float) -> Member:
         """As one that runs and has said so many tokens."""
-        return batch.member(
+        return batching.member(
             prompt_tokens=self.job.prompt_tokens,
             uncached_tokens=self.uncached_tokens,
             said=said,

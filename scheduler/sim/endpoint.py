@@ -1,6 +1,6 @@
 """One endpoint in virtual time: an engine, and beside it the worker that admits jobs to it and reports.
 
-The worker is the live one's in all that decides anything: `batch.admit` with the same members, candidates, limits
+The worker is the live one's in all that decides anything: `batching.admit` with the same members, candidates, limits
 and step-time law, learned from the same gaps. What differs is only that its hands are not HTTP and Redis.
 """
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, composite
 
-from scheduler import batch
-from scheduler.batch import Candidate, Limits, Member, admit
+from scheduler import batching
+from scheduler.batching import Candidate, Limits, Member, admit
 from scheduler.steptime import Law
 
 LAW = Law(base_s=0.010, sequence_s=0.0, kv_s=1e-6, prefill_s=0.0)
@@ -161,11 +161,11 @@ class TestBudget:
     )
     def test_a_step_time_is_a_number_of_tokens(self, allowed_s, expected):
         """The law turned round."""
-        assert batch.kv_budget(allowed_s, 4, LAW) == pytest.approx(expected)
+        assert batching.kv_budget(allowed_s, 4, LAW) == pytest.approx(expected)
 
     def test_a_law_without_kv_term_does_not_bound_tokens(self):
         """Division by nothing."""
-        assert batch.kv_budget(0.015, 4, Law(0.010, 0.0, 0.0, 0.0)) == math.inf
+        assert batching.kv_budget(0.015, 4, Law(0.010, 0.0, 0.0, 0.0)) == math.inf
 
 
 SECONDS = st.floats(0, 1) | st.just(math.inf)

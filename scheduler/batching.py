@@ -1,4 +1,4 @@
-"""Who decodes together next.
+"""Who decodes together next: admission to the continuous batch of one engine.
 
 A decode step costs every member the same time, and that time grows with the KV tokens it reads, so one long
 request slows all. Held requests may join while the slowest promise in the batch still holds; the bound is a step
