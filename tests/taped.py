@@ -45,6 +45,27 @@ def arrivals(seed, *, rate_rps=12.0, span_s=20.0):
     )
 
 
+def talk(rate_rps=10.0, span_s=30.0, *, seed=1):
+    """Turns of forty sessions, each of which begins as the session's others do."""
+    rng = np.random.default_rng(seed)
+    n = int(rate_rps * span_s)
+    rows = []
+    for at in np.sort(rng.uniform(0, span_s, n)).tolist():
+        session, shared = int(rng.integers(40)), int(rng.integers(1, 12))
+        rows.append(
+            workload.Arrival(
+                at_s=at,
+                prompt_tokens=128 * shared + int(rng.lognormal(5.5, 0.8)) + 1,
+                output_tokens=int(rng.integers(2, 200)),
+                session=session,
+                blocks=tuple(100 * session + place for place in range(shared)),
+                block_tokens=128,
+                ttft_s=1.0 if rng.random() < 0.6 else None,
+            )
+        )
+    return arriving.rows(rows)
+
+
 def recorded_run(seed=0, core_settings=None, where=FLEET, *, rows=None, made=None, told=(), **more):
     """A run of the lab and its recording, as bytes; see `played`."""
     core_settings = core_settings or CoreSettings(objectives=CHAT, lease_s=Delays().lease_s)

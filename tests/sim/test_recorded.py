@@ -12,6 +12,7 @@ from taped import (
     asked_again,
     recorded_run,
     stage_of,
+    talk,
     told_by,
 )
 from typer.testing import CliRunner
@@ -35,7 +36,6 @@ from scheduler.sim import (
     recorded,
     refit,
     story,
-    workload,
 )
 from scheduler.sim.fleet import CERTAIN, Chance, EndpointSpec, Fault, Fleet
 from scheduler.sim.refit import Factors
@@ -63,28 +63,6 @@ PARTED = Fleet(
     ),
     chance=SMOOTH,
 )
-
-
-def talk(rate_rps=10.0, span_s=30.0, **fields):
-    """Turns of forty sessions, each of which begins as the session's others do."""
-    rng = np.random.default_rng(1)
-    n = int(rate_rps * span_s)
-    rows = []
-    for at in np.sort(rng.uniform(0, span_s, n)).tolist():
-        session, shared = int(rng.integers(40)), int(rng.integers(1, 12))
-        rows.append(
-            workload.Arrival(
-                at_s=at,
-                prompt_tokens=128 * shared + int(rng.lognormal(5.5, 0.8)) + 1,
-                output_tokens=int(rng.integers(2, 200)),
-                session=session,
-                blocks=tuple(100 * session + place for place in range(shared)),
-                block_tokens=128,
-                ttft_s=1.0 if rng.random() < 0.6 else None,
-                **fields,
-            )
-        )
-    return arriving.rows(rows)
 
 
 def said(rows, change):
