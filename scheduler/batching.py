@@ -1,8 +1,8 @@
 """Who decodes together next: admission to the continuous batch of one engine.
 
 A decode step costs every member the same time, and that time grows with the KV tokens it reads, so one long
-request slows all. Held requests may join while the slowest promise in the batch still holds; the bound is a step
-time turned into KV tokens, not a count of seats. The rest wait outside, where their order can still change.
+request slows all. A held request may join if it breaks no more promises than keeping its own is worth: the bound is
+a step time, not a count of seats. The rest wait outside, where their order can still change.
 
 Nobody is kept out for want of KV blocks: that is the dispatcher's account, and whoever it was mistaken about has the
 blocks as soon as they are free if it waits in the engine, and a turn of everybody later if it waits here.
@@ -42,6 +42,9 @@ class Member(msgspec.Struct, frozen=True):
     prefill_tokens: float = 0.0
     "Prompt tokens still to compute; 0 once it decodes."
 
+    weight: float = 1.0
+    "What keeping its promise is worth."
+
 
 def member(
     *,
@@ -51,6 +54,7 @@ def member(
     expected_tokens: float,
     tpot_s: float | None,
     decoding_s: float | None,
+    weight: float,
 ) -> Member:
     """A request inside the engine, from what its worker knows.
 
@@ -61,6 +65,7 @@ def member(
         expected_tokens: of the whole answer.
         tpot_s: its promise; None: none.
         decoding_s: since its first token; None: that has not come.
+        weight: what keeping its promise is worth.
     """
     return Member(
         context_tokens=prompt_tokens + said,
@@ -69,6 +74,7 @@ def member(
         tpot_s=tpot_s or math.inf,
         banked_s=(said - 1) * tpot_s - decoding_s if tpot_s and decoding_s is not None else 0.0,
         prefill_tokens=0.0 if decoding_s is not None else uncached_tokens,
+        weight=weight,
     )
 
 
@@ -131,8 +137,8 @@ def admit(
 ) -> list[int]:
     """Which of the held may enter the engine now, in the order of entering, as indices of `held`.
 
-    Never more than the seats. An empty batch always takes one, so nothing waits for ever; a member whose promise
-    cannot hold even alone binds nobody.
+    Never more than the seats. An empty batch always takes one, so nothing waits for ever; a member that will miss
+    its promise anyway binds nobody.
 
     >>> law = Law(base_s=0.010, sequence_s=0.001, kv_s=0.0, prefill_s=0.0)
     >>> chat = Candidate(prompt_tokens=10, uncached_tokens=0, output_tokens=10, tpot_s=0.0135)
@@ -184,14 +190,6 @@ def is_feasible(one: Candidate, prefill_tokens: float, law: Law, now: float) -> 
     return now + wait_s <= one.due_at
 
 
-def kv_budget(allowed_s: float, batch: int, law: Law) -> float:
-    """How many KV tokens a batch of this size may read and still step within `allowed_s`."""
-    left_s = allowed_s - law.base_s - law.sequence_s * batch
-    if left_s < -1e-12:
-        return -1.0
-    return math.inf if law.kv_s == 0.0 else max(left_s, 0.0) / law.kv_s
-
-
 class _Load:
     """The batch as it would be: the running and those who have joined in this call."""
 
@@ -200,22 +198,47 @@ class _Load:
         self._keep = 1.0 - limits.margin
         self.batch = len(running)
         self.prefill_tokens = self._read = 0.0
-        self._members: list[tuple[float, float, float, float]] = []
-        "Of each: context, what remains, its promise (`inf`: none), and how far it is ahead of that."
+        self._members: list[tuple[float, float, float, float, float]] = []
+        "Of each: context, what remains, its promise (`inf`: none), how far ahead of that it is, what that is worth."
         self._columns: Floats | None = None
         "The same as columns; None: nobody asked, or somebody has joined since."
         self._is_bound = False
         "Whether anybody was promised a pace."
         for one in running:
             self.prefill_tokens += one.prefill_tokens
-            self._enter(one.context_tokens, one.remaining_tokens, one.tpot_s, one.banked_s)
+            self._enter(
+                one.context_tokens, one.remaining_tokens, one.tpot_s, one.banked_s, one.weight
+            )
 
     def can_join(self, one: Candidate, now: float) -> bool:
-        """Whether every promise that can hold at all still holds with this one in the batch."""
-        allowed_s = min(self._limits.step_s, self._own_s(one, now), self._members_s(one))
-        if allowed_s == math.inf:
+        """Whether it keeps its own pace here, and breaks no more promises of others than keeping its own is worth."""
+        law, limits = self._law, self._limits
+        is_lost = not is_feasible(one, self.prefill_tokens, law, now)
+        # What it cannot keep at all is no reason to wait.
+        own_s = one.tpot_s
+        if is_lost or own_s < law.step_s(1, one.prompt_tokens):
+            own_s = math.inf
+        if limits.step_s == own_s == math.inf and not self._is_bound:
             return True
-        return self._read_beside(one) <= kv_budget(allowed_s, self.batch + 1, self._law)
+        step_s = law.step_s(self.batch + 1, self._read_beside(one))
+        if step_s > min(limits.step_s, own_s * self._keep):
+            return False
+        # Who was promised no first token, or has missed it, loses nothing by waiting.
+        worth = 0.0 if is_lost or one.due_at == math.inf else one.weight
+        return not self._is_bound or self._broken(one, step_s) <= worth
+
+    def _broken(self, one: Candidate, step_s: float) -> float:
+        """The worth of the promises per token that would hold without the newcomer and do not with it.
+
+        A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who will miss it
+        anyway, behind the prompts that are in the engine already, keeps nobody out.
+        """
+        law, (_, remaining, tpot, ahead, weight) = self._law, self._by_column()
+        rest = np.maximum(remaining, 1.0)
+        allowed = tpot * self._keep + (ahead - law.prefill_s * self.prefill_tokens) / rest
+        holds = allowed >= law.step_s(self.batch, self._read)
+        breaks = allowed - law.prefill_s * one.uncached_tokens / rest < step_s
+        return float(weight[holds & breaks].sum())
 
     def _read_beside(self, one: Candidate) -> float:
         """KV tokens that a step reads with the newcomer: now, or in the mean over its stay if that is more.
@@ -230,38 +253,20 @@ class _Load:
 
     def join(self, one: Candidate, now: float) -> None:
         is_lost = not is_feasible(one, self.prefill_tokens, self._law, now)
+        tpot_s = math.inf if is_lost else one.tpot_s
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
-        self._enter(one.prompt_tokens, one.output_tokens, math.inf if is_lost else one.tpot_s)
+        self._enter(one.prompt_tokens, one.output_tokens, tpot_s, 0.0, one.weight)
 
-    def _enter(self, context: float, remaining: float, tpot_s: float, ahead_s: float = 0.0) -> None:
+    def _enter(
+        self, context: float, remaining: float, tpot_s: float, ahead_s: float, weight: float
+    ) -> None:
         self._read += context
-        self._members.append((context, remaining, tpot_s, ahead_s))
+        self._members.append((context, remaining, tpot_s, ahead_s, weight))
         self._columns = None
         self._is_bound = self._is_bound or tpot_s < math.inf
 
     def _by_column(self) -> Floats:
         if self._columns is None:
-            self._columns = np.array(self._members, dtype=np.float64).reshape(-1, 4).T
+            self._columns = np.array(self._members, dtype=np.float64).reshape(-1, 5).T
         return self._columns
-
-    def _own_s(self, one: Candidate, now: float) -> float:
-        """The longest step the newcomer itself can stand; `inf` where its promise is lost already."""
-        alone_s = self._law.step_s(1, one.prompt_tokens)
-        is_lost = not is_feasible(one, self.prefill_tokens, self._law, now)
-        return math.inf if is_lost or one.tpot_s < alone_s else one.tpot_s * self._keep
-
-    def _members_s(self, one: Candidate) -> float:
-        """The longest step that the members can stand, after the newcomer's prefill has stalled them.
-
-        A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who cannot keep
-        it even alone is set aside and binds nobody.
-        """
-        if not self._is_bound:
-            return math.inf
-        law, (context, remaining, tpot, ahead) = self._law, self._by_column()
-        stall_s = law.prefill_s * (self.prefill_tokens + one.uncached_tokens)
-        tpot, rest = tpot * self._keep, np.maximum(remaining, 1.0)
-        alone = law.base_s + law.sequence_s + law.kv_s * context
-        allowed = (tpot + (ahead - stall_s) / rest)[tpot + ahead / rest >= alone]
-        return float(allowed.min()) if len(allowed) else math.inf

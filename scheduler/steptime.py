@@ -4,8 +4,11 @@
 
 The gap between two tokens of a running request is one step, so every streamed token is a sample. Old samples
 fade, the prior never quite does: where the load has not varied (a batch of always one cannot tell `base` from
-`sequence`) the prior decides, and one wild sample moves nothing.
+`sequence`) the prior decides, and one wild sample moves nothing. Only the prior's shape is believed: how fast the
+engine is as a whole the first few gaps say, for hardware that nobody declared may be five times slower.
 """
+
+import math
 
 import msgspec
 import numpy as np
@@ -20,13 +23,16 @@ MEMORY = 0.995
 "What a sample still weighs one sample later: half after 140 steps, a few seconds of decoding."
 
 PRIOR_SAMPLES = 4.0
-"What the prior weighs in samples at first; it is right within a factor, and four steps come within 0.2 s."
+"What the prior's shape weighs in samples at first."
 
 PRIOR_MEMORY, PRIOR_FLOOR = 0.97, 0.01
 "It fades faster than the samples do, to a hundredth: enough to decide what the load never varied."
 
 FLOOR = 8.0
-"No coefficient falls below the prior over this: no memory is so fast, and a KV term of zero would unbind the batch."
+"No coefficient falls below the prior at its level over this: a KV term of zero would unbind the batch."
+
+LEVEL_SAMPLES = 32
+"The level is a mean over about so many samples."
 
 CLIP = 4.0
 "A sample further than this factor from the law counts as this far: stalls and coalesced tokens are not steps."
@@ -93,7 +99,8 @@ class StepTime:
         self.error = 0.0
         "Recent mean of |predicted - measured| / measured."
         self._prior = _vector(prior)
-        self._floor = self._prior / FLOOR
+        self._level = 0.0
+        "The log of how many times slower than its prior the engine is."
         self._weight = np.diag(PRIOR_SAMPLES / np.maximum(self._prior, 1e-4) ** 2)
         self._moments = np.zeros((4, 4))
         self._targets = np.zeros(4)
@@ -115,7 +122,10 @@ class StepTime:
             off if self.samples == 0 else ERROR_MEMORY * self.error + (1 - ERROR_MEMORY) * off
         )
         self.samples += 1
-        self._add(measured_s, np.array([1.0, batch, kv_tokens, prefill_tokens]) / SCALES)
+        inputs = np.array([1.0, batch, kv_tokens, prefill_tokens]) / SCALES
+        slower = math.log(measured_s / float(inputs @ self._prior))
+        self._level += (slower - self._level) / min(self.samples, LEVEL_SAMPLES)
+        self._add(measured_s, inputs)
         if self.samples % SOLVE_EVERY == 0 or self.samples < CLIP_AFTER:
             self._solve()
 
@@ -129,9 +139,11 @@ class StepTime:
 
     def _solve(self) -> None:
         """Least squares with the prior as a few samples more; no coefficient falls below its floor."""
-        weight = self._weight * max(PRIOR_MEMORY**self.samples, PRIOR_FLOOR)
+        level = math.exp(self._level)
+        prior, floor = level * self._prior, level / FLOOR * self._prior
+        weight = self._weight * (max(PRIOR_MEMORY**self.samples, PRIOR_FLOOR) / level**2)
         left = self._moments + weight
-        right = self._targets + weight @ self._prior - left @ self._floor
+        right = self._targets + weight @ prior - left @ floor
         free = [0, 1, 2, 3]
         solution = np.zeros(4)
         while free:
@@ -141,7 +153,7 @@ class StepTime:
                 break
             free.pop(int(part.argmin()))
         if np.isfinite(solution).all():
-            self.law = Law(*((solution + self._floor) / SCALES).tolist())
+            self.law = Law(*((solution + floor) / SCALES).tolist())
 
 
 def _vector(law: Law) -> Floats:

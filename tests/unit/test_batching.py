@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, composite
 
-from scheduler import batching
 from scheduler.batching import Candidate, Limits, Member, admit
 from scheduler.steptime import Law
 
@@ -57,6 +56,34 @@ class TestPromises:
         behind = member(1000, tpot_s=0.015, banked_s=banked_s)
 
         assert admit([behind], [held(9000)], LAW, EXACT, now=0.0) == joined
+
+    def test_who_will_miss_its_promise_anyway_binds_nobody(self):
+        """The prompt that is in the engine already costs it what it was ahead: no newcomer is to blame."""
+        law = Law(base_s=0.010, sequence_s=0.0, kv_s=0.0, prefill_s=1e-3)
+        decoding = member(tpot_s=0.015)
+        newcomer = held(uncached=1000)
+        long_prompt = member(prefill_tokens=4000)
+
+        assert admit([decoding], [newcomer], law, EXACT, now=0.0) == []
+        assert admit([decoding, long_prompt], [newcomer], law, EXACT, now=0.0) == [0]
+
+    @pytest.mark.parametrize(
+        ("newcomer", "joined"),
+        [
+            pytest.param({"due_at": 1.0, "weight": 2.0}, [0], id="its first token is worth both"),
+            pytest.param({"due_at": 1.0, "weight": 1.9}, [], id="it is worth less than both"),
+            pytest.param({"due_at": 0.0, "weight": 9.0}, [], id="its first token is late already"),
+            pytest.param({"weight": 9.0}, [], id="it was promised no first token and can wait"),
+            pytest.param(
+                {"due_at": 1.0, "weight": 9.0, "tpot_s": 0.015}, [], id="nor would it keep its pace"
+            ),
+        ],
+    )
+    def test_a_newcomer_may_break_what_its_own_promise_is_worth(self, newcomer, joined):
+        """Two members would be too slow with it there: else its own first token would wait for them, and be late."""
+        running = [member(2450, tpot_s=0.015, weight=0.5), member(2450, tpot_s=0.015, weight=1.5)]
+
+        assert admit(running, [held(**newcomer)], LAW, EXACT, now=0.0) == joined
 
     def test_a_prefill_stalls_the_members(self):
         """The newcomer's prompt is computed in the members' steps; who has no slack for it keeps it out."""
@@ -150,24 +177,6 @@ class TestOrder:
         assert admit([], [hopeless] * 2, LAW, limits, now=1e9) == [0]
 
 
-class TestBudget:
-    @pytest.mark.parametrize(
-        ("allowed_s", "expected"),
-        [
-            pytest.param(0.015, 5000, id="what is left after the base"),
-            pytest.param(0.005, -1, id="not even an empty step"),
-            pytest.param(math.inf, math.inf, id="no promise, no bound"),
-        ],
-    )
-    def test_a_step_time_is_a_number_of_tokens(self, allowed_s, expected):
-        """The law turned round."""
-        assert batching.kv_budget(allowed_s, 4, LAW) == pytest.approx(expected)
-
-    def test_a_law_without_kv_term_does_not_bound_tokens(self):
-        """Division by nothing."""
-        assert batching.kv_budget(0.015, 4, Law(0.010, 0.0, 0.0, 0.0)) == math.inf
-
-
 SECONDS = st.floats(0, 1) | st.just(math.inf)
 
 
@@ -229,22 +238,38 @@ CALM = st.builds(
 )
 PROMISED = st.floats(2e-3, 0.1) | st.just(math.inf)
 SIZED = st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 500), PROMISED), max_size=8)
+WAITING = st.lists(
+    st.tuples(
+        st.integers(0, 20_000), st.integers(1, 500), PROMISED, st.sampled_from([9.0, math.inf])
+    ),
+    max_size=8,
+)
 
 
-@given(SIZED, SIZED, CALM)
-def test_who_joins_breaks_no_promise_that_can_be_kept(running, waiting, law):
-    """The step of the new batch is short enough for all who could keep their pace alone, those who join included."""
+@given(SIZED, WAITING, CALM)
+def test_who_joins_breaks_no_more_than_its_own_promise_is_worth(running, waiting, law):
+    """Of those whose pace held before, and of those who join, no more are too slow than first tokens were saved."""
     inside = [Member(context, output, tpot_s) for context, output, tpot_s in running]
-    outside = [held(prompt, output, tpot_s=tpot_s) for prompt, output, tpot_s in waiting]
-    limits = Limits(margin=0.1)
+    outside = [
+        held(prompt, output, tpot_s=tpot_s, due_at=due_at)
+        for prompt, output, tpot_s, due_at in waiting
+    ]
 
-    joined = admit(inside, outside, law, limits, now=0.0)
+    def holds(tpot_s, step_s):
+        return step_s <= 0.9 * tpot_s + 1e-9
 
-    together = running + [waiting[index] for index in joined]
-    step_s = law.step_s(len(together), sum(context for context, _, _ in together))
-    for context, _, tpot_s in together if joined else ():
-        if law.step_s(1, context) <= 0.9 * tpot_s:
-            assert step_s <= 0.9 * tpot_s + 1e-9
+    joined = admit(inside, outside, law, Limits(margin=0.1), now=0.0)
+
+    chosen = [waiting[index] for index in joined]
+    read = sum(context for context, _, _ in running)
+    before_s = law.step_s(len(running), read)
+    after_s = law.step_s(len(running) + len(chosen), read + sum(prompt for prompt, *_ in chosen))
+    broken = sum(holds(tpot, before_s) and not holds(tpot, after_s) for _, _, tpot in running)
+    broken += sum(
+        holds(tpot, law.step_s(1, prompt)) and not holds(tpot, after_s)
+        for prompt, _, tpot, _ in chosen
+    )
+    assert broken <= sum(due_at < math.inf for *_, due_at in chosen)
 
 
 @given(candidates(), LAWS)
