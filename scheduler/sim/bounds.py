@@ -3,7 +3,7 @@
 Both pool the fleet into one server that prefills as fast as all endpoints together, sees every earlier block in
 every cache, decodes nothing and can be interrupted for free. The endpoints are taken as they really are.
 
-For the share on time there is a closer one (`apart`), where a request has one endpoint at a time; it takes seconds.
+For the share on time there is a closer one (`relaxation`), where a request has one endpoint at a time; it takes seconds.
 
 Where the first arrivals are a run-in, they fill the caches and nothing else: without them whoever comes later can only
 be sooner, so the bound of those alone holds for them.
@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from scheduler.sim import apart
+from scheduler.sim import relaxation
 from scheduler.sim.fleet import Machine
 from scheduler.sim.workload import Arrival
 from scheduler.state import Floats
@@ -103,7 +103,7 @@ def on_time_apart_share(
         return 1.0
     at_s = np.array([arrival.at_s for arrival in arrivals[first:]])
     work = works_s(arrivals, machines)[first:]
-    most = apart.most_on_time(at_s, work, ttft_s - _frontend_s(machines))
+    most = relaxation.most_on_time(at_s, work, ttft_s - _frontend_s(machines))
     return min(most / len(at_s), on_time_share(arrivals, machines, ttft_s=ttft_s, first=first))
 
 

@@ -10,7 +10,7 @@ from msgspec import structs
 from test_bounds import fits
 from test_instrument import PAIR, crowd, lab
 
-from scheduler.sim import apart, bounds
+from scheduler.sim import bounds, relaxation
 
 JOBS = st.lists(
     st.tuples(st.integers(0, 9), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6
@@ -39,7 +39,7 @@ def most(jobs, allowed):
 
 def bound(jobs, allowed, cells=(60,)):
     at_s, *work = np.array(jobs, dtype=float).T
-    return apart.most_on_time(at_s, np.array(work).T, float(allowed), cells=cells)
+    return relaxation.most_on_time(at_s, np.array(work).T, float(allowed), cells=cells)
 
 
 def pooled(jobs, allowed):
@@ -100,7 +100,7 @@ def test_of_far_too_many_short_prompts_it_says_what_the_pooled_server_does():
     )
     as_one = bounds.most_on_time(at_s, bounds.pooled(work), 2.0)
     assert as_one < 150
-    assert as_one <= apart.most_on_time(at_s, work, 2.0) + 1 <= as_one + 3
+    assert as_one <= relaxation.most_on_time(at_s, work, 2.0) + 1 <= as_one + 3
 
 
 @pytest.mark.parametrize("load", [8.0, 12.0])
