@@ -9,7 +9,7 @@ import msgspec
 import typer
 from msgspec import structs
 
-from dispatcher.cli import contender
+from dispatcher.cli import lab_policy
 from dispatcher.cli.crew import Crew
 from dispatcher.cli.download import FileError
 from scheduler.errors import SettingsError
@@ -170,7 +170,7 @@ def labels(text: str) -> list[str]:
     if not found:
         raise SettingsError(f"policy is {text!r}, wanted one of: {', '.join(policy.BY_NAME)}")
     for label in found:
-        contender.named(label)
+        lab_policy.named(label)
     return found
 
 
@@ -217,7 +217,7 @@ def _bounds(seed: int, rate_rps: float) -> Bounds:
 
 def _run(cell: Cell) -> Report:
     found, world = _held().run(
-        contender.named(cell.label),
+        lab_policy.named(cell.label),
         label=cell.label,
         seed=cell.seed,
         rate_rps=cell.rate_rps,

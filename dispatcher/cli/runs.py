@@ -13,11 +13,11 @@ from time import perf_counter_ns
 import msgspec
 from msgspec import structs
 
-from dispatcher.cli import contender
+from dispatcher.cli import lab_policy
 from dispatcher.cli.crew import Crew
 from dispatcher.cli.download import FileError
 from scheduler.errors import UNREADABLE
-from scheduler.sim import cells, contrast, keeping, trace
+from scheduler.sim import attainment, cells, contrast, trace
 from scheduler.sim.cells import Cell
 from scheduler.sim.lab import Lab
 from scheduler.sim.report import Report
@@ -65,7 +65,7 @@ def make(name: str, cell: Cell, traces: Path, path: Path, jobs: int | None) -> N
         return
     stage = cells.lab(name, cell, 0, lambda trace_name: _arrivals(traces, trace_name))
     for label in cell.policies:  # before minutes go into what the last of them refuses
-        stage.admit(contender.named(label))
+        stage.admit(lab_policy.named(label))
     capacities, loads = _known(cell, done)
     with Crew(jobs, _open, name, cell, traces) as crew, path.open("ab") as file:
         draws = list(dict.fromkeys(one.draw for one in wanted))
@@ -182,7 +182,7 @@ def _loads(draw: Draw, capacity_rps: float) -> Mapping[float, float]:
     def kept(load: float) -> float:
         return _report(draw, load, cell.baseline, capacity_rps).on_time
 
-    return dict(zip(cell.keeps, keeping.loads(kept, cell.keeps), strict=True))
+    return dict(zip(cell.keeps, attainment.loads(kept, cell.keeps), strict=True))
 
 
 def _play(one: Run, load: float, capacity_rps: float) -> Report:
@@ -201,7 +201,7 @@ def _play(one: Run, load: float, capacity_rps: float) -> Report:
 def _report(draw: Draw, load: float, label: str, capacity_rps: float) -> Report:
     window, seed = draw
     found, _ = _lab(window).run(
-        contender.named(label),
+        lab_policy.named(label),
         label=label,
         seed=seed,
         rate_rps=load * capacity_rps,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cells import CELLS, ENDPOINTS, POLICIES, Cell, arrivals
 from fleets import PROBE_TOKENS, emulators, first_token_s, servers
 
-from dispatcher.cli import contender
+from dispatcher.cli import lab_policy
 from dispatcher.client import Client
 from dispatcher.demo import Demo
 from dispatcher.stack import Engine, Stack, Wanted
@@ -121,7 +121,7 @@ def virtual(on: Ground, rows: Workload, label: str) -> Figures:
     )
     stage = Lab(fleet=fleet, work=Promised(rows), machines=on.machines)
     reports = [
-        stage.run(contender.named(name), label=label, seed=seed, rate_rps=workload.rate(rows))[0]
+        stage.run(lab_policy.named(name), label=label, seed=seed, rate_rps=workload.rate(rows))[0]
         for seed in range(LAB_SEEDS)
     ]
     return Figures(

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dispatcher.cli import cells as command
-from dispatcher.cli import compare, contender
+from dispatcher.cli import compare, lab_policy
 from scheduler.errors import HeadgateError
 from scheduler.sim import cells, contrast, shape, workload
 from scheduler.sim.report import Report
@@ -68,7 +68,7 @@ class TestShipped:
         for name, cell in cells.shipped().cells.items():
             made = cells.lab(name, cell, 0, lambda _: rows)
             for label in cell.policies:
-                made.admit(contender.named(label))
+                made.admit(lab_policy.named(label))
             assert made.work.arrivals
             assert (made.cut > 0) == (cell.run_in_s > 0), name
             assert cell.closed or min(cell.windows) >= 740

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher import node, plugins
-from dispatcher.cli import contender
+from dispatcher.cli import lab_policy
 from scheduler.errors import SettingsError
 from scheduler.parsing import parse
 
@@ -75,11 +75,11 @@ def test_the_lab_takes_a_profile_from_a_file(warmth, tmp_path):
     file = tmp_path / "warm.toml"
     file.write_text(PROFILE)
 
-    found = contender.named(f"plan:profile={file}:fill=0.1")
+    found = lab_policy.named(f"plan:profile={file}:fill=0.1")
 
     assert (found.fill, found.profile.scorers[0].label) == (0.1, "warmth-scorer")
     with pytest.raises(SettingsError, match="'llm-d-weighted' takes no profile"):
-        contender.named(f"llm-d-weighted:profile={file}")
+        lab_policy.named(f"llm-d-weighted:profile={file}")
 
 
 def test_what_nobody_names_is_not_imported(install):

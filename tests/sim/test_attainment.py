@@ -2,7 +2,7 @@
 
 import pytest
 
-from scheduler.sim import keeping
+from scheduler.sim import attainment
 
 
 class Kept:
@@ -21,7 +21,7 @@ def test_as_near_as_a_point():
     """Whatever the order in which shares are asked for, and never the same load twice."""
     kept = Kept()
 
-    found = keeping.loads(kept, [0.3, 0.95, 0.6])
+    found = attainment.loads(kept, [0.3, 0.95, 0.6])
 
     assert found == pytest.approx([0.96, 0.44, 0.72], abs=0.01)
     assert len(kept.asked) == len(set(kept.asked)) < 30
@@ -30,24 +30,26 @@ def test_as_near_as_a_point():
 @pytest.mark.parametrize(
     ("kept", "found"),
     [
-        (lambda _: 1.0, keeping.LOAD_MOST),
-        (lambda _: 0.1, keeping.LOAD_LEAST),
+        (lambda _: 1.0, attainment.LOAD_MOST),
+        (lambda _: 0.1, attainment.LOAD_LEAST),
     ],
     ids=["always kept", "never kept"],
 )
 def test_the_end_of_the_scale_is_the_nearest(kept, found):
-    assert keeping.loads(kept, [0.6]) == [found]
+    assert attainment.loads(kept, [0.6]) == [found]
 
 
 def test_a_cliff_ends_the_search():
     """Where a share is jumped over, one side of the jump is told."""
-    [load] = keeping.loads(lambda load: 1.0 if load < 0.7 else 0.0, [0.6])
+    [load] = attainment.loads(lambda load: 1.0 if load < 0.7 else 0.0, [0.6])
 
-    assert load == pytest.approx(0.7, rel=keeping.APART - 1)
+    assert load == pytest.approx(0.7, rel=attainment.APART - 1)
 
 
 def test_chance_does_not_lead_it_astray():
     """A share that rises again behind a fall: the first load that was seen to have fallen counts."""
-    found = keeping.loads(lambda load: 1.0 if load < 0.5 or 0.8 < load < 1.0 else 0.5, [0.8, 0.8])
+    found = attainment.loads(
+        lambda load: 1.0 if load < 0.5 or 0.8 < load < 1.0 else 0.5, [0.8, 0.8]
+    )
 
     assert found[0] == found[1] == pytest.approx(0.5, rel=0.01)

@@ -1,4 +1,4 @@
-"""Loads by what a policy makes of them: where it keeps such a share of its promises."""
+"""SLO attainment turned round: the load at which a policy keeps such a share of its promises."""
 
 from collections.abc import Callable, Sequence
 from math import sqrt
