@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TypeAlias, cast
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import httptools
 
@@ -297,8 +297,8 @@ def _lines(headers: Mapping[str, str]) -> str:
 
 
 def _login(parts: SplitResult) -> dict[str, str]:
-    """A name and password in the URL, as browsers send them."""
+    """A name and password in the URL, as browsers send them: what is quoted there is not in the header."""
     if parts.username is None:
         return {}
-    said = f"{parts.username}:{parts.password or ''}"
+    said = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
     return {"Authorization": f"Basic {base64.b64encode(said.encode()).decode()}"}
