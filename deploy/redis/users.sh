@@ -40,7 +40,7 @@ work='+@stream +@hash +@sortedset +@string +@keyspace +@read -@dangerous -@block
   # A client for others, that also hears from the endpoints which models are served.
   user door "$asks %R~hg:{*}:beats $work $speak +xread"
   # People who look after a pool: status, explain, cancel, drain, dead requeue.
-  user operator "%R~hg:{*}:*$(keys requests 'request:*' controls dead) $work $speak +xread"
+  user operator "%R~hg:{*}:*$(keys requests 'request:*' 'tokens:*' controls dead) $work $speak +xread"
   # Probes and autoscalers: they count, change nothing and read no prompt and no answer. KEDA counts by a script, whose
   # key must be writable, though none of the commands that this user has could write it.
   count='+type +exists +ttl +xlen +xpending +xinfo|groups +zcard +zcount +zscore +zrange +llen +scard +hlen +hget +hmget +hgetall'

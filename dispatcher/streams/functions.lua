@@ -1,4 +1,4 @@
-#!lua name=headgate_5
+#!lua name=headgate_6
 
 -- The number in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when
 -- the keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
@@ -113,12 +113,13 @@ local function cancel(keys, args)
   return 1
 end
 
--- KEYS dead request requests / ARGV dead_entry fields -> entry; 0 no such entry; -1 the request lives
+-- Its log goes with the record: who reads on would have the old text before the new, and its end between them.
+-- KEYS dead request requests tokens / ARGV dead_entry fields -> entry; 0 no such entry; -1 the request lives
 local function requeue(keys, args)
   local state = redis.call('HGET', keys[2], 'state')
   if state and state ~= 'terminal' then return -1 end
   if redis.call('XDEL', keys[1], args[1]) == 0 then return 0 end
-  redis.call('DEL', keys[2])
+  redis.call('DEL', keys[2], keys[4])
   return add(keys[3], args[2])
 end
 
@@ -345,22 +346,22 @@ local function hand_back(keys, args)
 end
 
 -- Who leads cuts the logs: a Redis that is full must not stand without anybody.
-redis.register_function{function_name = 'hg5_lead', callback = lead, flags = {'allow-oom'}}
-redis.register_function{function_name = 'hg5_resign', callback = resign, flags = {'allow-oom'}}
-redis.register_function('hg5_save', save)
-redis.register_function('hg5_submit', submit)
-redis.register_function('hg5_cancel', cancel)
-redis.register_function('hg5_requeue', requeue)
-redis.register_function('hg5_accept', accept)
-redis.register_function('hg5_assign', assign)
-redis.register_function('hg5_reclaim', reclaim)
-redis.register_function('hg5_conclude', conclude)
-redis.register_function('hg5_log', log)
-redis.register_function('hg5_retire', retire)
-redis.register_function('hg5_join', join)
-redis.register_function('hg5_beat', beat)
-redis.register_function('hg5_start', start)
-redis.register_function('hg5_tokens', tokens)
-redis.register_function('hg5_finish', finish)
-redis.register_function('hg5_settle', settle)
-redis.register_function('hg5_hand_back', hand_back)
+redis.register_function{function_name = 'hg6_lead', callback = lead, flags = {'allow-oom'}}
+redis.register_function{function_name = 'hg6_resign', callback = resign, flags = {'allow-oom'}}
+redis.register_function('hg6_save', save)
+redis.register_function('hg6_submit', submit)
+redis.register_function('hg6_cancel', cancel)
+redis.register_function('hg6_requeue', requeue)
+redis.register_function('hg6_accept', accept)
+redis.register_function('hg6_assign', assign)
+redis.register_function('hg6_reclaim', reclaim)
+redis.register_function('hg6_conclude', conclude)
+redis.register_function('hg6_log', log)
+redis.register_function('hg6_retire', retire)
+redis.register_function('hg6_join', join)
+redis.register_function('hg6_beat', beat)
+redis.register_function('hg6_start', start)
+redis.register_function('hg6_tokens', tokens)
+redis.register_function('hg6_finish', finish)
+redis.register_function('hg6_settle', settle)
+redis.register_function('hg6_hand_back', hand_back)

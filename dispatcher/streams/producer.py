@@ -60,7 +60,7 @@ def cancel(keys: Keys, request_id: str, *, reason: str = "") -> Call:
 
 def requeue(keys: Keys, dead_entry: str, request_id: str, fields: Mapping[str, Value]) -> Call:
     """Enqueue a dead request's own fields anew. The reply is its entry; 0: no such entry; -1: it lives."""
-    names = (keys.dead, keys.request(request_id), keys.requests)
+    names = (keys.dead, keys.request(request_id), keys.requests, keys.tokens(request_id))
     return Call("requeue", names, (dead_entry, packed_fields(fields)))
 
 

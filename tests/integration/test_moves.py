@@ -389,6 +389,22 @@ class TestOneTerminal:
         assert await redis.entries(KEYS.dead) == []
         assert len(await redis.entries(KEYS.requests)) == 2
 
+    async def test_the_dead_come_back_without_their_log(self, redis):
+        """What a stream had said before it failed is over: its next life would be read behind it, and continued."""
+        epoch = await led(redis)
+        _, held = await assigned(redis, epoch)
+        said = Tokens(attempt=1, index=0, text="half an ans")
+        await do(redis, sidecar.tokens(KEYS, held, said, pieces=1, ttl_s=60))
+        await do(redis, finished(held, outcome="failed", is_dead=True))
+        assert len(await redis.entries(KEYS.tokens("r1"))) == 2
+        [(dead_entry, _)] = await redis.entries(KEYS.dead)
+
+        assert await do(redis, producer.requeue(KEYS, "0-1", "r1", {"id": "r1"})) == 0
+        assert len(await redis.entries(KEYS.tokens("r1"))) == 2, "another's end is none of its"
+        await do(redis, producer.requeue(KEYS, dead_entry, "r1", {"id": "r1"}))
+
+        assert await redis.entries(KEYS.tokens("r1")) == []
+
 
 class TestWorker:
     async def test_a_newer_worker_fences_the_older(self, redis):
