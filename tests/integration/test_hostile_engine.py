@@ -1,10 +1,10 @@
 """A worker before an engine that is played byte by byte, and badly: its requests end once, the others never notice."""
 
 import asyncio
-import contextlib
 
 import pytest
 from hand import until
+from scripted import ANSWER, CHUNKED, WELL, Scripted, chunk, page
 
 from scheduler.errors import EngineError
 from scheduler.settings import (
@@ -17,64 +17,12 @@ from scheduler.settings import (
 from workers import halves
 from workers.worker import Worker
 
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-ANSWER = (
-    b'data: {"choices":[{"text":"hi","finish_reason":"stop"}],"usage":{"completion_tokens":1}}\n\n'
-    b"data: [DONE]\n\n"
-)
 BODY = {"model": "m", "prompt": "x"}
-
-
-def page(body, status=200):
-    return b"HTTP/1.1 %d So\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
-
-
-def chunk(data):
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-WELL = CHUNKED + chunk(ANSWER) + b"0\r\n\r\n"
-
-
-class Played:
-    """Answers posts with `said` in turn, after the last as a sound engine does; `None` closes the connection first."""
-
-    def __init__(self):
-        self.said = []
-        self.pages = {"/v1/models": page(b'{"data":[{"id":"m"}]}'), "/is_paused": page(b"", 404)}
-        self.talks = []
-
-    async def __aenter__(self):
-        self._server = await asyncio.start_server(self._talk, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_):
-        self._server.close()
-        for talk in self.talks:
-            talk.cancel()
-        await asyncio.gather(*self.talks, return_exceptions=True)
-
-    async def _talk(self, reader, writer):
-        self.talks.append(asyncio.current_task())
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                if head.startswith(b"GET"):
-                    writer.write(self.pages.get(head.split()[1].decode(), page(b"")))
-                    continue
-                size = int(head.lower().partition(b"content-length:")[2].split()[0])
-                await reader.readexactly(size)
-                said = self.said.pop(0) if self.said else WELL
-                if said is None:
-                    break
-                writer.write(said)
-        writer.close()
 
 
 @pytest.fixture
 async def engine():
-    async with Played() as played:
+    async with Scripted() as played:
         yield played
 
 

@@ -5,15 +5,13 @@ import contextlib
 
 import pytest
 import structlog
+from attempts import pulled
 from hand import until
 
-from dispatcher.streams.sidecar import Held
 from scheduler import codec
 from scheduler.errors import EngineError
-from scheduler.keys import WORKER_GROUP
 from scheduler.settings import EngineAddress, WorkerSettings
-from scheduler.wire.dispatcher import Dead, Job
-from scheduler.wire.words import PATHS
+from scheduler.wire.dispatcher import Dead
 from workers.attempt import FENCED, Attempt, Stop
 from workers.ending import Ending
 from workers.halves import CLAIM
@@ -49,16 +47,7 @@ class Desk:
 
     async def running(self, request_id="r1", **fields):
         """An attempt in the engine, which has said its two tokens."""
-        jobs = self.hand.keys.jobs("e0")
-        await self.hand.redis.ensure_group(jobs, WORKER_GROUP)
-        await self.hand.submit(request_id, {"prompt": "x"}, 1, **{"path": PATHS[1]} | fields)
-        read = await self.hand.redis.read_group(WORKER_GROUP, "w0", [jobs], count=1, block_s=None)
-        [(entry, written)] = read[jobs]
-        one = Attempt(
-            Held("e0", codec.decode(Job, written), entry),
-            {"prompt": "x"},
-            pulled_at=self.hand.redis.now(),
-        )
+        one = await pulled(self.hand, request_id, **fields)
         one.stage = "running"
         one.admitted_at = one.first_token_at = self.hand.redis.now()
         one.admitted_tick, one.first_tick, one.last_tick = 1.0, 2.0, 3.0
