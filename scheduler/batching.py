@@ -231,14 +231,14 @@ class _Load:
         """The worth of the promises per token that would hold without the newcomer and do not with it.
 
         A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who will miss it
-        anyway, behind the prompts that are in the engine already, keeps nobody out.
+        anyway, behind the prompts that are in the engine already, keeps nobody out. Nor does it count that the
+        newcomer's own prompt stalls them: it has to be computed, and whoever is there then waits for it.
         """
         law, (_, remaining, tpot, ahead, weight) = self._law, self._by_column()
         rest = np.maximum(remaining, 1.0)
         allowed = tpot * self._keep + (ahead - law.prefill_s * self.prefill_tokens) / rest
         holds = allowed >= law.step_s(self.batch, self._read)
-        breaks = allowed - law.prefill_s * one.uncached_tokens / rest < step_s
-        return float(weight[holds & breaks].sum())
+        return float(weight[holds & (allowed < step_s)].sum())
 
     def _read_beside(self, one: Candidate) -> float:
         """KV tokens that a step reads with the newcomer: now, or in the mean over its stay if that is more.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from scheduler import batching, cost, steptime
+from scheduler import batching, steptime
 from scheduler.batching import Limits
 from scheduler.lengths import Answers
 from scheduler.sim.attempt import Attempt
@@ -50,8 +50,8 @@ class Admission:
             now,
         )
 
-    def learn(self, step: Step, *, kv_tokens: int, prefill_tokens: int) -> None:
-        """A step is over: `kv_tokens` are read by its decodes, so many prompt tokens wait for their turn."""
+    def learn(self, step: Step, *, kv_tokens: int) -> None:
+        """A step is over, whose decodes read so many KV tokens."""
         self._n_steps += 1
         if self._is_open or not step.decoded:
             return
@@ -61,7 +61,7 @@ class Admission:
             step.duration_s / step.n_steps,
             batch=len(step.decoded),
             kv_tokens=kv_tokens,
-            prefill_tokens=min(prefill_tokens, cost.CHUNK_TOKENS),
+            prefill_tokens=step.new_tokens - len(step.decoded),
         )
 
     def ended(self, output_tokens: int) -> None:

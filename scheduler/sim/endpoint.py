@@ -285,9 +285,7 @@ class Endpoint(Party):
     def _settle(self, step: Step) -> None:
         now = step.ended_at
         self._tempo.note(step)
-        self._admission.learn(
-            step, kv_tokens=self.engine.decode_context, prefill_tokens=self._prefill_tokens
-        )
+        self._admission.learn(step, kv_tokens=self.engine.decode_context)
         # Whoever was dropped while this step was under way is in it still, and is nobody's any more.
         for sequence in step.preempted:
             if sequence.id in self._running:

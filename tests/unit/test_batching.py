@@ -58,14 +58,13 @@ class TestPromises:
         assert admit([behind], [held(9000)], LAW, EXACT, now=0.0) == joined
 
     def test_who_will_miss_its_promise_anyway_binds_nobody(self):
-        """The prompt that is in the engine already costs it what it was ahead: no newcomer is to blame."""
-        law = Law(base_s=0.010, sequence_s=0.0, kv_s=0.0, prefill_s=1e-3)
-        decoding = member(tpot_s=0.015)
-        newcomer = held(uncached=1000)
-        long_prompt = member(prefill_tokens=4000)
+        """The prompt that is in the engine already costs it more than what it was ahead: no newcomer is to blame."""
+        law = Law(base_s=0.010, sequence_s=0.0, kv_s=1e-6, prefill_s=1e-3)
+        decoding = Member(context_tokens=4500, remaining_tokens=100.0, tpot_s=0.015)
+        prompt = Member(context_tokens=0, remaining_tokens=100.0, prefill_tokens=2000)
 
-        assert admit([decoding], [newcomer], law, EXACT, now=0.0) == []
-        assert admit([decoding, long_prompt], [newcomer], law, EXACT, now=0.0) == [0]
+        assert admit([decoding], [held()], law, EXACT, now=0.0) == []
+        assert admit([decoding, prompt], [held()], law, EXACT, now=0.0) == [0]
 
     @pytest.mark.parametrize(
         ("newcomer", "joined"),
@@ -85,13 +84,11 @@ class TestPromises:
 
         assert admit(running, [held(**newcomer)], LAW, EXACT, now=0.0) == joined
 
-    def test_a_prefill_stalls_the_members(self):
-        """The newcomer's prompt is computed in the members' steps; who has no slack for it keeps it out."""
+    def test_a_prompt_that_stalls_the_members_is_no_reason_to_wait(self):
+        """It has to be computed, and whoever is there then waits for it: held back, only its own first token is later."""
         law = Law(base_s=0.010, sequence_s=0.0, kv_s=0.0, prefill_s=1e-3)
-        newcomer = Candidate(prompt_tokens=2000, uncached_tokens=2000, output_tokens=1)
 
-        assert admit([member(tpot_s=0.02)], [newcomer], law, EXACT, now=0.0) == []
-        assert admit([member(tpot_s=0.02, banked_s=2.0)], [newcomer], law, EXACT, now=0.0) == [0]
+        assert admit([member(tpot_s=0.011)], [held(uncached=2000)], law, EXACT, now=0.0) == [0]
 
     @pytest.mark.parametrize(
         ("remaining", "n_joined"),
