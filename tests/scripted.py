@@ -24,7 +24,10 @@ WELL = CHUNKED + chunk(ANSWER) + chunk(b"")
 
 
 class Scripted:
-    """Answers posts with `said` in turn, after the last as a sound engine does; `None` closes the connection first."""
+    """Answers posts with `said` in turn, after the last as a sound engine does; `None` closes the connection first.
+
+    A list is said piece by piece, each of which the other end, in this process too, reads by itself.
+    """
 
     def __init__(self):
         self.said = []
@@ -55,5 +58,8 @@ class Scripted:
                 said = self.said.pop(0) if self.said else WELL
                 if said is None:
                     break
-                writer.write(said)
+                for piece in said if isinstance(said, list) else [said]:
+                    writer.write(piece)
+                    for _ in range(4):
+                        await asyncio.sleep(0)
         writer.close()

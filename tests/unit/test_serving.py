@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 
 import pytest
 import structlog
@@ -10,9 +11,10 @@ from hand import until
 from scripted import ANSWER, CHUNKED, WELL, Scripted, chunk, page
 
 from scheduler.settings import EngineAddress, LeaseSettings, WorkerSettings
+from workers import serving
 from workers.attempt import Stop
 from workers.endpoint import Endpoint
-from workers.halves import CLAIM
+from workers.halves import CLAIM, NO_KV
 from workers.metrics import Meter
 from workers.writer import Writer
 
@@ -20,6 +22,8 @@ PIECE = b'data: {"choices":[{"text":"so far"}]}\n\n'
 
 BEGUN = CHUNKED + chunk(PIECE)
 "The beginning of an answer, of which no more comes."
+
+FOUR = ANSWER.replace(b'"completion_tokens":1', b'"completion_tokens":4')
 
 PARKED = b'{"usage":{"prompt_tokens":3,"completion_tokens":1},"kv_transfer_params":{"at":1}}'
 
@@ -125,7 +129,83 @@ class TestStart:
 
         assert (one.stage, one.admitted_at is not None) == ("gone", True)
         assert served.endpoint._pulse._started == ["r1:1"]
-        assert [name[:5] for name in served.endpoint._pulse._first_tokens] == ["r1:1:"]
+        [first] = served.endpoint._pulse._first_tokens
+        name, _, after_ms = first.rpartition(":")
+        assert name == "r1:1"
+        assert 0 <= float(after_ms) < 60_000
+
+    async def test_the_engine_is_asked_before_anybody_else_has_a_turn(self, served, hand):
+        """Over the connection that is kept, when the call returns."""
+        await served.outcome(await pulled(hand, "r0"))
+        posts = served.endpoint._engine._posts
+        one = await pulled(hand)
+        assert len(posts._idle) == 1
+
+        served.start(one)
+
+        assert not posts._idle
+
+    async def test_a_connection_that_was_just_closed_costs_no_attempt(self, served, engine, hand):
+        """It is posted again over a new one."""
+        engine.said = [WELL, None, WELL]
+        await served.outcome(await pulled(hand, "r0"))
+
+        assert await served.outcome(await pulled(hand)) == ("completed", "")
+
+    @pytest.mark.parametrize("is_kept", [False, True], ids=["a new connection", "a kept one"])
+    async def test_one_halted_at_once_ends_as_well(self, served, engine, hand, is_kept):
+        """Before its task had a turn: the client is told, and an engine that was asked already is rid of it."""
+        if is_kept:
+            await served.outcome(await pulled(hand, "r0"))
+        engine.said = [BEGUN]
+        one = served.start(await pulled(hand))
+        one.halt(Stop("cancelled", "at once"))
+        await served.settled()
+
+        [result] = await hand.results("r1")
+        assert (result.outcome, result.reason) == ("cancelled", "at once")
+        assert one.stage == "gone"
+        await until(lambda: all(talk.done() for talk in engine.talks))
+
+    async def test_whose_epoch_ends_says_nothing(self, served, engine, hand):
+        """The worker is fenced or told to go: whatever it would say of the request is not its own to say."""
+        engine.said = [BEGUN]
+        one = served.start(await pulled(hand))
+        await until(lambda: one.first_token_at)
+
+        one.task.cancel()
+        await asyncio.wait([one.task])
+
+        assert one.task.cancelled()
+        assert one.stage == "running"
+        served.endpoint._drop_all()
+        assert await hand.rewards("r1") == await hand.results("r1") == []
+
+    async def test_what_was_decided_before_the_epoch_ends_is_said(self, served, engine, hand):
+        """Cancelled and told to go in one moment: the task obeys the latter, and the client hears of the former."""
+        engine.said = [BEGUN]
+        one = served.start(await pulled(hand))
+        await until(lambda: one.first_token_at)
+
+        one.halt(Stop("cancelled", "not wanted"))
+        one.task.cancel()
+        await asyncio.wait([one.task])
+        await served.settled()
+
+        assert one.task.cancelled()
+        assert [result.reason for result in await hand.results("r1")] == ["not wanted"]
+
+    async def test_it_is_watched_from_then_on(self, served, engine, hand):
+        """For a first token, and then for the next."""
+        watched, settings = served.endpoint._vigil, served.settings
+        engine.said = [BEGUN]
+        one = served.start(await pulled(hand))
+        assert settings.stall_s < watched.due_s() <= settings.first_token_s
+
+        await until(lambda: one.first_token_at)
+
+        assert watched.due_s() <= settings.stall_s
+        one.halt(Stop("returned"))
 
 
 class TestHeard:
@@ -155,16 +235,54 @@ class TestHeard:
 
             one.halt(Stop("returned", "enough"))
 
-    async def test_gaps_are_of_tokens(self, served, engine, hand):
-        """Comments that keep a connection alive are none; the longest is told."""
-        engine.said = [BEGUN + chunk(b": alive\n\n"), CHUNKED + chunk(PIECE) + chunk(ANSWER)]
+    async def test_later_pieces_follow_soon(self, served, engine, hand):
+        """Not with the end: somebody reads along."""
+        engine.said = [[BEGUN, chunk(PIECE)]]
         one = served.start(await pulled(hand, stream=True))
-        await until(lambda: one.first_token_at)
-        assert one.gap_max_s == 0.0
-        one.halt(Stop("returned", "enough"))
-        await served.settled()
 
-        assert served.endpoint.health.heard_tick > 0
+        async def has_all():
+            return await hand.text("r1") == "so farso far"
+
+        await until(has_all)
+        one.halt(Stop("returned"))
+
+    async def test_times_are_of_tokens(self, served, engine, hand, monkeypatch):
+        """A second passes each time that the engine says something; what keeps a connection alive is no token."""
+        ticks = itertools.count(100.0)
+        monkeypatch.setattr(serving, "perf_counter", lambda: next(ticks))
+        engine.said = [
+            [BEGUN, chunk(b": alive\n\n"), chunk(PIECE), chunk(PIECE), chunk(FOUR) + chunk(b"")]
+        ]
+
+        assert await served.outcome(await pulled(hand)) == ("completed", "")
+
+        [reward] = await hand.rewards("r1")
+        assert (reward.prefill_s, reward.gap_max_s) == (1.0, 2.0)
+        assert reward.tpot_s == pytest.approx(4.0 / 3)
+        assert served.meter.gaps["e0"].buckets()[1] == 4.0
+        assert served.endpoint.rhythm.step_s == 0.0, "nothing decodes any more"
+
+    async def test_who_waits_is_looked_at_when_something_changes(self, served, engine, hand):
+        """With a first token and with an end; where nobody waits nobody is woken."""
+        changed = served.endpoint._changed
+        engine.said = [[BEGUN, chunk(ANSWER)]]
+        one = served.start(await pulled(hand))
+        changed.clear()
+        await until(lambda: one.answer.is_done)
+        waiting = served.hold(await pulled(hand, "waits"))
+        changed.clear()
+        one.halt(Stop("returned"))
+        await served.settled()
+        assert changed.is_set()
+
+        engine.said = [BEGUN]
+        two = served.start(await pulled(hand, "r2"))
+        changed.clear()
+        await until(lambda: two.first_token_at)
+        assert changed.is_set()
+        two.halt(Stop("returned"))
+        served.endpoint._return_held("enough")
+        assert waiting.stage == "ending"
 
     async def test_a_quiet_answer_has_no_log(self, served, hand):
         """It is in the record."""
@@ -181,9 +299,9 @@ class TestFailure:
     @pytest.mark.parametrize(
         ("said", "words"),
         [
-            (BEGUN + chunk(b""), "without a finish reason"),
-            (page(b'{"message":"no room"}', 500), "no room"),
-            (CHUNKED + chunk(b"garbage\n\n"), "garbage"),
+            pytest.param(BEGUN + chunk(b""), "without a finish reason", id="half of one"),
+            pytest.param(page(b'{"message":"no room"}', 500), "no room", id="an error"),
+            pytest.param(CHUNKED + chunk(b"garbage\n\n"), "garbage", id="garbage"),
         ],
     )
     async def test_what_is_no_answer_goes_back(self, served, engine, hand, is_kept, said, words):
@@ -218,6 +336,7 @@ class TestFailure:
             engine.said = 2 * [page(b"broken", 500)]
             await served.outcome(await pulled(hand, "r1"))
             assert (waiting.stage, served.endpoint.health.away) == ("held", "")
+            assert served.endpoint.health.load_at is None, "a status explains itself"
 
             await served.outcome(await pulled(hand, "r2"))
 
@@ -238,12 +357,34 @@ class TestFailure:
     async def test_a_broken_engine_is_asked_before_more_is_sent(self, served, engine, hand):
         """Nobody knows what a connection that breaks off means; the held are tried again once it has answered."""
         engine.said = [None]
-
-        await served.outcome(await pulled(hand))
+        served.start(await pulled(hand))
+        served.endpoint._changed.clear()
+        await served.settled()
 
         assert served.endpoint.health.away == ""
         assert served.endpoint._changed.is_set()
         assert served.endpoint.health.load_at is not None, "it was asked"
+
+    async def test_a_broken_engine_that_is_away_sends_the_held_away(self, served, engine, hand):
+        """Its one failure, and its own word for it, are enough."""
+        await hand.redis.command("HSET", hand.keys.endpoint("e0"), "epoch", "0")
+        served.hold(await pulled(hand, "waits"))
+        engine.said, engine.pages["/health"] = [None], page(b"", 503)
+
+        await served.outcome(await pulled(hand))
+
+        assert served.endpoint.health.away == "/health says 503"
+        assert [reward.outcome for reward in await hand.rewards("waits")] == ["returned"]
+
+    async def test_an_engine_that_does_not_know_a_model_is_asked_which(self, served, engine, hand):
+        """Behind a proxy it may be another one by now; it is no failure of its own."""
+        engine.said = [page(b"no such model", 404)]
+        engine.pages["/v1/models"] = page(b'{"data":[{"id":"other"}]}')
+
+        assert (await served.outcome(await pulled(hand)))[0] == "returned"
+
+        assert served.endpoint.health.models == ("other",)
+        assert served.endpoint.health._failures == 0
 
     async def test_one_given_up_is_a_failure_of_its_engine(self, hand, engine):
         """Silence counts as one; who had said all of it has an answer all the same."""
@@ -262,6 +403,19 @@ class TestFailure:
             [reward] = await hand.rewards("begun")
             assert (reward.outcome, reward.reason) == ("returned", "the engine was silent")
             assert "the engine was silent" in served.endpoint.health.away
+            await until(hand.beats)
+            assert [beat.state for beat in await hand.beats()] == ["away"]
+
+    async def test_one_that_said_all_of_nothing_has_failed(self, served, engine, hand):
+        """[DONE] alone is no answer, however it was ended."""
+        engine.said = [CHUNKED + chunk(b"data: [DONE]\n\n")]
+        one = served.start(await pulled(hand))
+        await until(lambda: one.answer.is_done)
+        one.halt(Stop("silent", "the engine was silent"))
+        await served.settled()
+
+        [reward] = await hand.rewards("r1")
+        assert (reward.outcome, "without a finish reason" in reward.reason) == ("returned", True)
 
 
 class TestHalves:
@@ -291,6 +445,7 @@ class TestHalves:
         assert len(engine.said) == 1
         [reward] = await hand.rewards("r1")
         assert (reward.first_token_at, reward.prefill_s) == (None, None)
+        assert await hand.redis.command("GET", hand.keys.kv("r1")) == NO_KV
 
     @pytest.mark.parametrize(
         ("said", "failures"),
