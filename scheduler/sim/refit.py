@@ -141,9 +141,13 @@ def _decode(model: Machine, spans: _Spans, at: int) -> Took:
     if spans.output[at] < 2 or end <= begun:
         return 0.0, 0.0
     batch, context = _company(spans, begun, end)
-    n = max(1, round(batch))
-    steps_s = (spans.output[at] - 1) * model.actual.step_s(n, n, decode_context=int(context))
-    return end - begun, float(steps_s + _others_s(model, spans, at, begun, end))
+    n, coef = max(1, round(batch)), model.actual.coef
+    others_s = _others_s(model, spans, at, begun, end)
+    # A step that prefills reads the KV of those who decode more slowly.
+    mixed = min(1.0, others_s / (end - begun))
+    reading_s = mixed * (coef.mx - 1.0) * model.actual.decode_context_s * context
+    step_s = model.actual.step_s(n, n, decode_context=int(context)) + reading_s
+    return end - begun, float((spans.output[at] - 1) * step_s + others_s)
 
 
 def _company(spans: _Spans, begun: float, end: float) -> tuple[float, float]:

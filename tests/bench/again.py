@@ -21,7 +21,7 @@ from scheduler.sim.fleet import EndpointSpec, Fault, Fleet
 from scheduler.sim.world import World
 
 SPAN_S = 60.0
-RATES_RPS = 5.0, 15.0
+RATES_RPS = 5.0, 15.0, 45.0
 A100S = Fleet(name="three", endpoints=(EndpointSpec(profile="a100", count=3),))
 PARTED = Fleet(
     name="parted",

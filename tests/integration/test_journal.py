@@ -15,6 +15,7 @@ from stacks import HEADGATE, up
 from dispatcher.cli import recordings
 from dispatcher.client import Client
 from scheduler.errors import RequestCancelled
+from scheduler.sim import story
 
 SETTINGS = """
 [objectives.chat]
@@ -40,12 +41,11 @@ def headgate(*words):
 
 
 @contextlib.contextmanager
-def running(directory):
-    """Two GPUs under two workers with two dispatchers that keep a journal."""
+def running(directory, *words):
+    """A pool of these engines whose dispatchers keep a journal."""
     config = directory / "settings.toml"
     config.write_text(SETTINGS.format(journal=directory / "journal"))
-    words = ("--emulate", "2", "--workers", "2", "--config", config)
-    with up(directory, *words) as ready:
+    with up(directory, *words, "--config", config) as ready:
         yield ready
 
 
@@ -83,11 +83,29 @@ async def lived(ready, config):
     return copy
 
 
+async def drained(ready, config):
+    """Forty requests; half way an endpoint is drained. The copy of the pool's streams."""
+    words = ("--redis", ready["redis"], "--config", config)
+    async with Client(redis=ready["redis"], pool=ready["pool"]) as client:
+        handles = []
+        for n in range(40):
+            body = {"model": "emulated", "prompt": f"a prompt {n} " * 100, "max_tokens": 20}
+            handles.append(await client.submit(body, path="/v1/completions"))
+            if n == 20:
+                found = await asyncio.to_thread(headgate, "drain", "a100-2", *words)
+                assert found.returncode == 0, found.stderr
+        await asyncio.gather(*(handle.record() for handle in handles))
+        copy = config.with_name("streams.jsonl")
+        found = await asyncio.to_thread(headgate, "record", copy, *words)
+        assert found.returncode == 0, found.stderr
+    return copy
+
+
 @pytest.fixture(scope="module")
 def life(tmp_path_factory):
     """The journals of a life, oldest reign first, and the copy of its streams."""
     directory = tmp_path_factory.mktemp("life")
-    with running(directory) as ready:
+    with running(directory, "--emulate", "2", "--workers", "2") as ready:
         copy = asyncio.run(lived(ready, directory / "settings.toml"))
     return sorted((directory / "journal").rglob("*.jsonl")), copy
 
@@ -168,6 +186,24 @@ class TestPolicies:
         assert "as it was: " in found.stdout
         compared = headgate("compare", out, "--baseline", "round-robin")
         assert compared.returncode == 0, compared.stderr
+
+    def test_a_parted_pool_is_asked_again_and_its_drain_too(self, tmp_path):
+        """One prefills for two, of which one is drained meanwhile: its journal and its streams tell the lab all of it."""
+        words = ("--emulate", "3", "--profiles", "a100", "--roles", "prefill,decode,decode")
+        with running(tmp_path, *words) as ready:
+            copy = asyncio.run(drained(ready, tmp_path / "settings.toml"))
+
+        for path in (*(tmp_path / "journal").rglob("*.jsonl"), copy):
+            found = headgate("replay", path, "--policy", "recorded,round-robin", "--jobs", 1)
+            assert found.returncode == 0, found.stderr
+            assert "as it was: 40 of 40 completed" in found.stdout
+            refused = headgate("replay", path, "--policy", "random", "--jobs", 1)
+            assert refused.returncode == 2
+            assert "does not part prefill from decode" in refused.stderr
+            with recordings.opened(path) as told:
+                lives = story.read(told.lines, is_copy=told.head.seed is None)
+            assert lives.prefills
+            assert [(who, how) for _, who, how in lives.drains] == [("a100-2", True)]
 
     def test_a_copy_of_the_streams_cannot_be_repeated(self, life):
         """It says what is missing and which setting brings it."""
