@@ -1,7 +1,7 @@
 """Where every living request stands, in one place, so that no account can disagree with another.
 
 A request is in exactly one of four places: in the lines (it waits), with an endpoint (and then in the ledger),
-between two legs (`legs`), or gone. Each move below is one turn of the lifecycle and changes all accounts together (I1).
+between two legs (`legs`), or gone. Each move below is one transition of the lifecycle and changes all accounts together (I1).
 """
 
 import heapq
@@ -10,7 +10,7 @@ from scheduler.fairness import Accounts, FairnessSettings
 from scheduler.fleet import Fleet
 from scheduler.ledger import Ledger, Line
 from scheduler.legs import Legs
-from scheduler.lifecycle import Turn
+from scheduler.lifecycle import Transition
 from scheduler.order import Lines
 from scheduler.state import Endpoint, Kept, Ticket
 from scheduler.wire.words import Leg
@@ -19,7 +19,7 @@ ENDS_MIN = 1_000
 "Up to twice so many moments nothing is dropped."
 
 
-_HALFWAY: tuple[Turn, ...] = ("read", "assign", "hand_over")
+_HALFWAY: tuple[Transition, ...] = ("read", "assign", "hand_over")
 "How a request comes to stand between two legs."
 
 
@@ -41,7 +41,7 @@ class Book:
     def read(self, ticket: Ticket) -> None:
         """A request is here and waits."""
         assert ticket.id not in self.tickets, f"request {ticket.id!r} lives already"
-        ticket.turn("read")
+        ticket.transition("read")
         self.tickets[ticket.id] = ticket
         self._wait(ticket)
 
@@ -53,7 +53,7 @@ class Book:
             self.legs.bind(ticket, endpoint.name)
         else:
             self.lines.remove(ticket)
-        ticket.turn("assign")
+        ticket.transition("assign")
         ticket.attempt += 1
         ticket.leg = leg
         self._hold(ticket, endpoint, line, now)
@@ -63,8 +63,8 @@ class Book:
     def recover(self, ticket: Ticket, endpoint: Endpoint, line: Line, now: float) -> None:
         """It was assigned by an earlier leader, and its attempt counts as it stands."""
         assert ticket.id not in self.tickets, f"request {ticket.id!r} lives already"
-        ticket.turn("read")
-        ticket.turn("assign")
+        ticket.transition("read")
+        ticket.transition("assign")
         self.tickets[ticket.id] = ticket
         self._hold(ticket, endpoint, line, now)
         if ticket.leg == "decode":
@@ -73,15 +73,15 @@ class Book:
     def resume(self, ticket: Ticket, kept: Kept) -> None:
         """It stood between two legs under an earlier leader."""
         assert ticket.id not in self.tickets, f"request {ticket.id!r} lives already"
-        for turn in _HALFWAY:
-            ticket.turn(turn)
+        for transition in _HALFWAY:
+            ticket.transition(transition)
         self.tickets[ticket.id] = ticket
         self._wait_halfway(ticket, kept)
 
     def start(self, ticket: Ticket) -> None:
         """Its engine has it. Said twice, it does no harm."""
         if ticket.state == "assigned":
-            ticket.turn("start")
+            ticket.transition("start")
 
     def first_token(self, ticket: Ticket, now: float) -> None:
         """Its prefill is done."""
@@ -93,7 +93,7 @@ class Book:
     def hand_over(self, ticket: Ticket, kept: Kept, now: float) -> None:
         """Its prompt is computed, and its KV waits for whoever decodes it."""
         self._let_go(ticket, now)
-        ticket.turn("hand_over")
+        ticket.transition("hand_over")
         ticket.handovers += 1
         self._wait_halfway(ticket, kept)
 
@@ -101,15 +101,15 @@ class Book:
         """Its KV is gone before anybody was to fetch it: it waits as it did at its beginning."""
         self.legs.leave(ticket)
         self.lines.charge(ticket, 0, 0)
-        ticket.turn("lose")
+        ticket.transition("lose")
         self._wait(ticket)
 
-    def give_back(self, ticket: Ticket, turn: Turn, now: float) -> None:
+    def give_back(self, ticket: Ticket, transition: Transition, now: float) -> None:
         """It waits again, with its original arrival."""
         self._let_go(ticket, now)
         self.legs.forget(ticket.id)
         self.lines.charge(ticket, 0, 0)
-        ticket.turn(turn)
+        ticket.transition(transition)
         self._wait(ticket)
 
     def finish(self, ticket: Ticket, now: float) -> None:
@@ -121,7 +121,7 @@ class Book:
             self.legs.leave(ticket)
         else:
             self.lines.remove(ticket)
-        ticket.turn("finish")
+        ticket.transition("finish")
         del self.tickets[ticket.id]
         self.remember(ticket.id)
 

@@ -120,9 +120,9 @@ class Scheduler:
         """
         for name in snapshot.drained:
             self._memory.book.fleet.drain(name, is_drained=True)
-        turns = self._memory.book.lines.turns
-        if turns is not None and snapshot.given.is_sound():
-            turns.accounts.restore(snapshot.given)
+        tenants = self._memory.book.lines.by_tenant
+        if tenants is not None and snapshot.given.is_sound():
+            tenants.accounts.restore(snapshot.given)
         if not self._memory.predictor.restore(snapshot.learned):
             return False
         known = dict.fromkeys(snapshot.learned.models)

@@ -1,4 +1,4 @@
-"""A request's life as one table: which turn leads from which state to which.
+"""A request's life as one table: which transition leads from which state to which.
 
     queued --read--> waiting <--set_aside, take_up--> set_aside
                       |   ^                               |
@@ -19,7 +19,7 @@ Any pair that is not in the table is a bug of ours and raises `AssertionError`.
 from typing import Literal
 
 State = Literal["queued", "waiting", "set_aside", "assigned", "running", "prefilled", "terminal"]
-Turn = Literal[
+Transition = Literal[
     "read",  # the dispatcher has it
     "set_aside",  # cannot make it on the present prediction; tested again at every step
     "take_up",  # it can after all
@@ -32,7 +32,7 @@ Turn = Literal[
     "finish",  # the one terminal record is written
 ]
 
-NEXT: dict[tuple[State, Turn], State] = {
+NEXT: dict[tuple[State, Transition], State] = {
     ("queued", "read"): "waiting",
     ("queued", "finish"): "terminal",
     ("waiting", "set_aside"): "set_aside",
@@ -56,11 +56,11 @@ NEXT: dict[tuple[State, Turn], State] = {
 }
 
 
-def after(state: State, turn: Turn) -> State:
-    """The state that this turn leads to.
+def after(state: State, transition: Transition) -> State:
+    """The state that this transition leads to.
 
     >>> after("assigned", "reclaim")
     'waiting'
     """
-    assert (state, turn) in NEXT, f"no turn {turn!r} from state {state!r}"
-    return NEXT[state, turn]
+    assert (state, transition) in NEXT, f"no transition {transition!r} from state {state!r}"
+    return NEXT[state, transition]

@@ -14,7 +14,7 @@ OLDEST_AMONG = 1000
 "The oldest waits near the front: rank grows with arrival, and only a promise much looser hides one."
 
 
-class Turns:
+class TenantLines:
     """A line for each tenant. First comes the head of a tenant in the lowest band; within a band, the policy's first.
 
     Two sorted lists make it cheap: each tenant's own line, and the tenants by (band, their head's place), of which
@@ -116,9 +116,11 @@ class Lines:
 
     def __init__(self, accounts: Accounts | None = None) -> None:
         """Keep the order of the policy, or with accounts the turns of tenants."""
-        self.turns = None if accounts is None else Turns(accounts)
+        self.by_tenant = None if accounts is None else TenantLines(accounts)
         self.longest = None if accounts is None else Longest(accounts.settings.weights)
-        self.waiting: Queue | Turns = Queue(by_rank) if self.turns is None else self.turns
+        self.waiting: Queue | TenantLines = (
+            Queue(by_rank) if self.by_tenant is None else self.by_tenant
+        )
         self.aside = Queue(by_rank)
         "The same order, to see who can make it after all."
         self.aside_by_size = Queue(by_size)
@@ -182,15 +184,15 @@ class Lines:
 
     def charge(self, ticket: Ticket, prompt_tokens: float, output_tokens: float) -> None:
         """Its tenant is given this much, in place of what was charged for the same request before."""
-        if self.turns is not None:
-            service = self.turns.accounts.service(prompt_tokens, output_tokens)
-            self.turns.charge(ticket.request.tenant, service - ticket.charged)
+        if self.by_tenant is not None:
+            service = self.by_tenant.accounts.service(prompt_tokens, output_tokens)
+            self.by_tenant.charge(ticket.request.tenant, service - ticket.charged)
             ticket.charged = service
 
     def set_aside(self, ticket: Ticket) -> None:
         """Out of the way of those who can make it."""
         self.waiting.remove(ticket)
-        ticket.turn("set_aside")
+        ticket.transition("set_aside")
         for line in (self.aside, self.aside_by_size, self.aside_by_age):
             line.add(ticket)
 
@@ -198,5 +200,5 @@ class Lines:
         """It can make it after all."""
         for line in (self.aside, self.aside_by_size, self.aside_by_age):
             line.remove(ticket)
-        ticket.turn("take_up")
+        ticket.transition("take_up")
         self.waiting.add(ticket)

@@ -148,7 +148,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     "Of a decode leg, what the predictor of transfers saw."
 
 
-class Turn(msgspec.Struct, frozen=True):
+class Aside(msgspec.Struct, frozen=True):
     """A request that the plan sets aside or takes up again."""
 
     kind: Literal["set_aside", "take_up"]

@@ -8,7 +8,7 @@
         else                                       keep the place for it, bind it later
     what the plan leaves idle takes a short one of those set aside
 
-Nothing here changes a ticket or the ledger: the plan is a list of turns that the core then takes. It ends as soon
+Nothing here changes a ticket or the ledger: the plan is two lists, choices and asides, that the core makes true. It ends as soon
 as nobody of the line could start anything within the window, so a full fleet costs next to nothing.
 """
 
@@ -26,7 +26,7 @@ from scheduler.onward import Onward
 from scheduler.openings import Openings
 from scheduler.pace import Noise
 from scheduler.picking import Picker
-from scheduler.plan import Choice, PlanSettings, Turn
+from scheduler.plan import Aside, Choice, PlanSettings
 from scheduler.policies import Terms
 from scheduler.price import Usual
 from scheduler.profile.casting import Casting
@@ -117,7 +117,7 @@ class Planner:
             room, now=now, settings=settings, rng=rng, onward=onward, casting=casting
         )
         self.choices: list[Choice] = []
-        self.turns: list[Turn] = []
+        self.asides: list[Aside] = []
         "Who is to be set aside, and who after all is not."
         self.for_pace: list[Ticket] = []
         "Requests that found no endpoint where they gain more than they break, and those behind them that were not tried."
@@ -158,7 +158,7 @@ class Planner:
             if self._blocked[ticket.promise.tpot_s is not None] >= BLOCKED_MAX:
                 self.for_pace.append(ticket)
                 continue
-            if len(self.turns) >= ASIDE_MAX:
+            if len(self.asides) >= ASIDE_MAX:
                 self.is_cut = True
                 return
             self.has_tried = True
@@ -274,8 +274,8 @@ class Planner:
         is_aside = offer.ticket.state == "set_aside"
         if can_make_it == is_aside:  # a change
             kind: Literal["set_aside", "take_up"] = "take_up" if can_make_it else "set_aside"
-            turn = Turn(kind, offer.ticket, total_s=total_s.item(best), alone_s=offer.alone_s)
-            self.turns.append(turn)
+            aside = Aside(kind, offer.ticket, total_s=total_s.item(best), alone_s=offer.alone_s)
+            self.asides.append(aside)
         if not can_make_it:
             return
         slot, propensity, why = self._picker.pick(offer, total_s, best)

@@ -191,7 +191,7 @@ class Planning:
                 batch=ledger.seats,
                 now=now,
             )
-        turns = self._book.lines.turns
+        tenants = self._book.lines.by_tenant
         casting = None
         if self._assembly is not None:
             casting = Casting(
@@ -214,7 +214,7 @@ class Planning:
             noise=self._memory.predictor.pace.noise,
             broken=self._broken,
             rng=self._rng,
-            standing=None if turns is None else turns.accounts.standing,
+            standing=None if tenants is None else tenants.accounts.standing,
             casting=casting,
             onward=onward,
         )
@@ -263,26 +263,26 @@ class Planning:
         """Set aside and take up, and mark who waits for a better pace: they do not count as work that waits."""
         if not planner.has_tried:
             return
-        self._turn(planner)
+        self._move_aside(planner)
         for ticket in self._for_pace:
             ticket.waits_for_pace = False
         self._for_pace = planner.for_pace
         for ticket in self._for_pace:
             ticket.waits_for_pace = True
 
-    def _turn(self, planner: Planner) -> None:
+    def _move_aside(self, planner: Planner) -> None:
         """Set aside and take up as planned; each change is noted once."""
         lines, memory = self._book.lines, self._memory
-        for turn in planner.turns:
-            slack_s = turn.ticket.due_at - memory.now - turn.total_s
-            if turn.kind == "take_up":
-                lines.take_up(turn.ticket)
-                memory.note(turn.ticket, "taken_up", "can make it after all", slack_s)
+        for aside in planner.asides:
+            slack_s = aside.ticket.due_at - memory.now - aside.total_s
+            if aside.kind == "take_up":
+                lines.take_up(aside.ticket)
+                memory.note(aside.ticket, "taken_up", "can make it after all", slack_s)
             else:
-                lines.set_aside(turn.ticket)
-                self._demand(turn.ticket, turn.alone_s, turn.alone_s)
+                lines.set_aside(aside.ticket)
+                self._demand(aside.ticket, aside.alone_s, aside.alone_s)
                 reason = f"cannot make it: {-slack_s:.2f} s too late on the best endpoint"
-                memory.note(turn.ticket, "set_aside", reason, slack_s)
+                memory.note(aside.ticket, "set_aside", reason, slack_s)
 
     def _fill(self, planner: Planner) -> None:
         lines = self._book.lines

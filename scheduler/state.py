@@ -1,7 +1,7 @@
 """Who is who in the core: a `Ticket` for each living request, an `Endpoint` for each living server.
 
 Both are plain records with one owner, the `Scheduler`. A ticket changes its state only through the lifecycle's
-table, so a turn that must not happen raises instead of happening.
+table, so a transition that must not happen raises instead of happening.
 """
 
 from typing import TypeAlias
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler import lifecycle
-from scheduler.lifecycle import State, Turn
+from scheduler.lifecycle import State, Transition
 from scheduler.slo import Promise
 from scheduler.wire.client import Request
 from scheduler.wire.words import Leg
@@ -156,9 +156,9 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
         """As asked for, those forgiven, and a prefill leg for each that was handed over."""
         return self.max_attempts + self.forgiven + self.handovers
 
-    def turn(self, turn: Turn) -> None:
-        """Take a turn of the lifecycle; one that is not in its table is a bug."""
-        self.state = lifecycle.after(self.state, turn)
+    def transition(self, transition: Transition) -> None:
+        """Take a transition of the lifecycle; one that is not in its table is a bug."""
+        self.state = lifecycle.after(self.state, transition)
 
 
 class Endpoint(msgspec.Struct, kw_only=True, eq=False):

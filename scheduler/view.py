@@ -143,12 +143,12 @@ def snapshot(
 
 def _given(book: Book) -> Given:
     """The tenants' accounts without what is charged for those in some worker's hands."""
-    turns = book.lines.turns
-    if turns is None:
+    tenants = book.lines.by_tenant
+    if tenants is None:
         return Given()
     held = [ticket for e in book.fleet.endpoints.values() for ticket in e.held.values()]
     held += book.legs.prefilled
-    return turns.accounts.export([(ticket.request.tenant, ticket.charged) for ticket in held])
+    return tenants.accounts.export([(ticket.request.tenant, ticket.charged) for ticket in held])
 
 
 def backlog_s(book: Book, predictor: Predictor) -> float:

@@ -103,7 +103,7 @@ def test_who_waits_is_passed_by_a_bounded_amount(weights, urgent, data):
         passed[chosen.request.tenant] += chosen.prompt_tokens
         lines.add(ticket(next(numbers), chosen.request.tenant, 0.0))
 
-    lead = lines.turns.accounts.had("a")
+    lead = lines.by_tenant.accounts.had("a")
     assert chosen.request.tenant == "a"
     assert max(passed.values()) <= lead + 2 * QUANTUM + LONGEST
 
@@ -120,7 +120,7 @@ def test_nobody_who_waits_is_left_out(weights, rows, had, count):
     for number, (tenant, rank, tokens) in enumerate(rows):
         lines.add(ticket(number, tenant, rank, tokens))
     for tenant, service in had.items():
-        lines.turns.charge(tenant, service)
+        lines.by_tenant.charge(tenant, service)
 
     order = lines.waiting.head(len(rows))
 
@@ -190,12 +190,12 @@ def test_seats_follow_whatever_happens(turns):
             lines.set_aside(waiting[0])
         elif waiting and what == "drop":
             lines.remove(waiting[0])
-        assert lines.waiting.head(1) == lines.turns.joined(list(lines.waiting), [])[:1]
+        assert lines.waiting.head(1) == lines.by_tenant.joined(list(lines.waiting), [])[:1]
 
-    line, turns_ = list(lines.waiting), lines.turns
-    assert [t.id for t in lines.waiting.head(99)] == [t.id for t in turns_.joined(line, [])]
-    assert len(turns_) == len(line)
-    assert all(turns_.accounts.had(t) >= 0 for t in "abc")
+    line, tenants = list(lines.waiting), lines.by_tenant
+    assert [t.id for t in lines.waiting.head(99)] == [t.id for t in tenants.joined(line, [])]
+    assert len(tenants) == len(line)
+    assert all(tenants.accounts.had(t) >= 0 for t in "abc")
     lengths = Counter(t.request.tenant for t in [*line, *lines.aside])
     longest = max(
         ((n / (2.0 if t == "a" else 1.0), t) for t, n in lengths.items()), default=(0, "")
@@ -281,7 +281,7 @@ def test_the_answer_that_was_not_given_is_not_charged():
     lines.charge(one, 400, 1000)
     lines.charge(one, 100, 3)
 
-    assert lines.turns.accounts.had("a") == 106
+    assert lines.by_tenant.accounts.had("a") == 106
 
 
 def test_a_tenant_is_charged_for_what_was_computed():
@@ -297,7 +297,7 @@ def test_a_tenant_is_charged_for_what_was_computed():
     served = msgspec.structs.replace(_served(command), prompt_tokens=800, cached_tokens=300)
     core.receive(served, 1.0)
 
-    assert core._memory.book.lines.turns.accounts.had("a") == 500 + 2.0 * 9
+    assert core._memory.book.lines.by_tenant.accounts.had("a") == 500 + 2.0 * 9
 
 
 def commands(settings: CoreSettings, tenants: tuple[str, ...]) -> bytes:

@@ -83,7 +83,7 @@ def test_all_lines_tell_of_the_same_requests(has_tenants, moves):
             came = ticket(number, rank=float(one % 5))
             came.enqueued_at, came.prompt_tokens = float(-one), one
             came.promise = (FREE, SHEDDABLE)[one % 3 == 0]
-            came.turn("read")
+            came.transition("read")
             lines.add(came)
             waiting.append(came)
         elif move == "set_aside" and waiting:

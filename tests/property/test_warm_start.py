@@ -203,7 +203,7 @@ def test_a_new_leader_goes_on_with_the_standings(work, later):
 
 
 def _accounts(core: Scheduler) -> Accounts:
-    return core._memory.book.lines.turns.accounts
+    return core._memory.book.lines.by_tenant.accounts
 
 
 def _ledger(core: Scheduler) -> Ledger:

@@ -465,7 +465,7 @@ def test_a_tenant_is_charged_for_both_legs():
     pool = Pool(beat("p0", "prefill"), beat("d0", "decode"), fairness=fairness)
     pool.ask(tenant="a")
     pool.assigned()
-    accounts = pool.core._memory.book.lines.turns.accounts
+    accounts = pool.core._memory.book.lines.by_tenant.accounts
     planned = accounts.had("a")
     pool.answer("prefilled", kv_params=PARAMS, prompt_tokens=8000, cached_tokens=500)
     assert accounts.had("a") == planned - 500

@@ -245,7 +245,7 @@ def test_the_hopeless_are_set_aside_for_those_who_can():
 
     made.serve([ticket("lost", 900, due_at=0.5), ticket("can", 400, due_at=0.6)])
 
-    assert [turn.ticket.id for turn in made.turns] == ["lost"]
+    assert [one.ticket.id for one in made.asides] == ["lost"]
     assert served(made) == [("can", 0)]
 
 
@@ -256,7 +256,7 @@ def test_where_many_wait_the_dearest_gives_way():
         made = planner([0.001], odds_min=0.5, price=price)
         made.serve(waiting)
 
-        gave_way = [turn.ticket.id for turn in made.turns]
+        gave_way = [one.ticket.id for one in made.asides]
         assert gave_way[:1] == dropped or (dropped == [] and "long" not in gave_way)
 
 
@@ -289,7 +289,7 @@ def test_a_greater_worth_buys_dearer_time():
         made = planner([0.001], odds_min=0.5, price=0.5)
         made.serve(line)
 
-        assert ("r" in [turn.ticket.id for turn in made.turns]) == set_aside
+        assert ("r" in [one.ticket.id for one in made.asides]) == set_aside
 
 
 def test_whoever_could_make_it_alone_gets_another_place_in_the_plan():
@@ -309,7 +309,7 @@ def test_one_step_sets_aside_a_bounded_number():
     made = planner([0.001], odds_min=0.5)
     made.serve([ticket(f"r{i}", 900, due_at=0.1) for i in range(100)])
 
-    assert len(made.turns) == ASIDE_MAX
+    assert len(made.asides) == ASIDE_MAX
     assert made.is_cut
 
 
@@ -432,7 +432,7 @@ def test_the_late_keep_the_quick_clear_for_those_to_come(keep_clear, late_worth,
     settings = msgspec.structs.replace(SETTINGS, keep_clear=keep_clear, late_worth=late_worth)
     made = planner([0.001, 0.002], broken=[2.0, 0.2], settings=settings)
     late = ticket("late", 3000, due_at=-1.0)
-    late.turn("set_aside")
+    late.transition("set_aside")
 
     made.fill([late], is_calm=True)
 
@@ -502,7 +502,7 @@ class TestPace:
         made.serve([paced("r")])
 
         assert served(made) == []
-        assert made.turns == []
+        assert made.asides == []
 
     def test_it_can_be_switched_off(self):
         """I10: with no worth for pace, the earliest first token decides alone."""
@@ -525,7 +525,7 @@ class TestPace:
                 made.serve([one])
 
                 assert ([name] if served(made) else []) == [name] * (name in starting)
-                assert made.turns == []
+                assert made.asides == []
 
     def test_where_it_would_stay_longer_is_no_better_place(self):
         """Who has time to spare goes where it is served soonest, and not where its answer would take four times as long."""
@@ -545,7 +545,7 @@ class TestPace:
             made = decoding([40.0, 40.0], [0.035, 0.035], settings=settings)
             late = ticket("late", 100, due_at=-1.0)
             late.output_tokens = 100
-            late.turn("set_aside")
+            late.transition("set_aside")
 
             made.fill([late], is_calm=True)
 
