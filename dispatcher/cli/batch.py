@@ -19,7 +19,7 @@ from rich.progress import (
 
 from dispatcher import batch as batches
 from dispatcher.batch import Batch, Tally
-from dispatcher.cli import output, silence
+from dispatcher.cli import leader_watch, output
 from dispatcher.client import Client
 from dispatcher.client.wishes import Wishes
 from scheduler.settings import Settings
@@ -55,7 +55,7 @@ async def batch(
     work = Batch(source, sink, errors)
     client = Client.from_settings(settings, name=work.client_name)
     with _progress(work) as (told, moved):
-        async with client, silence.explained(client, told):
+        async with client, leader_watch.telling(client, told):
             tally = await work.run(
                 client, wishes=wishes, told=told, moved=moved, in_flight=in_flight
             )

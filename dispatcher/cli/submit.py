@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dispatcher.cli import output, silence
+from dispatcher.cli import leader_watch, output
 from dispatcher.client import Client, Completion, Handle
 from dispatcher.client import prompt as prompts
 from dispatcher.client.completion import completion
@@ -75,7 +75,7 @@ async def submit(
             typer.echo(handle.id)
         else:
             try:
-                async with silence.explained(client):
+                async with leader_watch.telling(client):
                     await _tell(handle, is_stream=stream, as_json=as_json)
             except (asyncio.CancelledError, BrokenPipeError):
                 output.talk(f"{handle.id} goes on: headgate status ID, headgate cancel ID")

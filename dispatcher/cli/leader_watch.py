@@ -1,4 +1,4 @@
-"""Why nothing comes: a command that waits without a word looks broken."""
+"""Whether somebody leads the pool, watched while a command waits: without a word it would look broken."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -13,11 +13,9 @@ QUIET_S = 3.0
 
 
 @asynccontextmanager
-async def explained(
-    client: Client, told: Callable[[str], None] = output.talk
-) -> AsyncIterator[None]:
+async def telling(client: Client, told: Callable[[str], None] = output.talk) -> AsyncIterator[None]:
     """While the block waits, say when nobody leads the pool, and when somebody does again."""
-    looking = asyncio.create_task(_look(client, told), name="headgate-silence")
+    looking = asyncio.create_task(_look(client, told), name="headgate-leader-watch")
     try:
         yield
     finally:
