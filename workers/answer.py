@@ -11,10 +11,10 @@ import msgspec
 from scheduler.errors import UNREADABLE, EngineError
 from scheduler.wire.dispatcher import Job
 from workers import chunk as chunks
+from workers.accumulator import Accumulator
 from workers.body import CHAT, NOTHING, Written
 from workers.chunk import Choice, Chunk, Fault, Fields, Times, Usage
 from workers.halves import NO_KV
-from workers.said import Said
 
 GOOD = frozenset({"stop", "length", "tool_calls", "repetition"})
 "Finish reasons of an answer that is one; the last where `repetition_detection` was asked for."
@@ -59,7 +59,7 @@ class Answer:
         "Its last bytes, with which the next may end it."
         self._error: Fault | None = None
         self._head: Chunk | None = None
-        self._choices: dict[int, Said] = {}
+        self._choices: dict[int, Accumulator] = {}
 
     @property
     def output_tokens(self) -> int:
@@ -174,7 +174,7 @@ class Answer:
         details = self.usage.completion_tokens_details if self.usage else None
         if details is not None and not written.pieces:  # of the whole answer, or of nothing
             usage["completion_tokens_details"] = details
-        self._choices = self._choices or {0: Said("length")}
+        self._choices = self._choices or {0: Accumulator("length")}
         return msgspec.json.encode(
             {
                 "id": head.id or job.id,
@@ -229,7 +229,7 @@ class Answer:
         """Take in a choice's part of a chunk; whether it is more than text of the first choice."""
         said = self._choices.get(choice.index)
         if said is None:
-            said = self._choices[choice.index] = Said()
+            said = self._choices[choice.index] = Accumulator()
         if text:
             said.text.append(text)
             self._bytes += len(text)

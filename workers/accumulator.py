@@ -1,10 +1,10 @@
-"""What an engine has said of one choice: its pieces, put together as in an answer that is not streamed."""
+"""One choice of a streamed answer, put together from its pieces as in an answer that is not streamed."""
 
 from scheduler.errors import EngineError
 from workers.chunk import Choice, Fields
 
 
-class Said:
+class Accumulator:
     """One choice so far."""
 
     __slots__ = (
