@@ -37,7 +37,7 @@ from scheduler.sim import (
     refit,
     story,
 )
-from scheduler.sim.fleet import CERTAIN, Chance, EndpointSpec, Fault, Fleet
+from scheduler.sim.fleet import CERTAIN, Chance, EndpointSpec, Fault, FaultKind, Fleet
 from scheduler.sim.refit import Factors
 from scheduler.sim.story import Story
 from scheduler.slo import Objective
@@ -151,9 +151,9 @@ class TestParted:
 
         for one in stage_of(data).machines:
             found, sheet = one.actual.coef, one.nominal.coef
-            if one.role == "prefill":
-                assert found.g / sheet.g == pytest.approx(2.0, rel=0.15), one.name
-            else:
+            # Who only decodes is thought to prefill as others of its hardware do.
+            assert found.g / sheet.g == pytest.approx(2.0, rel=0.15), one.name
+            if one.role == "decode":
                 assert found.ad / sheet.ad == pytest.approx(1.5, rel=0.15), one.name
 
     def test_others_part_it_their_own_way(self, parted):
@@ -276,6 +276,16 @@ class TestLives:
 
         assert min(f.enqueued_at for f in now.fates if f.endpoint == "a100-2") > 10.0
         assert_agrees(was, now)
+
+    def test_who_is_drained_before_it_comes_is_not_there_before(self):
+        """A drain is no sign of life."""
+        moves: tuple[tuple[float, FaultKind], ...] = ((1.0, "drain"), (8.0, "join"))
+        faults = tuple(Fault(at_s=at, endpoint="a100-2", kind=kind) for at, kind in moves)
+        _, data = recorded_run(where=structs.replace(A100S, faults=faults), rows=talk(span_s=12.0))
+
+        found = lives.faults(told_by(data), 0.0, lease_s=3.0)
+
+        assert [(round(fault.at_s), fault.kind) for fault in found] == [(8, "join"), (8, "drain")]
 
     @pytest.mark.parametrize(
         ("reason", "back_at", "kinds"),
