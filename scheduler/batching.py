@@ -225,10 +225,10 @@ class _Load:
             return False
         # Who was promised no first token, or has missed it, loses nothing by waiting.
         worth = 0.0 if is_lost or one.due_at == math.inf else one.weight
-        return not self._is_bound or self._broken(one, step_s) <= worth
+        return not self._is_bound or self._broken(step_s) <= worth
 
-    def _broken(self, one: Candidate, step_s: float) -> float:
-        """The worth of the promises per token that would hold without the newcomer and do not with it.
+    def _broken(self, step_s: float) -> float:
+        """The worth of the promises per token that hold now and would not at this step time.
 
         A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who will miss it
         anyway, behind the prompts that are in the engine already, keeps nobody out. Nor does it count that the
