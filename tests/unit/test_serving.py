@@ -236,15 +236,19 @@ class TestHeard:
             one.halt(Stop("returned", "enough"))
 
     async def test_later_pieces_follow_soon(self, served, engine, hand):
-        """Not with the end: somebody reads along."""
-        engine.said = [[BEGUN, chunk(PIECE)]]
+        """Not with the end: somebody reads along. Of a quiet one nobody does, and nothing is written."""
+        engine.said = 2 * [[BEGUN, chunk(PIECE)]]
+        quiet = served.start(await pulled(hand, "quiet"))
+        await until(lambda: quiet.gap_max_s)
         one = served.start(await pulled(hand, stream=True))
 
         async def has_all():
             return await hand.text("r1") == "so farso far"
 
         await until(has_all)
+        assert await hand.tokens("quiet") == []
         one.halt(Stop("returned"))
+        quiet.halt(Stop("returned"))
 
     async def test_times_are_of_tokens(self, served, engine, hand, monkeypatch):
         """A second passes each time that the engine says something; what keeps a connection alive is no token."""
@@ -261,6 +265,7 @@ class TestHeard:
         assert reward.tpot_s == pytest.approx(4.0 / 3)
         assert served.meter.gaps["e0"].buckets()[1] == 4.0
         assert served.endpoint.rhythm.step_s == 0.0, "nothing decodes any more"
+        assert served.endpoint.health.heard_tick == 105.0
 
     async def test_who_waits_is_looked_at_when_something_changes(self, served, engine, hand):
         """With a first token and with an end; where nobody waits nobody is woken."""
@@ -419,9 +424,14 @@ class TestFailure:
 
 
 class TestHalves:
-    async def test_a_prefill_leg_is_one_answer(self, served, engine, hand):
-        """No log, no record; what it cost and where its KV is."""
-        engine.said = [page(PARKED)]
+    @pytest.mark.parametrize("is_kept", [False, True], ids=["a new connection", "a kept one"])
+    async def test_a_prefill_leg_is_one_answer(self, served, engine, hand, is_kept):
+        """No log, no record; what it cost and where its KV is. It speaks for its engine, as any answer."""
+        if is_kept:
+            await served.outcome(await pulled(hand, "r0"))
+        engine.said = [page(b"broken", 500), page(PARKED)]
+        await served.outcome(await pulled(hand, "fails"))
+        assert served.endpoint.health._failures == 1
         one = await pulled(hand, job_leg="prefill", stream=True)
 
         assert await served.outcome(one) == ("prefilled", "")
@@ -431,8 +441,9 @@ class TestHalves:
         assert reward.prefill_s >= 0
         assert await hand.redis.command("GET", hand.keys.kv("r1")) == b'{"at":1}'
         assert await hand.tokens("r1") == await hand.results("r1") == []
+        assert served.endpoint.health._failures == 0
         assert served.endpoint.health.heard_tick > 0
-        assert len(served.endpoint.rhythm._prefilled) == 1
+        assert len(served.endpoint.rhythm._prefilled) == 1 + is_kept
 
     async def test_what_cannot_be_parted_asks_nobody(self, served, engine, hand):
         """Its decode leg computes it all; this engine has no part in it."""
