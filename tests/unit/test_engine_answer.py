@@ -45,6 +45,9 @@ DONE = b"data: [DONE]\n\n"
 GOOD = said("Hel") + said("lo") + said("", "stop") + usage(3) + DONE
 
 
+DIED = event(error={"message": "EngineCore died", "code": 500})
+
+
 def fed(*parts):
     answer = Answer()
     for part in parts:
@@ -369,8 +372,11 @@ class TestFailure:
             pytest.param(said("", "stop") + usage(0) + DONE, "no tokens", id="no tokens"),
             pytest.param(said("a", "stop") + DONE, "no tokens", id="no usage"),
             pytest.param(said("a") + b'data: {"id"', "ended inside", id="half a chunk"),
+            pytest.param(DIED, "EngineCore", id="error"),
             pytest.param(
-                event(error={"message": "EngineCore died", "code": 500}), "EngineCore", id="error"
+                GOOD.removesuffix(DONE) + DIED + event(metrics={}) + DONE,
+                "EngineCore",
+                id="error behind a whole answer",
             ),
         ],
     )
