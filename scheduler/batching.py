@@ -1,8 +1,8 @@
 """Who decodes together next: admission to the continuous batch of one engine.
 
 A decode step costs every member the same time, and that time grows with the KV tokens it reads, so one long
-request slows all. A held request may join if it breaks no more promises than keeping its own is worth: the bound is
-a step time, not a count of seats. The rest wait outside, where their order can still change.
+request slows all. A held request may join if it keeps its own promise there and breaks nobody's: the bound is a step
+time, not a count of seats. The rest wait outside, where their order can still change.
 
 Nobody is kept out for want of KV blocks: that is the dispatcher's account, and whoever it was mistaken about has the
 blocks as soon as they are free if it waits in the engine, and a turn of everybody later if it waits here.
@@ -42,9 +42,6 @@ class Member(msgspec.Struct, frozen=True):
     prefill_tokens: float = 0.0
     "Prompt tokens still to compute; 0 once it decodes."
 
-    weight: float = 1.0
-    "What keeping its promise is worth."
-
 
 def member(
     *,
@@ -54,7 +51,6 @@ def member(
     expected_tokens: float,
     tpot_s: float | None,
     decoding_s: float | None,
-    weight: float,
 ) -> Member:
     """A request inside the engine, from what its worker knows.
 
@@ -65,7 +61,6 @@ def member(
         expected_tokens: of the whole answer.
         tpot_s: its promise; None: none.
         decoding_s: since its first token; None: that has not come.
-        weight: what keeping its promise is worth.
     """
     return Member(
         context_tokens=prompt_tokens + said,
@@ -74,7 +69,6 @@ def member(
         tpot_s=tpot_s or math.inf,
         banked_s=(said - 1) * tpot_s - decoding_s if tpot_s and decoding_s is not None else 0.0,
         prefill_tokens=0.0 if decoding_s is not None else uncached_tokens,
-        weight=weight,
     )
 
 
@@ -198,20 +192,18 @@ class _Load:
         self._keep = 1.0 - limits.margin
         self.batch = len(running)
         self.prefill_tokens = self._read = 0.0
-        self._members: list[tuple[float, float, float, float, float]] = []
-        "Of each: context, what remains, its promise (`inf`: none), how far ahead of that it is, what that is worth."
+        self._members: list[tuple[float, float, float, float]] = []
+        "Of each: context, what remains, its promise (`inf`: none), and how far it is ahead of that."
         self._columns: Floats | None = None
         "The same as columns; None: nobody asked, or somebody has joined since."
         self._is_bound = False
         "Whether anybody was promised a pace."
         for one in running:
             self.prefill_tokens += one.prefill_tokens
-            self._enter(
-                one.context_tokens, one.remaining_tokens, one.tpot_s, one.banked_s, one.weight
-            )
+            self._enter(one.context_tokens, one.remaining_tokens, one.tpot_s, one.banked_s)
 
     def can_join(self, one: Candidate, now: float) -> bool:
-        """Whether it keeps its own pace here, and breaks no more promises of others than keeping its own is worth."""
+        """Whether it keeps its own pace here, and breaks no promise per token that would hold without it."""
         law, limits = self._law, self._limits
         is_lost = not is_feasible(one, self.prefill_tokens, law, now)
         # What it cannot keep at all is no reason to wait.
@@ -221,24 +213,22 @@ class _Load:
         if limits.step_s == own_s == math.inf and not self._is_bound:
             return True
         step_s = law.step_s(self.batch + 1, self._read_beside(one))
-        if step_s > min(limits.step_s, own_s * self._keep):
-            return False
-        # Who was promised no first token, or has missed it, loses nothing by waiting.
-        worth = 0.0 if is_lost or one.due_at == math.inf else one.weight
-        return not self._is_bound or self._broken(step_s) <= worth
+        return step_s <= min(limits.step_s, own_s * self._keep) and not self._breaks(step_s)
 
-    def _broken(self, step_s: float) -> float:
-        """The worth of the promises per token that hold now and would not at this step time.
+    def _breaks(self, step_s: float) -> bool:
+        """Whether a promise per token holds now and would not at this step time.
 
         A promise is a mean over the whole answer: who is ahead of it may be slowed for the rest. Who will miss it
         anyway, behind the prompts that are in the engine already, keeps nobody out. Nor does it count that the
         newcomer's own prompt stalls them: it has to be computed, and whoever is there then waits for it.
         """
-        law, (_, remaining, tpot, ahead, weight) = self._law, self._by_column()
-        rest = np.maximum(remaining, 1.0)
-        allowed = tpot * self._keep + (ahead - law.prefill_s * self.prefill_tokens) / rest
+        if not self._is_bound:
+            return False
+        law, (_, remaining, tpot, ahead) = self._law, self._by_column()
+        ahead_s = ahead - law.prefill_s * self.prefill_tokens
+        allowed = tpot * self._keep + ahead_s / np.maximum(remaining, 1.0)
         holds = allowed >= law.step_s(self.batch, self._read)
-        return float(weight[holds & (allowed < step_s)].sum())
+        return bool((holds & (allowed < step_s)).any())
 
     def _read_beside(self, one: Candidate) -> float:
         """KV tokens that a step reads with the newcomer: now, or in the mean over its stay if that is more.
@@ -256,17 +246,15 @@ class _Load:
         tpot_s = math.inf if is_lost else one.tpot_s
         self.batch += 1
         self.prefill_tokens += one.uncached_tokens
-        self._enter(one.prompt_tokens, one.output_tokens, tpot_s, 0.0, one.weight)
+        self._enter(one.prompt_tokens, one.output_tokens, tpot_s)
 
-    def _enter(
-        self, context: float, remaining: float, tpot_s: float, ahead_s: float, weight: float
-    ) -> None:
+    def _enter(self, context: float, remaining: float, tpot_s: float, ahead_s: float = 0.0) -> None:
         self._read += context
-        self._members.append((context, remaining, tpot_s, ahead_s, weight))
+        self._members.append((context, remaining, tpot_s, ahead_s))
         self._columns = None
         self._is_bound = self._is_bound or tpot_s < math.inf
 
     def _by_column(self) -> Floats:
         if self._columns is None:
-            self._columns = np.array(self._members, dtype=np.float64).reshape(-1, 5).T
+            self._columns = np.array(self._members, dtype=np.float64).reshape(-1, 4).T
         return self._columns

@@ -173,7 +173,6 @@ class Attempt:
             expected_tokens=self.expected_tokens,
             tpot_s=self.job.tpot_s,
             decoding_s=None if self.first_token_at is None else tick - self.first_tick,
-            weight=self.job.weight,
         )
 
     def tear(self, reason: str) -> None:

@@ -70,7 +70,6 @@ class Attempt:
             expected_tokens=self.expected_tokens,
             tpot_s=self.job.tpot_s,
             decoding_s=None if self.first_at is None else now - self.first_at,
-            weight=self.job.weight,
         )
 
     def reward(self, machine: Machine, epoch: int, outcome: str, now: float) -> Reward:

@@ -136,13 +136,11 @@ class TestAdmission:
 
     def test_a_member_decodes_from_its_first_token_on(self):
         """Before it the prompt is still to be computed; after it the engine has only the answer to say."""
-        one = answered(
-            said("a"), said("b"), first_tick=10.0, prompt_tokens=30, tpot_s=0.5, weight=3.0
-        )
+        one = answered(said("a"), said("b"), first_tick=10.0, prompt_tokens=30, tpot_s=0.5)
         one.expected_tokens = 8.0
         seen = one.member(10.25)
         assert (seen.context_tokens, seen.remaining_tokens, seen.prefill_tokens) == (32, 6.0, 0.0)
-        assert (seen.banked_s, seen.weight) == (pytest.approx(0.5 - 0.25), 3.0)
+        assert seen.banked_s == pytest.approx(0.5 - 0.25)
 
         one.first_token_at = None
 
