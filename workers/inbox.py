@@ -11,7 +11,7 @@ from dispatcher.streams.connection import Connection, Entry, Read
 from dispatcher.streams.pages import whole
 from dispatcher.streams.sidecar import Held
 from scheduler import codec
-from scheduler.errors import UNREADABLE, StreamError, WireError
+from scheduler.errors import UNREADABLE, WireError
 from scheduler.keys import WORKER_GROUP, Keys
 from scheduler.wire.client import Control
 from scheduler.wire.dispatcher import Job
@@ -64,8 +64,8 @@ class Inbox:
         "Every job handed over before has been passed on; None: nothing can be said yet."
         self._seen_at: float | None = None
         "The same of those read, which may still be here."
-        self._is_sure = True
-        "Whether no reply was lost, in which there may have been entries."
+        self._is_sure = False
+        "Whether every reply in our name has come: not one to an earlier worker of this name, nor to a read that failed."
         self._taking = asyncio.Lock()
         "Reader and adopter both take: an entry passed on twice runs twice, one dropped between them is never run."
 
@@ -74,7 +74,7 @@ class Inbox:
         await self._connection.ensure_group(self._stream, WORKER_GROUP)
 
     async def read(self, room: int, came: Callable[[], None] = lambda: None) -> None:
-        """Wait for entries, at most `room` of them; after a lost reply first for those that were in it.
+        """Wait for entries, at most `room` of them; first come those of replies that never came.
 
         `came` is called the moment there are new ones: a lonely one may be taken by `take_one`.
         """
@@ -82,7 +82,8 @@ class Inbox:
             return
         if not self._is_sure:
             await self._read_again()
-            return
+            if self._entries:
+                return
         asked_at = self._connection.now()
 
         def put(read: Read) -> None:
@@ -92,18 +93,16 @@ class Inbox:
             if entries:
                 came()
 
-        try:
-            await self._connection.read_group(
-                WORKER_GROUP,
-                self._consumer,
-                [self._stream],
-                count=min(room, READ_MAX),
-                block_s=BLOCK_S,
-                came=put,
-            )
-        except StreamError:
-            self._is_sure = False
-            raise
+        self._is_sure = False
+        await self._connection.read_group(
+            WORKER_GROUP,
+            self._consumer,
+            [self._stream],
+            count=min(room, READ_MAX),
+            block_s=BLOCK_S,
+            came=put,
+        )
+        self._is_sure = True
 
     async def _read_again(self) -> None:
         after = "0"

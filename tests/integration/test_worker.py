@@ -727,6 +727,26 @@ class TestLease:
         assert len((await ghost)[stream]) == 1
         assert (await hand.result("r1")).outcome == "completed"
 
+    async def test_what_its_namesake_was_given_and_never_saw_to_does_not_stay(
+        self, emulator, hand, rig
+    ):
+        """Restarted under its name, as in a container: words to cancel that nobody answers would keep a drain for ever."""
+        stream = hand.keys.jobs("e0")
+        await hand.redis.ensure_group(stream, WORKER_GROUP)
+        await hand.submit("r1", chat(5), 1)
+        await hand.cancel("r1")
+        given = await hand.redis.read_group(WORKER_GROUP, "pod-1", [stream], count=10, block_s=None)
+        assert len(given[stream]) == 2
+
+        await rig.start(emulator.url, name="pod-1")
+        await hand.ready()
+
+        async def empty():
+            return await hand.redis.command("XLEN", stream) == 0
+
+        await until(empty)
+        assert (await hand.redis.command("XPENDING", stream, WORKER_GROUP))["pending"] == 0
+
     async def test_an_id_that_redis_lost_and_was_sent_again(self, emulator, hand, rig):
         """The same attempt of another entry is another job: it replaces the one that is in hand, and nothing stays behind."""
         await rig.start(emulator.url)

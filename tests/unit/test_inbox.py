@@ -1,11 +1,13 @@
 """A worker's inbox on a real Redis: every job passed on once, with what belongs to it, and nothing that is somebody else's."""
 
 import asyncio
+import contextlib
 
 import attempts
 import msgspec
 import pytest
 import structlog
+from hand import until
 
 from dispatcher.streams import pages
 from dispatcher.streams.connection import Connection, Where
@@ -65,6 +67,10 @@ class Box(Inbox):
 
     async def pending(self):
         return (await self.redis.command("XPENDING", self.jobs, WORKER_GROUP))["pending"]
+
+    async def waits(self):
+        """Whether a read of its waits on the server."""
+        return b"cmd=xreadgroup" in await self.redis.command("CLIENT", "LIST")
 
     async def given_to(self, consumer, count=100):
         """The server gives new entries to somebody, who is not heard of again."""
@@ -219,6 +225,35 @@ class TestLost:
         await box.read(10)
         assert ids(await box.taken()) == ["j9"], "it reads on, and nothing again"
         assert box.read_at == int(entry.partition("-")[0]) / 1e3
+
+    async def test_what_was_given_in_its_name_before_comes_first(self, box):
+        """To a worker of this name that is gone: nobody else will ever get it, and what is new follows."""
+        await box.redis.add(box.jobs, codec.encode(Control(action="cancel", id="j7")))
+        await box.put(job("old", epoch=EPOCH - 1))
+        await box.given_to("w0")
+        await box.put(job("j1"))
+
+        await box.read(10)
+        assert await box.taken() == []
+        assert box.cancelled == [("j7", "")]
+        assert await box.redis.command("XLEN", box.jobs) == 1
+
+        await box.read(10)
+        assert ids(await box.taken()) == ["j1"]
+
+    async def test_what_was_in_the_reply_to_a_read_broken_off_is_read_again(self, box):
+        """By a worker that joins anew in the same process: the server may have given it out already."""
+        reading = asyncio.create_task(box.read(10))
+        await until(box.waits)
+        reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reading
+        await box.put(job("j1"))
+        await box.given_to("w0")
+
+        await box.read(10)
+
+        assert ids(await box.taken()) == ["j1"]
 
     async def test_what_another_was_given_is_adopted(self, box, monkeypatch):
         """All of it, page by page; and once only, though some of it was read as well."""
