@@ -142,12 +142,12 @@ class Follower:
         for reader in self._readers.values():
             reader.note_leaving(following)
 
-    async def rest(self, stream: str, after: str) -> list[Entry]:
-        """All that the stream holds behind `after`, now or when Redis can be read again."""
+    async def entries(self, stream: str, first: str, last: str = "+") -> list[Entry]:
+        """All that the stream holds from `first` to `last`, now or when Redis can be read again."""
         delay_s = RETRY_FIRST_S
         while True:
             try:
-                return await self._connection.entries(stream, f"({after}")
+                return await self._connection.entries(stream, first, last)
             except StreamError as error:
                 log.debug("%s is not read yet: %s", stream, error)
                 await asyncio.sleep(delay_s)

@@ -104,20 +104,20 @@ class Handle:
         whenever nothing was written for so long, for who has to show a sign of life.
 
         Raises:
-            StreamError: Redis has lost pieces that were not read before; the terminal record has the whole answer.
+            StreamError: Redis has lost pieces that were not read before, or lost what was read and it is said anew,
+                perhaps in other words; the terminal record has the whole answer.
         """
-        stream = self._client.keys.tokens(self.id)
+        log = _Log(self._client, self.id, after)
         follower = self._client.follower
-        following = follower.follow(stream, after, is_last=_is_last)
+        following = follower.follow(log.stream, after, is_last=_is_last)
         self._ended.tell(following.news.set)
         try:
             while True:
                 for entry in following.take():
-                    tokens = await self._read(entry, after)
-                    after = entry[0]
-                    if tokens.text or tokens.chunks:
-                        yield Piece(after, tokens.text, tokens.chunks)
-                    if tokens.end:
+                    piece = await log.piece(entry)
+                    if piece is not None:
+                        yield piece
+                    if _is_last(entry[1]):
                         return
                 if self._ended.is_over:
                     break
@@ -128,27 +128,14 @@ class Handle:
                     async with asyncio.timeout(quiet_s):
                         await following.news.wait()
                 except TimeoutError:
-                    yield Piece(after, "")
+                    yield Piece(log.after, "")
         finally:
             follower.stop(following)
         # The record and the log's end are written in one move, so what is there now is all there will be.
-        for entry in await follower.rest(stream, after):
-            tokens = await self._read(entry, after)
-            after = entry[0]
-            if tokens.text or tokens.chunks:
-                yield Piece(after, tokens.text, tokens.chunks)
-
-    async def _read(self, entry: Entry, after: str) -> Tokens:
-        """This entry of the log, read behind another: who read what was lost before it has no gap."""
-        tokens = codec.decode(Tokens, entry[1])
-        if tokens.lost:
-            stream = self._client.keys.tokens(self.id)
-            redis = self._client.connection
-            if after == BEGINNING or await redis.entries(stream, after, after):
-                raise StreamError(
-                    f"redis at {redis.shown} has lost {tokens.lost} pieces of request {self.id!r} before entry {entry[0]}"
-                )
-        return tokens
+        for entry in await follower.entries(log.stream, f"({log.after}"):
+            piece = await log.piece(entry)
+            if piece is not None:
+                yield piece
 
     async def _completion(self) -> Completion:
         return completion(await self.record())
@@ -162,6 +149,77 @@ class Handle:
         answer = await self
         if not has_text and answer.text:  # it was not asked to stream
             yield answer.text
+
+
+class _Log:
+    """One reading of a token log, of which Redis may have lost some: what was read before, or what was not.
+
+    Who writes goes on from what Redis has, or knows that it had more. So an index goes back only where what was read
+    last is lost and is said anew.
+    """
+
+    def __init__(self, client: "Client", request_id: str, after: str) -> None:
+        self._follower, self._redis = client.follower, client.connection.shown
+        self._request_id, self.stream = request_id, client.keys.tokens(request_id)
+        self.after = after
+        "The last entry that was read."
+        self._last: Tokens | None = None
+        "What it says; None: nothing was read, or not by us."
+
+    async def piece(self, entry: Entry) -> Piece | None:
+        """The next entry's text; None: it has none, or none that was not read before.
+
+        Raises:
+            StreamError: something is missing before it, or it does not follow what was read.
+        """
+        tokens = codec.decode(Tokens, entry[1])
+        if self._last is None and self.after != BEGINNING:
+            self._last = await self._at(self.after)
+            if self._last is None and not tokens.lost and not _is_bad_end(tokens):
+                raise self._said_anew(entry)
+        is_repeated = False
+        if self._last is not None and tokens.index <= self._last.index:
+            # Its reply was lost as well as the entry: whoever wrote it says the same once more.
+            is_repeated = _is_same(tokens, self._last)
+            if not is_repeated and not _is_bad_end(tokens):
+                raise self._said_anew(entry)
+        elif tokens.lost and await self._is_hole(tokens):
+            raise self._lost(entry, tokens.lost)
+        self.after, self._last = entry[0], tokens
+        if is_repeated or not (tokens.text or tokens.chunks):
+            return None
+        return Piece(self.after, tokens.text, tokens.chunks)
+
+    async def _is_hole(self, tokens: Tokens) -> bool:
+        """Whether what was lost before it was not read; who read it was read last, and that is lost as well."""
+        if self._last is None:
+            return self.after == BEGINNING
+        return tokens.attempt != self._last.attempt or await self._at(self.after) is not None
+
+    async def _at(self, entry_id: str) -> Tokens | None:
+        for _, fields in await self._follower.entries(self.stream, entry_id, entry_id):
+            return codec.decode(Tokens, fields)
+        return None
+
+    def _lost(self, entry: Entry, pieces: int) -> StreamError:
+        return StreamError(
+            f"redis at {self._redis} has lost {pieces} pieces of request {self._request_id!r} before entry {entry[0]}"
+        )
+
+    def _said_anew(self, entry: Entry) -> StreamError:
+        return StreamError(
+            f"redis at {self._redis} has lost pieces of request {self._request_id!r} that were read already, and entry "
+            f"{entry[0]} says them anew: its record has the whole answer"
+        )
+
+
+def _is_same(tokens: Tokens, last: Tokens) -> bool:
+    return (tokens.index, tokens.text, tokens.chunks) == (last.index, last.text, last.chunks)
+
+
+def _is_bad_end(tokens: Tokens) -> bool:
+    """Whether it ends without an answer, so that nothing has to follow what was read."""
+    return tokens.end not in ("", "completed")
 
 
 def _is_last(fields: Mapping[bytes, bytes]) -> bool:

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from typing import get_args
 
+import msgspec
 import pytest
 from hand import until
 from played import Played
@@ -232,6 +233,102 @@ class TestStream:
             assert (await anext(pieces)).text == "abc"[index]
         with pytest.raises(StreamError, match=f"has lost {3 - lost[0]} pieces of request"):
             await anext(pieces)
+
+    async def test_what_is_said_anew_is_not_spliced(self, played, client):
+        """Redis lost what was read, and another attempt begins before it: who read that is told, the record is whole."""
+        handle, texts, held = await self.read_and_lost(played, client, kept=1)
+        second = await self.again(played, client, held, attempt=2)
+        await played.say(second, 1, "other ")
+        await played.finish(second, pieces=2)
+
+        with pytest.raises(StreamError, match=rf"'{handle.id}' that were read already, and entry"):
+            await anext(texts)
+
+        assert (await handle).record.outcome == "completed"
+        assert await whole(handle) == "a other "
+        rest = handle.pieces(after=self.read[0])
+        assert [piece.text async for piece in rest] == ["other "]
+
+    async def test_nor_where_the_attempt_is_lost_as_well(self, played, client):
+        """Its number is given anew, and it begins at the beginning."""
+        _, texts, held = await self.read_and_lost(played, client, kept=0)
+        anew = await self.again(played, client, held, attempt=1)
+        await played.say(anew, 0, "other ")
+
+        with pytest.raises(StreamError, match="says them anew"):
+            await anext(texts)
+
+    async def test_nor_for_who_goes_on_behind_what_is_lost(self, played, client):
+        """Another reading knows nothing but the place, which is not there any more."""
+        handle, texts, held = await self.read_and_lost(played, client, kept=1)
+        second = await self.again(played, client, held, attempt=2)
+        await played.say(second, 1, "other ")
+        await played.finish(second, pieces=2)
+
+        with pytest.raises(StreamError, match="says them anew"):
+            await anext(handle.pieces(after=self.read[-1]))
+        await texts.aclose()
+
+    async def test_nor_by_an_answer_that_ends_before_it(self, played, client):
+        """The end is said as well: the record is shorter than what was read."""
+        _, texts, held = await self.read_and_lost(played, client, kept=1)
+        second = await self.again(played, client, held, attempt=2)
+        await played.finish(second, pieces=1)
+
+        with pytest.raises(StreamError, match="says them anew"):
+            await anext(texts)
+
+    async def test_another_attempt_behind_what_is_lost_is_a_hole(self, played, client):
+        """Redis lost some of it, and then again: nobody knows whether it goes on from what was read."""
+        _, texts, held = await self.read_and_lost(played, client, kept=1)
+        second = await self.again(played, client, held, attempt=2)
+        await played.say(second, 3, "other ")
+
+        with pytest.raises(StreamError, match="has lost 2 pieces"):
+            await anext(texts)
+
+    async def test_the_same_said_twice_is_read_once(self, played, client):
+        """Redis lost a piece and its reply: the worker says it once more, and its reader has it."""
+        _, texts, held = await self.read_and_lost(played, client, kept=2)
+        await played.say(held, 2, "c ")
+        await played.say(held, 3, "d ")
+        await played.finish(held, pieces=4)
+
+        assert [text async for text in texts] == ["d "]
+
+    async def test_a_bad_end_needs_nothing_before_it(self, played, client):
+        """Redis lost what was read, and the request ends without an answer: that is what its reader hears."""
+        _, texts, held = await self.read_and_lost(played, client, kept=0)
+        second = await self.again(played, client, held, attempt=2)
+        await played.finish(second, outcome="failed", pieces=0)
+
+        with pytest.raises(RequestFailed):
+            await anext(texts)
+
+    async def read_and_lost(self, played, client, *, kept):
+        """A stream of which three pieces were read, and Redis has so many of them; its job."""
+        handle = await client.submit(says("a b c"), stream=True, tenant="hold")
+        await played.holds(1)
+        [held] = played.held
+        texts = aiter(handle)
+        for index, word in enumerate(["a ", "b ", "c "]):
+            await played.say(held, index, word)
+            assert await anext(texts) == word
+        log, command = client.keys.tokens(handle.id), client.connection.command
+        self.read = [entry for entry, _ in await client.connection.entries(log)]
+        await command("XDEL", log, *self.read[kept:])
+        # Log and count are written in one move, and lost together.
+        request = client.keys.request(handle.id)
+        await command(*(("HSET", request, "tokens", kept) if kept else ("HDEL", request, "tokens")))
+        return handle, texts, held
+
+    async def again(self, played, client, held, *, attempt):
+        """The job of its next attempt."""
+        await client.connection.command(
+            "HSET", client.keys.request(held.job.id), "attempt", attempt
+        )
+        job = msgspec.structs.replace(held.job, attempt=attempt)
+        return msgspec.structs.replace(held, job=job)
 
     async def test_a_bad_end_is_raised_after_the_last_piece(self, played, client):
         """What came is given first, then how it ended."""
