@@ -287,6 +287,26 @@ class TestStream:
         with pytest.raises(StreamError, match="has lost 2 pieces"):
             await anext(texts)
 
+    async def test_what_is_said_before_the_last_read_is_missed_aloud(self, played, client):
+        """Redis lost what was read and its clock went back: what follows lies before it, where nobody reads on."""
+        handle = await client.submit(says("a b"), stream=True, tenant="hold")
+        await played.holds(1)
+        [held] = played.held
+        texts = aiter(handle)
+        log, command = client.keys.tokens(handle.id), client.connection.command
+        ahead = f"{round((client.connection.now() + 3600) * 1e3)}-0"
+        await command("XADD", log, ahead, "attempt", 1, "index", 0, "text", "a ")
+        assert await anext(texts) == "a "
+        await command("DEL", log)
+        await played.say(held, 0, "a ")
+        await played.say(held, 1, "b ")
+        await played.finish(held, pieces=2)
+
+        with pytest.raises(StreamError, match=f"has lost entry {ahead} of request"):
+            await anext(texts)
+
+        assert await whole(handle) == "a b "
+
     async def test_the_same_said_twice_is_read_once(self, played, client):
         """Redis lost a piece and its reply: the worker says it once more, and its reader has it."""
         _, texts, held = await self.read_and_lost(played, client, kept=2)

@@ -970,7 +970,7 @@ class TestAdmission:
             for number in range(6):
                 body = chat(50, messages=long)
                 await hand.submit(
-                    f"p{number}", body, beat.epoch, tpot_s=1.5 * step_s, job_prompt_tokens=10_000
+                    f"p{number}", body, beat.epoch, tpot_s=1.2 * step_s, job_prompt_tokens=10_000
                 )
 
             async def beaten():
