@@ -131,8 +131,7 @@ class Handle:
                     yield Piece(log.after, "")
         finally:
             follower.stop(following)
-        # The record and the log's end are written in one move, so what is there now is all there will be.
-        for entry in await follower.entries(log.stream, f"({log.after}"):
+        for entry in await log.rest():
             piece = await log.piece(entry)
             if piece is not None:
                 yield piece
@@ -189,6 +188,23 @@ class _Log:
         if is_repeated or not (tokens.text or tokens.chunks):
             return None
         return Piece(self.after, tokens.text, tokens.chunks)
+
+    async def rest(self) -> list[Entry]:
+        """All that there will be: the request's record and the log's end are written in one move.
+
+        Raises:
+            StreamError: what was read last is lost, and what followed it lies before its place.
+        """
+        rest = await self._follower.entries(self.stream, f"({self.after}")
+        if rest or self.after == BEGINNING or await self._at(self.after) is not None:
+            return rest
+        there = await self._follower.entries(self.stream, "-")
+        if there and not _is_bad_end(codec.decode(Tokens, there[-1][1])):
+            raise StreamError(
+                f"redis at {self._redis} has lost entry {self.after} of request {self._request_id!r} and its clock went "
+                "back: the record has the whole answer"
+            )
+        return []
 
     async def _is_hole(self, tokens: Tokens) -> bool:
         """Whether what was lost before it was not read; who read it was read last, and that is lost as well."""
