@@ -93,7 +93,6 @@ class Endpoint(Party):
         self._entering: deque[tuple[float, Attempt]] = deque()
         self._deadlines: list[tuple[float, str, int]] = []
         self._course = Course(self.engine, self._fetch)
-        self._prefill_tokens = 0
         self._news = News(self._delays.news_s)
         self._tend_at = math.inf
         self._leases.clear()
@@ -222,7 +221,6 @@ class Endpoint(Party):
         del self._held[attempt.job.id]
         self._running[attempt.job.id] = attempt
         attempt.admitted_at = now
-        self._prefill_tokens += attempt.uncached_tokens
         self._entering.append((now + self._frontend_s, attempt))
         self._news.start(attempt, now)
 
@@ -302,7 +300,6 @@ class Endpoint(Party):
     def _first_token(self, attempt: Attempt, now: float) -> None:
         attempt.first_at = now
         self._has_changed = True
-        self._prefill_tokens -= attempt.uncached_tokens
         if attempt.job.leg == "prefill":
             return  # its token is for nobody
         if attempt.fate.first_token_at is None:
@@ -360,8 +357,6 @@ class Endpoint(Party):
         if self.handover is not None and attempt.job.leg == "decode":
             self.handover.give_up(attempt.job, self.name, now)
         self._tempo.forget(attempt.sequence.id)
-        if attempt.first_at is None:
-            self._prefill_tokens -= attempt.uncached_tokens
 
     def _computed(self, attempt: Attempt) -> int:
         sequence = attempt.sequence

@@ -15,7 +15,23 @@ from scheduler.sim.policies.base import LabPolicy, Stage
 from scheduler.sim.world import Dispatch
 
 
-class _Core(LabPolicy, frozen=True):
+class _Ours(LabPolicy, frozen=True):
+    """The shipped core, behind its workers' admission."""
+
+    @property
+    def is_peer(self) -> bool:
+        return False
+
+    @property
+    def is_open(self) -> bool:
+        return False
+
+    @property
+    def parts(self) -> bool:
+        return True
+
+
+class _Core(_Ours, frozen=True):
     """The shipped core, with its plan and its workers' admission."""
 
     commit_window_s: float = PlanSettings().commit_window_s
@@ -35,18 +51,6 @@ class _Core(LabPolicy, frozen=True):
     over_worth: float = FairnessSettings().over_worth
     profile: Profile | None = None
     "How it chooses an endpoint; None: by seconds."
-
-    @property
-    def is_peer(self) -> bool:
-        return False
-
-    @property
-    def is_open(self) -> bool:
-        return False
-
-    @property
-    def parts(self) -> bool:
-        return True
 
     def order(self) -> CorePolicy:
         raise NotImplementedError
@@ -94,20 +98,8 @@ class CoreEdf(_Core, frozen=True, tag="core-edf"):
         return Edf()
 
 
-class Recorded(LabPolicy, frozen=True, tag="recorded"):
+class Recorded(_Ours, frozen=True, tag="recorded"):
     """The core with the settings of the dispatcher that was recorded: its own policy, plan, profile and fairness."""
-
-    @property
-    def is_peer(self) -> bool:
-        return False
-
-    @property
-    def is_open(self) -> bool:
-        return False
-
-    @property
-    def parts(self) -> bool:
-        return True
 
     def dispatch(self, stage: Stage) -> Dispatch:
         if stage.core is None:
