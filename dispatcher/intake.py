@@ -136,6 +136,16 @@ def stamped_at(entry_id: str) -> float:
     return int(entry_id.partition("-")[0]) / 1e3
 
 
+def order(entry_id: str) -> tuple[int, int]:
+    """What sorts entries by when they were written.
+
+    >>> max(("1731500000123-9", "1731500000123-10"), key=order)
+    '1731500000123-10'
+    """
+    moment, _, number = entry_id.partition("-")
+    return int(moment), int(number)
+
+
 def kept_fields(unreadable: Unreadable) -> dict[str, str | bytes]:
     """The entry's own fields, for `dead`."""
     first = list(unreadable.fields.items())[:FIELDS_KEPT]

@@ -242,6 +242,8 @@ class Loop:
             else:
                 unreadable.append(request)
         events: list[Event] = list(arrived)
+        unwanted = filter(self._recovery.is_unwanted, arrived)
+        events += [Control(action="cancel", id=one.request.id) for one in unwanted]
         for stream in (self._keys.rewards, self._keys.beats, self._keys.controls):
             entries = read.get(stream)
             if not entries:

@@ -9,12 +9,12 @@ A request in a living worker's hands stays there: only its endpoint's lease deci
 """
 
 from collections.abc import AsyncIterator, Sequence
-from typing import get_args
+from typing import TypeGuard, get_args
 
 import msgspec
 
 from dispatcher.delivery import Delivery
-from dispatcher.intake import Intake, Unreadable, stamped_at
+from dispatcher.intake import Intake, Unreadable, order, stamped_at
 from dispatcher.moves import Moves
 from dispatcher.streams import dispatch
 from dispatcher.streams.connection import Call, Connection, Entry
@@ -82,6 +82,8 @@ class Recovery:
         self._reader = reader
         self._moves = moves
         self._delivery = delivery
+        self._cancels: dict[str, str] = {}
+        "What people asked to cancel before this reign, and in which entry: by hand there is no tombstone."
 
     async def saved(self) -> Saved | None:
         """The last snapshot; None where there is none that we can read."""
@@ -105,11 +107,14 @@ class Recovery:
             keys.controls: await newest(keys.controls, after="0-0", count=CONTROLS_KEPT),
         }
         before = {keys.rewards: saved.rewards if saved else "0-0", keys.beats: beats_after}
-        events = [
-            self._reader.fact(stream, entry) for stream, found in read.items() for entry in found
+        told = [
+            (entry[0], self._reader.fact(stream, entry))
+            for stream, found in read.items()
+            for entry in found
         ]
+        self._cancels = {fact.id: entry for entry, fact in told if _is_cancel(fact)}
         return Past(
-            events=[event for event in events if not _is_cancel(event)],
+            events=[fact for _, fact in told if not _is_cancel(fact)],
             cursors={
                 stream: found[-1][0] if found else before.get(stream, "0-0")
                 for stream, found in read.items()
@@ -159,10 +164,20 @@ class Recovery:
         )
         prefilled = await self._prefilled(standings)
         recovered = [
-            _recovered(event, standing, prefilled.get((standing[-1], standing[1])))
+            _recovered(
+                event,
+                standing,
+                prefilled.get((standing[-1], standing[1])),
+                was_unwanted=self.is_unwanted(event),
+            )
             for event, standing in zip(living, standings, strict=True)
         ]
         return [*recovered, *(event for event in read if isinstance(event, Unreadable))]
+
+    def is_unwanted(self, event: Arrived) -> bool:
+        """Whether somebody asked to cancel it before this reign; what was asked of an earlier one of its id is over."""
+        cancel = self._cancels.get(event.request.id)
+        return cancel is not None and order(cancel) > order(event.entry)
 
     async def _prefilled(
         self, standings: Sequence[Sequence[bytes | None]]
@@ -184,7 +199,11 @@ def saving(keys: Keys, epoch: int, saved: Saved) -> Call:
 
 
 def _recovered(
-    event: Arrived, standing: Sequence[bytes | None], prefilled: Reward | None
+    event: Arrived,
+    standing: Sequence[bytes | None],
+    prefilled: Reward | None,
+    *,
+    was_unwanted: bool,
 ) -> Recovered:
     state, attempt, endpoint, epoch, cancelled, leg, handovers, _ = standing
     is_held = state in (b"assigned", b"running")
@@ -198,10 +217,10 @@ def _recovered(
         leg=_LEGS.get(leg or b"", "whole"),
         handovers=int(handovers or 0),
         prefilled=prefilled,
-        cancelled=bool(cancelled),
+        cancelled=bool(cancelled) or was_unwanted,
     )
 
 
-def _is_cancel(event: Event | Unreadable) -> bool:
-    """Whether it is a control that the requests' own tombstones repeat."""
+def _is_cancel(event: Event | Unreadable) -> TypeGuard[Control]:
+    """Whether it asks to end a request, which is known once that is claimed."""
     return isinstance(event, Control) and event.action == "cancel"

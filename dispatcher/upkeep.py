@@ -8,7 +8,7 @@ import asyncio
 import structlog
 
 from dispatcher import recovery
-from dispatcher.intake import stamped_at
+from dispatcher.intake import order
 from dispatcher.metrics import Memory, Meter
 from dispatcher.recovery import CONTROLS_KEPT, Saved
 from dispatcher.streams import cut, dispatch
@@ -135,7 +135,7 @@ class Upkeep:
         delivered = await self._connection.delivered(requests, DISPATCHER_GROUP)
         oldest = await self._connection.oldest_pending(requests, DISPATCHER_GROUP)
         edges = [before, delivered, *([oldest] if oldest else [])]
-        return min(edges, key=lambda edge: (stamped_at(edge), int(edge.partition("-")[2])))
+        return min(edges, key=order)
 
     async def _retire(self) -> None:
         """Forget consumers of nodes that are gone for good."""

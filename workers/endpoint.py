@@ -216,7 +216,7 @@ class Endpoint:
                 continue
             with contextlib.suppress(StreamError):
                 await self._connection.refresh_clock()
-                await self._inbox.adopt()
+                await self._inbox.adopt(len(self._hands.all))
                 await self._take()
 
     async def _tend(self) -> None:
@@ -286,6 +286,9 @@ class Endpoint:
         # A decode leg follows its prefill leg, and repeats nothing.
         if job.attempt > 1 and job.leg != "decode":
             self._meter.retries.labels(self.name).inc()
+        if arrival.cancelled is not None:
+            self._ending.stopped(attempt, Stop("cancelled", arrival.cancelled))
+            return
         if arrival.trouble:
             self._ending.give_back(attempt, arrival.trouble)
             return

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 import structlog
 
+from dispatcher.streams import sidecar
 from dispatcher.streams.connection import Connection, Entry, Read
 from dispatcher.streams.pages import whole
 from dispatcher.streams.sidecar import Held
@@ -49,6 +50,8 @@ class Arrival(msgspec.Struct, frozen=True):
     written: Written = NOTHING
     trouble: str = ""
     "Why it goes back unserved: it cannot be read, and only its identity is there; or nobody knows any more where its KV is."
+    cancelled: str | None = None
+    "Why nobody wants it any more, as a word says that was read with it; None: nobody says so."
 
 
 class Inbox:
@@ -66,6 +69,8 @@ class Inbox:
         "The same of those read, which may still be here."
         self._is_sure = False
         "Whether every reply in our name has come: not one to an earlier worker of this name, nor to a read that failed."
+        self._has_more = False
+        "At the last look more was given out in our name than we had."
         self._taking = asyncio.Lock()
         "Reader and adopter both take: an entry passed on twice runs twice, one dropped between them is never run."
 
@@ -116,18 +121,19 @@ class Inbox:
             after = page[-1][0]
         self._is_sure = True
 
-    async def adopt(self) -> None:
-        """Take over what was delivered to another worker of this endpoint.
+    async def adopt(self, in_hand: int) -> None:
+        """Take over what was delivered to another worker of this endpoint, while we have so many jobs `in_hand`.
 
-        A frozen predecessor still stands in line at the server and is handed the next entry, whoever it is for.
+        A frozen predecessor still stands in line at the server and is handed the next entry, whoever it is for. Where it
+        has our name, as a pod that is cut off may, that shows as more in our name than we have, at two looks.
         """
         summary = await self._connection.command("XPENDING", self._stream, WORKER_GROUP)
-        others = [
-            name
-            for consumer in summary["consumers"] or ()
-            if (name := str(consumer["name"], "utf-8")) != self._consumer
-        ]
-        if not others:
+        given = {
+            str(one["name"], "utf-8"): int(one["pending"]) for one in summary["consumers"] or ()
+        }
+        ours = given.pop(self._consumer, 0)
+        had_more, self._has_more = self._has_more, ours > in_hand + len(self._entries)
+        if not given and not (had_more and self._has_more):
             return
         start = "0-0"
         while True:
@@ -144,14 +150,14 @@ class Inbox:
         """The jobs among what was read; words to cancel are passed to `cancel` as id and reason.
 
         Jobs of an older epoch were given back long ago and are only acknowledged. What a *newer* worker should
-        have got stays pending, where that worker finds it.
+        have got, jobs and words, stays pending, where that worker finds it.
         """
         async with self._taking:
             read = len(self._entries)
             entries = dict(self._entries).items()  # what was adopted may have been read as well
-            done, held, odd = self._sorted(entries, epoch, cancel, is_known)
-            arrivals = odd + await self._fetched(held)
-            await self._acknowledge(done)
+            done, held, odd, unwanted = self._sorted(entries, epoch, cancel, is_known)
+            arrivals = odd + await self._fetched(held, unwanted)
+            await self._dismiss(epoch, done)
             del self._entries[:read]  # more may have come meanwhile
             if not self._entries:
                 self.read_at = self._seen_at
@@ -179,16 +185,18 @@ class Inbox:
         epoch: int,
         cancel: Callable[[str, str], None],
         is_known: Callable[[Job], bool],
-    ) -> tuple[list[str], list[Held], list[Arrival]]:
-        """What is over with, the jobs that are ours, and those that nobody can read."""
+    ) -> tuple[list[str], list[Held], list[Arrival], dict[str, str]]:
+        """What is over with, the jobs that are ours, those that nobody can read, and why which of ours are not wanted."""
         done: list[str] = []
         held: list[Held] = []
         odd: list[Arrival] = []
+        unwanted: dict[str, str] = {}
         for entry, fields in entries:
             if b"action" in fields:
                 with contextlib.suppress(WireError):
                     control = codec.decode(Control, fields)
                     cancel(control.id, control.reason)
+                    unwanted[control.id] = control.reason
                 done.append(entry)
                 continue
             try:
@@ -202,7 +210,8 @@ class Inbox:
                 done.append(entry)
             elif job.epoch == epoch and not is_known(job):
                 held.append(Held(self._endpoint, job, entry))
-        return done, held, odd
+                unwanted.pop(job.id, None)  # that was about what came before
+        return done, held, odd, unwanted
 
     def _odd(self, entry: str, fields: dict[bytes, bytes], trouble: str) -> list[Arrival]:
         """A job that cannot be read: a dispatcher of another version wrote it. It goes back, if it can be named."""
@@ -225,7 +234,7 @@ class Inbox:
             Arrival(Held(self._endpoint, job, entry), b"", trouble=f"unreadable job: {trouble}")
         ]
 
-    async def _fetched(self, held: Iterable[Held]) -> list[Arrival]:
+    async def _fetched(self, held: Iterable[Held], unwanted: Mapping[str, str]) -> list[Arrival]:
         jobs = list(held)
         claims = [self._keys.body(one.job.id) for one in jobs if not one.job.body]
         claims += [self._keys.kv(one.job.id) for one in jobs if one.job.kv_params == CLAIM]
@@ -245,7 +254,8 @@ class Inbox:
                 kv_params = found[self._keys.kv(job.id)] or b""
                 trouble = "" if kv_params else "where its KV is: the claim check has run out"
                 job = msgspec.structs.replace(job, kv_params=kv_params)
-            arrivals.append(Arrival(Held(one.endpoint, job, one.job_entry), raw, written, trouble))
+            ours = Held(one.endpoint, job, one.job_entry)
+            arrivals.append(Arrival(ours, raw, written, trouble, unwanted.get(job.id)))
         return arrivals
 
     async def _written(self, job: Job, pieces: int) -> Written:
@@ -259,13 +269,13 @@ class Inbox:
             is_whole=len(parts) == len(entries) and _is_whole(parts),
         )
 
-    async def _acknowledge(self, entries: list[str]) -> None:
-        if entries:
-            await self._connection.commands(
-                [
-                    ("XACK", self._stream, WORKER_GROUP, *entries),
-                    ("XDEL", self._stream, *entries),
-                ]
+    async def _dismiss(self, epoch: int, entries: list[str]) -> None:
+        if not entries:
+            return
+        call = sidecar.dismiss(self._keys, self._endpoint, epoch, entries)
+        if await self._connection.call(call.function, call.keys, call.args) == 0:
+            self._is_sure = (
+                False  # they stay pending, and are ours again should Redis only have forgotten us
             )
 
 

@@ -34,7 +34,7 @@ from scheduler.errors import StreamError
 
 __all__ = ("Begun", "Call", "Came", "Connection", "Entry", "Read", "Value", "Where")
 
-PREFIX = "hg6_"
+PREFIX = "hg7_"
 "What our functions' names begin with: the number is the calling convention of functions.lua."
 
 AGAIN_S = (0.0, 0.02, 0.1)

@@ -1,4 +1,4 @@
-#!lua name=headgate_6
+#!lua name=headgate_7
 
 -- The number in the library's and the functions' names is the calling convention. Raise it, here and in connection.py, when
 -- the keys or arguments of a function change: then processes of both versions work side by side during an upgrade.
@@ -253,6 +253,19 @@ local function beat(keys, args)
   return 1
 end
 
+-- Words to cancel that were heard, and jobs of an older epoch: nobody needs them any more. A predecessor that was frozen is
+-- still handed entries, and what was meant for its successor it must leave there.
+-- KEYS endpoint jobs / ARGV epoch group entry, entry, ... -> how many went; 0 none were left, or a newer worker has joined
+local function dismiss(keys, args)
+  if redis.call('HGET', keys[1], 'epoch') ~= args[1] then return 0 end
+  local gone = 0
+  for at = 3, #args do
+    redis.call('XACK', keys[2], args[2], args[at])
+    gone = gone + redis.call('XDEL', keys[2], args[at])
+  end
+  return gone
+end
+
 -- Behind pieces that were just refused, for want of memory perhaps, nothing of the same log may be taken: what then lacks Redis
 -- has not lost, and it is on its way. A worker says which moves are behind others in one round trip.
 local function is_torn(index, held, is_behind)
@@ -346,22 +359,23 @@ local function hand_back(keys, args)
 end
 
 -- Who leads cuts the logs: a Redis that is full must not stand without anybody.
-redis.register_function{function_name = 'hg6_lead', callback = lead, flags = {'allow-oom'}}
-redis.register_function{function_name = 'hg6_resign', callback = resign, flags = {'allow-oom'}}
-redis.register_function('hg6_save', save)
-redis.register_function('hg6_submit', submit)
-redis.register_function('hg6_cancel', cancel)
-redis.register_function('hg6_requeue', requeue)
-redis.register_function('hg6_accept', accept)
-redis.register_function('hg6_assign', assign)
-redis.register_function('hg6_reclaim', reclaim)
-redis.register_function('hg6_conclude', conclude)
-redis.register_function('hg6_log', log)
-redis.register_function('hg6_retire', retire)
-redis.register_function('hg6_join', join)
-redis.register_function('hg6_beat', beat)
-redis.register_function('hg6_start', start)
-redis.register_function('hg6_tokens', tokens)
-redis.register_function('hg6_finish', finish)
-redis.register_function('hg6_settle', settle)
-redis.register_function('hg6_hand_back', hand_back)
+redis.register_function{function_name = 'hg7_lead', callback = lead, flags = {'allow-oom'}}
+redis.register_function{function_name = 'hg7_resign', callback = resign, flags = {'allow-oom'}}
+redis.register_function('hg7_save', save)
+redis.register_function('hg7_submit', submit)
+redis.register_function('hg7_cancel', cancel)
+redis.register_function('hg7_requeue', requeue)
+redis.register_function('hg7_accept', accept)
+redis.register_function('hg7_assign', assign)
+redis.register_function('hg7_reclaim', reclaim)
+redis.register_function('hg7_conclude', conclude)
+redis.register_function('hg7_log', log)
+redis.register_function('hg7_retire', retire)
+redis.register_function('hg7_join', join)
+redis.register_function('hg7_beat', beat)
+redis.register_function('hg7_dismiss', dismiss)
+redis.register_function('hg7_start', start)
+redis.register_function('hg7_tokens', tokens)
+redis.register_function('hg7_finish', finish)
+redis.register_function('hg7_settle', settle)
+redis.register_function('hg7_hand_back', hand_back)

@@ -1,5 +1,7 @@
 """A worker's moves, each fenced by (endpoint, epoch, attempt). Each builds one `Call`; a reply of 0 means fenced."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from dispatcher.streams.connection import Call
@@ -56,6 +58,12 @@ def beat(keys: Keys, message: Beat, *, lease_s: float) -> Call:
             packed_fields(fields),
         ),
     )
+
+
+def dismiss(keys: Keys, endpoint: str, epoch: int, entries: Sequence[str]) -> Call:
+    """Be done with entries of the endpoint's stream that nobody needs any more. The reply is how many; 0: not ours to say."""
+    names = (keys.endpoint(endpoint), keys.jobs(endpoint))
+    return Call("dismiss", names, (epoch, WORKER_GROUP, *entries))
 
 
 def start(keys: Keys, held: Held) -> Call:

@@ -304,6 +304,43 @@ class TestControls:
             told = [(f[b"id"], f[b"kind"]) for _, f in await redis.entries(keys.decisions)]
             assert told == [(b"r1", b"finished"), (b"r2", b"assigned")]
 
+    async def test_a_cancel_by_hand_outlives_the_leader_that_did_not_obey_it(
+        self, redis_url, settings, redis, keys
+    ):
+        """No tombstone repeats it, and the next leader reads on behind it; what was asked before a request came is over."""
+        worker = PlayedWorker(redis, keys)
+
+        async def asked(name):
+            words = ("XADD", keys.requests, "*", "id", name, "model", "llama", "body", "{}")
+            await redis.command(*words)
+
+        async def cancelled_by_hand(*names):
+            for name in names:
+                await redis.command("XADD", keys.controls, "*", "action", "cancel", "id", name)
+
+        async with worker.beating():
+            async with dispatching(redis_url, settings, "d1"):
+                await asked("held")
+                [held] = await worker.jobs()
+            await cancelled_by_hand("again")
+            await asked("read")
+            await redis.read_group(DISPATCHER_GROUP, "d1", [keys.requests], count=9, block_s=None)
+            await asked("unread")
+            await asked("again")
+            await cancelled_by_hand("held", "read", "unread")
+
+            async with dispatching(redis_url, settings, "d2"):
+                [again] = await worker.jobs()
+                assert again.job.id == "again"
+                while not worker.aborted:
+                    await worker.pull()
+                assert worker.aborted == ["held"]
+                await worker.finish([held], "cancelled")
+                await worker.finish([again])
+                ended = await results(redis, keys, 4)
+        assert ended.pop("again") == "completed"
+        assert ended == dict.fromkeys(("held", "read", "unread"), "cancelled")
+
     async def test_a_held_request_is_cancelled_by_its_worker(
         self, redis_url, settings, redis, keys
     ):

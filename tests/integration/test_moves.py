@@ -9,7 +9,7 @@ from dispatcher.streams import dispatch, producer, sidecar
 from dispatcher.streams.connection import Connection, Where
 from dispatcher.streams.sidecar import Held
 from scheduler.errors import StreamError
-from scheduler.events import Arrived, Assign, Finish, Reclaim
+from scheduler.events import Abort, Arrived, Assign, Finish, Reclaim
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
 from scheduler.wire.client import Request
 from scheduler.wire.dispatcher import Decision, Job
@@ -148,12 +148,15 @@ class TestLeadership:
                 dispatch.reclaim(KEYS, old, reclaim),
                 dispatch.conclude(KEYS, old, finish, ttl_s=60),
                 dispatch.save(KEYS, old, b"x"),
+                dispatch.notes(KEYS, old, [Decision(id="r1", kind="read")]),
+                dispatch.abort(KEYS, old, Abort(id="r1", endpoint=ENDPOINT, attempt=1)),
+                dispatch.bury(KEYS, old, {"strange": "beat"}),
             ]
         )
 
-        assert replies == [dispatch.FENCED] * 5
-        assert await redis.entries(KEYS.jobs(ENDPOINT)) == []
-        assert await redis.entries(KEYS.results) == []
+        assert replies == [dispatch.FENCED] * 8
+        for stream in (KEYS.jobs(ENDPOINT), KEYS.results, KEYS.decisions, KEYS.dead):
+            assert await redis.entries(stream) == []
 
 
 class TestEnqueue:

@@ -10,6 +10,7 @@ import structlog
 from hand import until
 
 from dispatcher.streams.connection import Connection, Where
+from scheduler import codec
 from scheduler.errors import FencedError
 from scheduler.keys import DISPATCHER_GROUP, WORKER_GROUP, Keys
 from scheduler.settings import (
@@ -19,11 +20,13 @@ from scheduler.settings import (
     Settings,
     WorkerSettings,
 )
+from scheduler.wire.client import Control
 from workers import health
 from workers.attempt import Stop
 from workers.emulator.server import Emulator
 from workers.emulator.settings import EmulatorSettings
 from workers.endpoint import Endpoint
+from workers.inbox import Inbox
 from workers.metrics import Meter
 from workers.worker import Worker
 from workers.writer import Writer
@@ -726,6 +729,51 @@ class TestLease:
 
         assert len((await ghost)[stream]) == 1
         assert (await hand.result("r1")).outcome == "completed"
+
+    async def test_a_predecessor_puts_no_word_away(self, emulator, hand, rig):
+        """Thawed and not fenced yet, it reads beside its successor: what is to be cancelled is, whoever is handed the word."""
+        stream = hand.keys.jobs("e0")
+        old = Inbox(hand.redis, hand.keys, "e0", "old")
+        await old.open()
+        names = [f"r{number}" for number in range(8)]
+        heard = []
+
+        async def reads():
+            while True:
+                await old.read(64)
+                await old.take(1, lambda *word: heard.append(word), lambda _: False)
+
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(reads())
+            await rig.start(emulator.url)
+            beat = await hand.ready()
+            for name in names:
+                await hand.submit(name, chat(100_000), beat.epoch)
+            await until(lambda: emulator.service.engine.n_running == len(names))
+            for name in names:
+                await hand.cancel(name)
+
+            for name in names:
+                assert (await hand.result(name)).outcome == "cancelled"
+            reading.cancel()
+        assert heard, "or nothing was tried"
+        await until(lambda: _is_settled(hand))
+        assert await hand.redis.entries(stream) == []
+
+    async def test_a_word_that_comes_with_its_job_ends_it(self, emulator, hand, rig):
+        """By hand, so that no tombstone says the same; the worker was away, and reads both at once."""
+        await hand.redis.ensure_group(hand.keys.jobs("e0"), WORKER_GROUP)
+        epoch = int(1e3 * hand.redis.now()) + 10**9
+        await hand.redis.command("HSET", hand.keys.endpoint("e0"), "epoch", epoch - 1)
+        await hand.submit("r1", chat(1000), epoch)
+        word = codec.encode(Control(action="cancel", id="r1", reason="not wanted"))
+        await hand.redis.add(hand.keys.jobs("e0"), word)
+
+        await rig.start(emulator.url)
+
+        result = await hand.result("r1")
+        assert (result.outcome, result.reason) == ("cancelled", "not wanted")
+        await until(lambda: _is_settled(hand))
 
     async def test_what_its_namesake_was_given_and_never_saw_to_does_not_stay(
         self, emulator, hand, rig

@@ -56,6 +56,10 @@ class Box(Inbox):
         """What there is, as a worker of this epoch takes it."""
         return await self.take(epoch, lambda *word: self.cancelled.append(word), self.knows)
 
+    async def joined(self, epoch):
+        """Whoever has this epoch is the endpoint's worker."""
+        await self.redis.command("HSET", self.keys.endpoint("e0"), "epoch", epoch)
+
     async def passed_on(self, *jobs):
         """These, handed over, read and taken."""
         await self.put(*jobs)
@@ -82,6 +86,7 @@ class Box(Inbox):
 async def box(redis, pool):
     opened = Box(redis, pool)
     await opened.open()
+    await opened.joined(EPOCH)
     return opened
 
 
@@ -106,7 +111,7 @@ class TestReading:
 
         async def adopter():
             while len(seen) < JOBS:
-                await box.adopt()
+                await box.adopt(len(box.known))
                 await take()
 
         async def producer():
@@ -187,7 +192,7 @@ class TestReading:
 
         async def later(many):
             monkeypatch.undo()
-            await box.adopt()
+            await box.adopt(0)
             return await commands(many)
 
         monkeypatch.setattr(box.redis, "commands", later)
@@ -264,7 +269,7 @@ class TestLost:
         await box.put(job("j5"))
         await box.read(10)
 
-        await box.adopt()
+        await box.adopt(0)
 
         assert sorted(ids(await box.taken())) == [*names, "j5"]
 
@@ -272,9 +277,25 @@ class TestLost:
         """Where nobody else holds anything, nothing is claimed: each claim would bring all that runs here once more."""
         assert ids(await box.passed_on(job("j1"))) == ["j1"]
 
-        await box.adopt()
+        for _ in range(3):
+            await box.adopt(1)
 
         assert await box.taken() == []
+
+    async def test_what_a_living_namesake_swallowed_is_found(self, box):
+        """It stands in our name and we never saw it: there is more of it than we have, and not only for a moment."""
+        await box.passed_on(job("j1"))
+        await box.redis.add(box.jobs, codec.encode(Control(action="cancel", id="j1")))
+        await box.given_to("w0")
+        box.known.add("j1")
+
+        await box.adopt(1)
+        assert await box.taken() == [], "our own read may have it under way"
+        await box.adopt(1)
+        assert await box.taken() == []
+
+        assert box.cancelled == [("j1", "")]
+        assert await box.pending() == 1
 
 
 class TestTaking:
@@ -333,6 +354,47 @@ class TestTaking:
         assert (box.cancelled, logs) == ([("j7", "not wanted")], [])
         assert await box.redis.command("XLEN", box.jobs) == 0
         assert await box.pending() == 0
+
+    async def test_a_predecessor_leaves_words_to_its_successor(self, box, redis, pool):
+        """Thawed, it is handed one and does not know yet that it is fenced; whom the word was for finds it."""
+        old = Box(redis, pool, consumer="old")
+        await box.joined(EPOCH)
+        await redis.add(box.jobs, codec.encode(Control(action="cancel", id="j7")))
+        await old.read(64)
+        assert await old.taken(EPOCH - 1) == []
+        assert await box.pending() == 1
+
+        await box.adopt(0)
+        await box.taken()
+
+        assert box.cancelled == [("j7", "")]
+        assert await box.pending() == 0
+
+    async def test_who_is_only_forgotten_hears_a_word_again(self, box):
+        """Redis lost its epoch: it joins anew, and what it could not put away is its own again."""
+        await box.joined(0)
+        await box.redis.add(box.jobs, codec.encode(Control(action="cancel", id="j7")))
+        await box.passed_on()
+        assert await box.pending() == 1
+
+        await box.joined(EPOCH)
+        await box.read(64)
+        await box.taken()
+
+        assert box.cancelled == [("j7", "")] * 2
+        assert await box.pending() == 0
+
+    async def test_a_word_cancels_the_job_that_was_read_with_it(self, box):
+        """It is not in hand yet when the word is heard. A job behind a word is another one, sent again under the same id."""
+        word = codec.encode(Control(action="cancel", id="j1", reason="not wanted"))
+        await box.put(job("j1", body=b"{}"))
+        await box.redis.add(box.jobs, word)
+        [one] = await box.passed_on()
+        assert one.cancelled == "not wanted"
+
+        await box.redis.add(box.jobs, word)
+        [one] = await box.passed_on(job("j1", body=b"{}", attempt=2))
+        assert one.cancelled is None
 
     async def test_what_names_no_job_does_not_stay(self, box):
         """Nobody could end it: the endpoint would never be empty, and a drain wait for ever."""
