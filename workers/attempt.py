@@ -181,20 +181,21 @@ class Attempt:
         self.answer.forget()
         self.halt(Stop("returned", reason))
 
-    def piece(self) -> tuple[Tokens, int] | None:
-        """The next entry of the token log and how many pieces it holds; None where nothing is new."""
+    def piece(self) -> Tokens | None:
+        """The next entry of the token log; None where nothing is new."""
         if self.is_torn or not self.answer.fresh_pieces:
             return None
         text, chunks, pieces = self.answer.take()
         entry = Tokens(
             attempt=self.job.attempt,
             index=self.pieces,
+            pieces=pieces,
             text=text,
             chunks=chunks,
             output_tokens=self.output_tokens,
         )
         self.pieces += pieces
-        return entry, pieces
+        return entry
 
     def result(self, outcome: Outcome, reason: str, status: int, finished_at: float) -> Result:
         """The terminal record."""

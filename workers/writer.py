@@ -128,13 +128,10 @@ class Writer:
         self._dirty.clear()
 
     def _log(self, attempt: Attempt) -> None:
-        piece = attempt.piece()
-        if piece is None:
+        entry = attempt.piece()
+        if entry is None:
             return
-        entry, pieces = piece
-        call = sidecar.tokens(
-            self._keys, attempt.held, entry, pieces=pieces, ttl_s=self._settings.keep_s
-        )
+        call = sidecar.tokens(self._keys, attempt.held, entry, ttl_s=self._settings.keep_s)
         self.send(attempt, call, lambda reply: self._logged(attempt, reply))
 
     def _logged(self, attempt: Attempt, reply: int) -> None:

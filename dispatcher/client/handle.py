@@ -154,7 +154,7 @@ class _Log:
     """One reading of a token log, of which Redis may have lost some: what was read before, or what was not.
 
     Who writes goes on from what Redis has, or knows that it had more. So an index goes back only where what was read
-    last is lost and is said anew.
+    last is lost and is said anew, and leaps only where something between is lost, or lies before what was read last.
     """
 
     def __init__(self, client: "Client", request_id: str, after: str) -> None:
@@ -176,14 +176,18 @@ class _Log:
             self._last = await self._at(self.after)
             if self._last is None and not tokens.lost and not _is_bad_end(tokens):
                 raise self._said_anew(entry)
-        is_repeated = False
-        if self._last is not None and tokens.index <= self._last.index:
+        is_repeated, last, due = False, self._last, self._due
+        if last is not None and tokens.index < (due or last.index + 1):
             # Its reply was lost as well as the entry: whoever wrote it says the same once more.
-            is_repeated = _is_same(tokens, self._last)
+            is_repeated = _is_same(tokens, last)
             if not is_repeated and not _is_bad_end(tokens):
                 raise self._said_anew(entry)
-        elif tokens.lost and await self._is_hole(tokens):
-            raise self._lost(entry, tokens.lost)
+        elif due is not None and tokens.index > due:
+            raise self._missing(entry, tokens.index - due, is_lost=tokens.lost > 0)
+        elif tokens.lost and last is not None and tokens.attempt != last.attempt:
+            raise self._missing(
+                entry, tokens.lost
+            )  # nobody knows whether it goes on from what was read
         self.after, self._last = entry[0], tokens
         if is_repeated or not (tokens.text or tokens.chunks):
             return None
@@ -206,20 +210,25 @@ class _Log:
             )
         return []
 
-    async def _is_hole(self, tokens: Tokens) -> bool:
-        """Whether what was lost before it was not read; who read it was read last, and that is lost as well."""
+    @property
+    def _due(self) -> int | None:
+        """The index of what must come next; None: nobody says how much was read."""
         if self._last is None:
-            return self.after == BEGINNING
-        return tokens.attempt != self._last.attempt or await self._at(self.after) is not None
+            return 0 if self.after == BEGINNING else None
+        return self._last.index + self._last.pieces if self._last.pieces else None
 
     async def _at(self, entry_id: str) -> Tokens | None:
         for _, fields in await self._follower.entries(self.stream, entry_id, entry_id):
             return codec.decode(Tokens, fields)
         return None
 
-    def _lost(self, entry: Entry, pieces: int) -> StreamError:
+    def _missing(self, entry: Entry, pieces: int, *, is_lost: bool = True) -> StreamError:
+        what = f"{pieces} pieces of request {self._request_id!r} before entry {entry[0]}"
+        if is_lost:
+            return StreamError(f"redis at {self._redis} has lost {what}")
         return StreamError(
-            f"redis at {self._redis} has lost {pieces} pieces of request {self._request_id!r} before entry {entry[0]}"
+            f"redis at {self._redis} has lost what was read and its clock went back: {what} lie before that; the record "
+            "has the whole answer"
         )
 
     def _said_anew(self, entry: Entry) -> StreamError:

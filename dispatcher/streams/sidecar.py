@@ -71,7 +71,7 @@ def start(keys: Keys, held: Held) -> Call:
     return Call("start", (keys.request(held.job.id),), (held.endpoint, held.job.attempt))
 
 
-def tokens(keys: Keys, held: Held, message: Tokens, *, pieces: int, ttl_s: float) -> Call:
+def tokens(keys: Keys, held: Held, message: Tokens, *, ttl_s: float) -> Call:
     """Append to the token log, each index once. The reply is 1; 0: not ours."""
     return Call(
         "tokens",
@@ -80,7 +80,7 @@ def tokens(keys: Keys, held: Held, message: Tokens, *, pieces: int, ttl_s: float
             held.endpoint,
             held.job.attempt,
             message.index,
-            pieces,
+            message.pieces,
             milliseconds(ttl_s),
             packed(message),
         ),

@@ -126,6 +126,9 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     "How many pieces of text came before this entry, over all attempts."
 
+    pieces: int = 0
+    "How many are in it: the next entry's `index` is that much higher, or something between is missing."
+
     text: str = ""
     "Text since the entry before."
 

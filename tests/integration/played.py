@@ -111,8 +111,8 @@ class Played:
         return held
 
     async def say(self, held, index, text):
-        tokens = Tokens(attempt=held.job.attempt, index=index, text=text)
-        await self.do(sidecar.tokens(self.keys, held, tokens, pieces=1, ttl_s=60))
+        tokens = Tokens(attempt=held.job.attempt, index=index, pieces=1, text=text)
+        await self.do(sidecar.tokens(self.keys, held, tokens, ttl_s=60))
 
     async def finish(self, held, outcome=None, pieces=None):
         """Its end, and before it its words, one a piece, unless so many pieces were said already."""

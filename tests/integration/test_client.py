@@ -295,7 +295,7 @@ class TestStream:
         texts = aiter(handle)
         log, command = client.keys.tokens(handle.id), client.connection.command
         ahead = f"{round((client.connection.now() + 3600) * 1e3)}-0"
-        await command("XADD", log, ahead, "attempt", 1, "index", 0, "text", "a ")
+        await command("XADD", log, ahead, "attempt", 1, "index", 0, "pieces", 1, "text", "a ")
         assert await anext(texts) == "a "
         await command("DEL", log)
         await played.say(held, 0, "a ")
@@ -306,6 +306,48 @@ class TestStream:
             await anext(texts)
 
         assert await whole(handle) == "a b "
+
+    async def test_what_passes_the_last_read_shows_what_lies_before_it(self, played, client):
+        """The clock went back by less than the rest takes: its end lies behind what was read, its middle before."""
+        handle = await client.submit(says("a b c"), stream=True, tenant="hold")
+        await played.holds(1)
+        [held] = played.held
+        texts = aiter(handle)
+        log, command = client.keys.tokens(handle.id), client.connection.command
+        now_ms = round(client.connection.now() * 1e3)
+        ahead, behind = f"{now_ms + 3_600_000}-0", f"{now_ms + 3_600_001}-0"
+        await command("XADD", log, ahead, "attempt", 1, "index", 0, "pieces", 1, "text", "a ")
+        assert await anext(texts) == "a "
+        await command("DEL", log)
+        await played.say(held, 0, "a ")
+        await played.say(held, 1, "b ")
+        await command("XADD", log, behind, "attempt", 1, "index", 2, "pieces", 1, "text", "c ")
+
+        with pytest.raises(
+            StreamError, match=f"1 pieces of request '{handle.id}' before entry {behind} lie"
+        ):
+            await anext(texts)
+
+        await played.finish(held, pieces=3)
+        assert await whole(handle) == "a b c "
+
+    async def test_what_was_lost_unread_is_missed_by_who_read_what_came_before(
+        self, played, client
+    ):
+        """Of two pieces that Redis lost one was read; the count of those in each entry shows the other."""
+        handle = await client.submit(says("a b c"), stream=True, tenant="hold")
+        await played.holds(1)
+        [held] = played.held
+        texts = aiter(handle)
+        log, command = client.keys.tokens(handle.id), client.connection.command
+        await played.say(held, 0, "a ")
+        assert await anext(texts) == "a "
+        await command("DEL", log)
+        await command("HSET", client.keys.request(handle.id), "tokens", 0)
+        await played.say(held, 2, "c ")
+
+        with pytest.raises(StreamError, match="has lost 1 pieces of request"):
+            await anext(texts)
 
     async def test_the_same_said_twice_is_read_once(self, played, client):
         """Redis lost a piece and its reply: the worker says it once more, and its reader has it."""

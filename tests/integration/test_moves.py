@@ -299,7 +299,7 @@ class TestOneTerminal:
         held = Held(ENDPOINT, job, entry.decode())
         await do(
             redis,
-            sidecar.tokens(KEYS, held, Tokens(attempt=1, index=0, text="a"), pieces=1, ttl_s=60),
+            sidecar.tokens(KEYS, held, Tokens(attempt=1, index=0, pieces=1, text="a"), ttl_s=60),
         )
 
         assert await do(redis, finished(held)) == 1
@@ -333,8 +333,8 @@ class TestOneTerminal:
 
         assert await do(redis, finished(zombie)) == 0
         assert await do(redis, sidecar.start(KEYS, zombie)) == 0
-        tokens = Tokens(attempt=1, index=0, text="late")
-        assert await do(redis, sidecar.tokens(KEYS, zombie, tokens, pieces=1, ttl_s=60)) == 0
+        tokens = Tokens(attempt=1, index=0, pieces=1, text="late")
+        assert await do(redis, sidecar.tokens(KEYS, zombie, tokens, ttl_s=60)) == 0
         assert await do(redis, finished(Held(ENDPOINT, second.job, entry.decode()))) == 1
 
         assert len(await redis.entries(KEYS.results)) == 1
@@ -347,7 +347,7 @@ class TestOneTerminal:
         await pulled(redis)
         again = await do(redis, dispatch.assign(KEYS, epoch, assignment(arrived)))
         assert again.decode() == held.job_entry
-        piece = sidecar.tokens(KEYS, held, Tokens(attempt=1, index=0, text="a"), pieces=1, ttl_s=60)
+        piece = sidecar.tokens(KEYS, held, Tokens(attempt=1, index=0, pieces=1, text="a"), ttl_s=60)
         assert [await do(redis, piece), await do(redis, piece)] == [1, 1]
         assert len(await redis.entries(KEYS.tokens("r1"))) == 1
 
@@ -396,8 +396,8 @@ class TestOneTerminal:
         """What a stream had said before it failed is over: its next life would be read behind it, and continued."""
         epoch = await led(redis)
         _, held = await assigned(redis, epoch)
-        said = Tokens(attempt=1, index=0, text="half an ans")
-        await do(redis, sidecar.tokens(KEYS, held, said, pieces=1, ttl_s=60))
+        said = Tokens(attempt=1, index=0, pieces=1, text="half an ans")
+        await do(redis, sidecar.tokens(KEYS, held, said, ttl_s=60))
         await do(redis, finished(held, outcome="failed", is_dead=True))
         assert len(await redis.entries(KEYS.tokens("r1"))) == 2
         [(dead_entry, _)] = await redis.entries(KEYS.dead)

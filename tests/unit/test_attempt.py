@@ -151,15 +151,15 @@ class TestLog:
     def test_each_piece_is_logged_once_and_where_it_belongs(self):
         """Entries go on where the earlier attempts' end, and count what they hold."""
         one = answered(said("a"), said("b"), usage(2), stream=True, written=EARLIER)
-        entry, pieces = one.piece()
-        assert (entry.index, entry.text, entry.attempt, pieces) == (3, "ab", 2, 2)
+        entry = one.piece()
+        assert (entry.index, entry.text, entry.attempt, entry.pieces) == (3, "ab", 2, 2)
         assert entry.output_tokens == 7
         assert one.piece() is None
 
         one.answer.feed(said("c"))
 
-        entry, pieces = one.piece()
-        assert (entry.index, entry.text, pieces) == (5, "c", 1)
+        entry = one.piece()
+        assert (entry.index, entry.text, entry.pieces) == (5, "c", 1)
         assert one.pieces == 6
 
     async def test_torn_text_is_another_attempts(self):
