@@ -25,9 +25,9 @@ def waits_until(offer: Offer, total_s: Floats, best: int, *, room: Room, patienc
         room: of the step.
         patience: it waits for so many times the seconds saved, from when it came.
     """
-    if patience <= 0 or offer.cached is None or not room.is_tight(offer.kv):
+    if patience <= 0 or offer.work.cached is None or not room.is_tight(offer.kv):
         return -math.inf
-    saved_s = _saved_s(offer, offer.cached, total_s, best, room)
+    saved_s = _saved_s(offer, offer.work.cached, total_s, best, room)
     if saved_s <= 0:
         return -math.inf
     ticket = offer.ticket

@@ -5,6 +5,7 @@ arrays are as long as the fleet ever was at once.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,28 @@ from scheduler.wire.worker import Beat
 
 EPOCHS_MAX = 10_000
 "Names of endpoints whose last epoch, and that they were drained, is remembered after they left."
+
+
+class Capacities(NamedTuple):
+    """What engines can hold, as long as no endpoint comes, goes or says otherwise."""
+
+    kv: Floats
+    "float64[n_slots], KV tokens; `inf` where unknown."
+
+    length: Floats
+    "float64[n_slots], the longest context; `inf` where unknown."
+
+    length_least: float
+    "The shortest of those."
+
+    is_kv_known: bool
+    "Whether the KV tokens are known of all."
+
+    @classmethod
+    def of(cls, kv: Floats, length: Floats) -> "Capacities":
+        """Of these; there must be one slot."""
+        is_kv_known = bool(((kv > 0) & (kv < np.inf)).all())
+        return cls(kv, length, float(length.min()), is_kv_known)
 
 
 class Fleet:
@@ -27,6 +50,7 @@ class Fleet:
         self._name_rows()
         self._barriers: dict[str, Floats] = {}
         self._longest: dict[str, float | None] = {}
+        self._capacities: Capacities | None = None
         self.epochs: dict[str, int] = {}
         "The newest epoch heard of each name; an older one is a worker that was replaced and still talks."
         self.drained: dict[str, None] = {}
@@ -48,6 +72,13 @@ class Fleet:
     def is_decode(self) -> Bools:
         """Which slots take prompts over that others have computed."""
         return self._by_role()[1]
+
+    @property
+    def capacities(self) -> Capacities:
+        """Those of all slots, of which there must be one."""
+        if self._capacities is None:
+            self._capacities = Capacities.of(self.kv_max, self.length_max)
+        return self._capacities
 
     def join(self, beat: Beat, now: float) -> Endpoint:
         """A new endpoint, on the first free slot."""
@@ -171,7 +202,7 @@ class Fleet:
 
     def _forget(self) -> None:
         """Eligibility may have changed: make it out anew when next asked for."""
-        self._roles = None
+        self._roles = self._capacities = None
         self._barriers.clear()
         self._longest.clear()
 

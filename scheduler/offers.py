@@ -58,7 +58,7 @@ class Offers:
         if work.prompt > room.length_least:
             service_s[work.prompt > room.length_max] = math.inf
         kv = room.asked_kv(ticket)
-        return Offer(ticket, work.prompt, kv, work.cached, work_s, service_s, work.new)
+        return Offer(ticket, work, kv, work_s, service_s)
 
     def total_s(self, offer: Offer) -> Floats:
         """Predicted seconds to its first token; `inf` where it may not go or finds no room now."""
@@ -70,7 +70,7 @@ class Offers:
     def _keep_out(self, offer: Offer, total_s: Floats) -> None:
         """Make it endless seconds where there is no KV for it, with what others there hold as well."""
         room, blocks = self._room, offer.ticket.request.blocks
-        kv = room.held_kv(offer.prompt, offer.kv)
+        kv = room.held_kv(offer.work.prompt, offer.kv)
         lacking = kv - room.kv
         total_s[lacking > BLOCK_TOKENS * len(blocks)] = math.inf
         if not blocks:

@@ -130,7 +130,7 @@ class Onward:
         join_s: Floats = self._closed_s + self._transfer.seconds(
             bytes_each, self._ahead, self._step_s, self._link_from(source)
         )
-        join_s[offer.prompt > self._room.length_max] = math.inf
+        join_s[offer.work.prompt > self._room.length_max] = math.inf
         return join_s
 
     def features(self, offer: Offer, slot: int) -> tuple[str, ...]:
@@ -145,9 +145,9 @@ class Onward:
 
     def _fetched(self, offer: Offer) -> Floats:
         """KV tokens that each would have to fetch: what its own cache has not."""
-        fetched: Floats = np.full(len(self._step_s), offer.prompt)
-        if offer.cached is not None:
-            fetched -= np.minimum(offer.cached, offer.prompt - 1.0)
+        fetched: Floats = np.full(len(self._step_s), offer.work.prompt)
+        if offer.work.cached is not None:
+            fetched -= np.minimum(offer.work.cached, offer.work.prompt - 1.0)
         return fetched
 
     def _best(self, offer: Offer, join_s: Floats) -> int:

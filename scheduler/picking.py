@@ -53,8 +53,9 @@ class Picker:
         if self._casting is not None:
             return self._cast(self._casting, offer, total_s < math.inf)
         score_s = total_s + self._fill * self._pressure(offer)
-        if self._settings.externality > 0:
-            score_s += self._settings.externality * self._others_s(offer)
+        others_s = self._others_s(offer)
+        if others_s is not None and self._settings.externality > 0:
+            score_s += self._settings.externality * others_s
         if self._onward is not None and not offer.is_second:
             score_s += self._onward.stalls_s(offer)
         if left_s < math.inf:
@@ -67,10 +68,9 @@ class Picker:
         if self._settings.explore > 0:
             slot, propensity = self._explored(total_s, score_s, cheapest, left_s)
             return slot, propensity, f"{why}, drawn" if propensity < 1 else why
-        is_near = score_s <= score_s.item(cheapest) * self._near
-        if np.count_nonzero(is_near) == 1:
+        [near] = (score_s <= score_s.item(cheapest) * self._near).nonzero()
+        if len(near) == 1:
             return cheapest, 1.0, why
-        near = is_near.nonzero()[0]
         drawn = int(self._rng.random() * len(near))
         return near.item(drawn), 1.0 / len(near), f"{why}, one of {len(near)} equals"
 
@@ -119,7 +119,7 @@ class Picker:
         is_named = chances[order] > 0
         is_named[:CANDIDATES] = True
         pressed, others_s = self._pressure(offer), self._others_s(offer)
-        cached = np.zeros(len(pressed)) if offer.cached is None else offer.cached
+        cached = np.zeros(len(pressed)) if offer.work.cached is None else offer.work.cached
         return tuple(
             (
                 slot,
@@ -127,18 +127,18 @@ class Picker:
                 float(self._room.start_s[slot]),
                 int(cached[slot]),
                 float(pressed[slot]),
-                float(others_s[slot]),
+                0.0 if others_s is None else float(others_s[slot]),
             )
             for slot in order[is_named].tolist()
             if total_s[slot] < math.inf
         )
 
-    def _others_s(self, offer: Offer) -> Floats:
-        """What taking the time of each costs others in seconds; who was promised something looks to its promise."""
+    def _others_s(self, offer: Offer) -> Floats | None:
+        """What taking the time of each costs others in seconds; None: it was promised something, and looks to that."""
         promise = offer.ticket.promise
         if offer.ticket.due_at < math.inf or promise.tpot_s is not None or offer.is_second:
-            return np.zeros(len(offer.work_s))
-        return others_s(offer.prompt, offer.work_s, offer.new, self._room.unbegun)
+            return None
+        return others_s(offer.work.prompt, offer.work_s, offer.work.new, self._room.unbegun)
 
     def _pressure(self, offer: Offer) -> Floats:
         """What giving KV away costs, where its answer would be decoded."""
@@ -147,7 +147,8 @@ class Picker:
         tpot_s = ticket.promise.tpot_s
         is_promised = ticket.due_at < math.inf or tpot_s is not None
         near = self._room.pressed(tpot_s)
-        pressed = pressure(used, offer.new, is_promised=is_promised, near=near)
+        new = None if is_promised else offer.work.new
+        pressed = pressure(used, new, is_promised=is_promised, near=near)
         if self._onward is not None and not offer.is_second:
             # To whoever decodes what is prefilled elsewhere, all of it is new.
             target, _ = self._onward.target(ticket)

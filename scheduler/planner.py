@@ -282,7 +282,9 @@ class Planner:
         if self._starts_now(slot):
             self._hand_over(offer, slot, total_s, propensity, why)
         else:
-            self.room.reserve(slot, float(offer.work_s[slot]), self._line(offer, slot))
+            tokens = offer.tokens(slot)
+            pairs = cost.pairs(tokens, offer.work.prompt)
+            self.room.reserve(slot, offer.work_s.item(slot), tokens=tokens, pairs=pairs)
 
     def _leg(self, offer: Offer, slot: int) -> Leg:
         if self.onward is None:
@@ -294,7 +296,8 @@ class Planner:
     def _hand_over(
         self, offer: Offer, slot: int, total_s: Floats, propensity: float, why: str
     ) -> None:
-        line, leg = self._line(offer, slot), self._leg(offer, slot)
+        leg = self._leg(offer, slot)
+        line = self._line(offer, slot, leg)
         pledge, onward_s = None, 0.0
         features: tuple[str, ...] = ()
         if self.onward is not None and leg == "prefill":
@@ -369,22 +372,17 @@ class Planner:
         asked = terms.price * others * offer.work_s.item(best) / promised_s
         return odds * ticket.promise.weight >= asked
 
-    def _line(self, offer: Offer, slot: int) -> Line:
+    def _line(self, offer: Offer, slot: int, leg: Leg) -> Line:
         """What the ledger is to hold; a promise per token that cannot be kept there binds nobody."""
-        prompt, own_s = offer.prompt, offer.ticket.promise.tpot_s
+        prompt, own_s = offer.work.prompt, offer.ticket.promise.tpot_s
         kv = min(offer.kv, self.room.kv_max.item(slot))
-        leg = self._leg(offer, slot)
         if leg == "prefill":
             kv, own_s = min(kv, prompt + 1.0), None
         keeps = (
             own_s is not None
-            and own_s >= self.room.decodes.pace_s(self.room.held_kv(offer.prompt, offer.kv))[slot]
+            and own_s >= self.room.decodes.pace_s(self.room.held_kv(prompt, offer.kv))[slot]
         )
-        tokens = prompt
-        if offer.cached is not None:
-            tokens -= offer.cached.item(slot)
-        if leg == "decode":
-            tokens = 0.0
+        tokens = offer.tokens(slot)
         return Line(
             tokens=tokens,
             pairs=cost.pairs(tokens, prompt),

@@ -163,7 +163,7 @@ class Planning:
             backlog=ledger.backlog(rates, now),
             seats=fleet.seats_max - ledger.seats,
             kv=fleet.kv_max - kv_given,
-            kv_max=fleet.kv_max,
+            capacities=fleet.capacities,
             pins=ledger.pins,
             decodes=Decodes(
                 lambda: self._memory.predictor.pace.load(ledger.seats, ledger.read_kv, now),
@@ -171,7 +171,6 @@ class Planning:
                 promised=ledger.promised,
                 is_bound=ledger.bound > 0,
             ),
-            length_max=fleet.length_max,
             wanted_s=wanted_s,
             answer_part=self._settings.answer_part,
             unbegun=lambda step_s: ledger.unbegun(step_s, now),
@@ -345,8 +344,8 @@ class Planning:
         if is_short:
             return now + TICK_S
         wanted_s = self._settings.commit_window_s if self._book.lines.waiting else 0.0
-        open_s = room.busy_s[np.isfinite(room.open_s)]
-        ahead_s = open_s[open_s > wanted_s]
+        busy_s = room.busy_s
+        ahead_s = busy_s[(busy_s > wanted_s) & (room.open_s < np.inf)]
         if not len(ahead_s):
             return None
-        return now + max(TICK_S, float(ahead_s.min()) - wanted_s)
+        return now + max(TICK_S, ahead_s.item(ahead_s.argmin()) - wanted_s)

@@ -59,6 +59,15 @@ class _Sped(NamedTuple):
     pair_s: Floats
 
 
+class _Rated(NamedTuple):
+    """The rates as last asked for, and what they were made with."""
+
+    sped: _Sped
+    "Another one after every lesson."
+    decode_kv: bytes
+    rates: Rates
+
+
 class Predictor:
     """Rates of every endpoint, medians of every model, and how far either can be trusted."""
 
@@ -71,6 +80,7 @@ class Predictor:
         self._weighed: _Weighed | None = None
         self._sped: _Sped | None = None
         "Of what has not changed since the last step; None: it has."
+        self._rated: _Rated | None = None
         self._spread = Spread()
         self.lengths = Lengths()
         self.pace = Pace()
@@ -111,21 +121,16 @@ class Predictor:
         return declared_s
 
     def rates(self, decode_kv: Floats) -> Rates:
-        """What prefilling costs on every slot now, given what decodes there."""
-        weighed, (speed, pair_s) = self._believed()
-        decode_s = self._prior[3] * decode_kv
-        rates = Rates(
-            overhead_s=speed * (weighed.overhead_s + weighed.decode * decode_s),
-            token_s=np.maximum(
-                speed * (weighed.token_s + weighed.decode_token * decode_s), weighed.floor_s
-            ),
-            pair_s=pair_s,
-        )
-        return self._guarded(rates, decode_s) if self.guard.is_on else rates
+        """What prefilling costs on every slot now, given what decodes there; the same object until either changes."""
+        weighed, sped = self._believed()
+        rated, read = self._rated, decode_kv.tobytes()
+        if rated is None or rated.sped is not sped or rated.decode_kv != read:
+            rated = self._rated = _Rated(sped, read, self._rates(weighed, sped, decode_kv))
+        return rated.rates
 
-    def refresh(self) -> None:
+    def refresh(self, decode_kv: Floats) -> None:
         """Make out what the last lessons say, as the next who asks would."""
-        self._believed()
+        self.rates(decode_kv)
         self._spread.refresh()
 
     def features(
@@ -287,6 +292,18 @@ class Predictor:
         speed = np.exp(self._log_speed)
         self._sped = _Sped(speed, speed * pair_weight * self._prior[2])
         return self._sped
+
+    def _rates(self, weighed: _Weighed, sped: _Sped, decode_kv: Floats) -> Rates:
+        speed, pair_s = sped
+        decode_s = self._prior[3] * decode_kv
+        rates = Rates(
+            overhead_s=speed * (weighed.overhead_s + weighed.decode * decode_s),
+            token_s=np.maximum(
+                speed * (weighed.token_s + weighed.decode_token * decode_s), weighed.floor_s
+            ),
+            pair_s=pair_s,
+        )
+        return self._guarded(rates, decode_s) if self.guard.is_on else rates
 
     def _guarded(self, rates: Rates, decode_s: Floats) -> Rates:
         """The same, but as declared where what was learned is not to be believed."""

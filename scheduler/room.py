@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from scheduler.fleet import Capacities
 from scheduler.ledger import Backlog, Line, Rates, asked_kv
 from scheduler.pace import WHOLE, Load
 from scheduler.pins import Pins
@@ -96,10 +97,9 @@ class Room:
         backlog: Backlog,
         seats: Floats,
         kv: Floats,
-        kv_max: Floats,
+        capacities: Capacities,
         pins: Pins,
         decodes: Decodes,
-        length_max: Floats,
         wanted_s: Floats,
         answer_part: float = 1.0,
         unbegun: Callable[[Floats], Floats] | None = None,
@@ -130,11 +130,11 @@ class Room:
         self.pairs = backlog.pairs
         self.seats = seats
         self.kv = kv
-        self.kv_max = kv_max
+        self.kv_max = capacities.kv
         self.pins = pins
         self.decodes = decodes
-        self.length_max = length_max
-        self.length_least = _least(length_max)
+        self.length_max = capacities.length
+        self.length_least = capacities.length_least
         self.reserved = np.zeros(len(seats), dtype=bool)
         "Slots that somebody more urgent waits for."
         self.only_prefills: Bools | None = None
@@ -145,6 +145,7 @@ class Room:
         self.version = 0
         "Grows with each change after which fewer requests may start: what was made out of an older one is stale."
         self._kv_least = _least(kv)
+        self._is_kv_known = capacities.is_kv_known
         self._used: Floats | None = None
         self._find_unbegun = unbegun
         self._unbegun: Floats | None = None
@@ -168,7 +169,7 @@ class Room:
     def used(self) -> Floats:
         """The part of its KV that each has given away; 0 where unknown."""
         if self._used is None:
-            if _least(self.kv_max) > 0 and _most(self.kv_max) < math.inf:
+            if self._is_kv_known:
                 self._used = WHOLE - self.kv / self.kv_max
             else:
                 known = np.isfinite(self.kv_max) & (self.kv_max > 0)
@@ -262,18 +263,18 @@ class Room:
         if self.seats[slot] <= 0:
             self.shut(slot)
 
-    def reserve(self, slot: int, work_s: float, line: Line) -> None:
+    def reserve(self, slot: int, work_s: float, *, tokens: float, pairs: float) -> None:
         """Keep the place: whoever comes later on this slot starts after it."""
         self.start_s[slot] += work_s
         self.open_s[slot] += work_s
-        self.tokens[slot] += line.tokens
-        self.pairs[slot] += line.pairs
+        self.tokens[slot] += tokens
+        self.pairs[slot] += pairs
         self.reserved[slot] = True
 
     def take(self, slot: int, work_s: float, line: Line) -> None:
         """Hand it over: it also takes a seat and its KV."""
         self.version += 1
-        self.reserve(slot, work_s, line)
+        self.reserve(slot, work_s, tokens=line.tokens, pairs=line.pairs)
         if self.probed is not None and self._is_new is not None:
             self.probed[slot] = self._is_new[slot]
         self._taken.append((slot, work_s))

@@ -16,7 +16,7 @@ KNOWN_MAX = 4096
 "Requests for which it is remembered; where there are more, all are looked up anew."
 
 
-class Work(msgspec.Struct, frozen=True):
+class Work(msgspec.Struct, frozen=True, dict=True):
     """One prompt's, without regard to speed."""
 
     prompt: float
@@ -31,26 +31,24 @@ class Work(msgspec.Struct, frozen=True):
     pairs: Floats | float
     "Pairs of attention of those."
 
-    new: Floats | None
-    "The part of the prompt that is not cached; None: nobody has any."
+    @functools.cached_property
+    def new(self) -> Floats | None:
+        """The part of the prompt that is not cached; None: nobody has any. Nobody asks for one with a promise."""
+        return None if self.cached is None else (self.prompt - self.cached) / self.prompt
 
 
 class Offer(msgspec.Struct, frozen=True):
     """What one request would cost on every slot."""
 
     ticket: Ticket
-    prompt: float
-    "Its prompt's tokens, at least one."
+    work: Work
+    "What is left to compute of its prompt."
     kv: float
     "The KV tokens that it wants to hold: its prompt and a part of its expected answer."
-    cached: Floats | None
-    "Of its prompt, what each has; None: nobody has any of it."
     work_s: Floats
     "Seconds of the endpoint's time."
     service_s: Floats
     "The same and the overhead; `inf` where it may not go."
-    new: Floats | None
-    "The part of its prompt that is not cached; None: nobody has any of it."
     is_second: bool = False
     "Its prompt is computed, and only its decode leg is asked for."
 
@@ -59,17 +57,23 @@ class Offer(msgspec.Struct, frozen=True):
         """Seconds to its first token on its best endpoint, if nothing stood before it."""
         return self.service_s.item(self.service_s.argmin())
 
+    def tokens(self, slot: int) -> float:
+        """What this slot would compute of its prompt."""
+        if self.is_second:
+            return 0.0
+        work = self.work
+        return work.prompt if work.cached is None else work.prompt - work.cached.item(slot)
+
     def best_cached(self, slot: int) -> tuple[float, float]:
         """Tokens of its prompt that this slot has, and the most that any has where it may go."""
-        if self.cached is None:
+        cached = self.work.cached
+        if cached is None:
             return 0.0, 0.0
-        most = self.cached.argmax()
+        most = cached.argmax()
         if self.service_s[most] < math.inf:
-            return self.cached.item(slot), self.cached.item(most)
+            return cached.item(slot), cached.item(most)
         may_go = self.service_s < math.inf
-        return self.cached.item(slot), float(
-            np.maximum.reduce(self.cached, where=may_go, initial=0.0)
-        )
+        return cached.item(slot), float(np.maximum.reduce(cached, where=may_go, initial=0.0))
 
 
 class _Known(msgspec.Struct):
@@ -141,8 +145,8 @@ def left(ticket: Ticket, cached: Floats | None) -> Work:
     """What is left of its prompt where so much is cached; float64[n_slots], None: nobody has any."""
     prompt = float(max(1, ticket.prompt_tokens))
     if cached is None:
-        return Work(prompt, None, prompt, cost.pairs(prompt, prompt), None)
+        return Work(prompt, None, prompt, cost.pairs(prompt, prompt))
     if cached[cached.argmax()] > prompt - 1.0:
         cached = np.minimum(cached, prompt - 1.0)
     tokens = prompt - cached
-    return Work(prompt, cached, tokens, cost.pairs(tokens, prompt), tokens / prompt)
+    return Work(prompt, cached, tokens, cost.pairs(tokens, prompt))

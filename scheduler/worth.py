@@ -100,12 +100,12 @@ class Worth:
                 it is in time on another.
             part: what its own promise counts here, 0 to 1.
         """
-        candidates = total_s < math.inf
         if self._casting is not None:
-            return self._casting.preferred(offer, candidates)
+            return self._casting.preferred(offer, total_s < math.inf)
         value = self.of(offer, part)
         if value is None:
             return None
+        candidates = total_s < math.inf
         in_time = candidates & (total_s <= offer.ticket.due_at - self._now)
         value[~(in_time if in_time.any() else candidates)] = 0.0
         least = value.item(value.argmax()) - PACE_TIE
@@ -129,7 +129,7 @@ class Worth:
         decodes, own_s = room.decodes, promise.tpot_s
         if self._settings.pace_worth <= 0 or (own_s is None and not decodes.is_bound):
             return None
-        read_s = decodes.load.token_s * room.held_kv(offer.prompt, offer.kv)
+        read_s = decodes.load.token_s * room.held_kv(offer.work.prompt, offer.kv)
         pace_s = decodes.joined_s(read_s)
         # What nobody keeps, not even alone, is no reason to be in one place rather than another.
         kept_s = None if own_s is None or own_s < self._alone_s else own_s

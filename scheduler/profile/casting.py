@@ -138,7 +138,7 @@ class Casting:
 
     def took(self, offer: Offer, slot: int) -> None:
         """It is handed over there."""
-        request, cached = offer.ticket.request, offer.cached
+        request, cached = offer.ticket.request, offer.work.cached
         self._assembly.trail.add(
             slot,
             model=request.model,
@@ -157,7 +157,7 @@ class Casting:
         ticket, room, trail = offer.ticket, self._room, self._assembly.trail
         request, promise = ticket.request, ticket.promise
         running = self._decoding
-        cached = np.zeros(len(room.kv)) if offer.cached is None else offer.cached
+        cached = np.zeros(len(room.kv)) if offer.work.cached is None else offer.work.cached
         bare = Scene(
             id=ticket.id,
             model=request.model,
@@ -165,7 +165,7 @@ class Casting:
             session=request.session,
             priority=promise.priority,
             weight=promise.weight,
-            prompt_tokens=offer.prompt,
+            prompt_tokens=offer.work.prompt,
             output_tokens=float(ticket.output_tokens),
             left_s=ticket.due_at - self._now,
             tpot_s=promise.tpot_s,
@@ -174,7 +174,7 @@ class Casting:
             eligible=read_only(offer.service_s < math.inf),
             work_s=read_only(offer.work_s),
             first_token_s=read_only(room.open_s + offer.service_s),
-            cached_tokens=read_only(np.minimum(cached, offer.prompt - 1.0)),
+            cached_tokens=read_only(np.minimum(cached, offer.work.prompt - 1.0)),
             busy_s=read_only(room.start_s),
             queued=read_only(np.maximum(self._seats_max - room.seats - running, 0.0)),
             unbegun=read_only(room.unbegun),

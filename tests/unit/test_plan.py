@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.externality import STEP_TOKENS, others_s
+from scheduler.fleet import Capacities
 from scheduler.ledger import Backlog, Ledger, Line, Rates, uncached
 from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
@@ -71,7 +72,7 @@ def planner(
         backlog=Backlog(tokens=busy, pairs=np.zeros(n), overdue_s=np.array(overdue_s or [0.0] * n)),
         seats=np.full(n, 100.0),
         kv=free_kv.copy(),
-        kv_max=free_kv.copy(),
+        capacities=Capacities.of(kv=free_kv.copy(), length=np.full(n, np.inf)),
         pins=Pins(),
         decodes=Decodes(
             lambda: Load(
@@ -81,7 +82,6 @@ def planner(
             promised=np.zeros(n),
             is_bound=False,
         ),
-        length_max=np.full(n, np.inf),
         wanted_s=np.zeros(n),
         answer_part=answer_part,
     )
@@ -328,7 +328,7 @@ def test_idle_endpoints_serve_those_set_aside():
 def test_a_place_kept_for_the_urgent_is_not_idle():
     """Nobody late slips in before it."""
     made = planner([0.001])
-    made.room.reserve(0, 0.0, Line(tokens=1.0, pairs=0.0, kv=1.0))
+    made.room.reserve(0, 0.0, tokens=1.0, pairs=0.0)
 
     made.fill([ticket("late", 10)], is_calm=True)
 

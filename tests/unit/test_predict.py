@@ -67,6 +67,20 @@ def test_a_wrong_data_sheet_is_mended_within_a_hundred_completions():
     assert np.mean(errors[100:]) < 0.12
 
 
+def test_rates_follow_what_decodes_and_every_lesson():
+    """They are made once for as long as neither changes, though the KV that decodes is counted in place."""
+    made, decode_kv = predictor("a100", "h100"), np.zeros(2)
+    idle = made.rates(decode_kv)
+    assert made.rates(decode_kv) is idle
+
+    decode_kv[1] = 100_000.0
+    busy = made.rates(decode_kv)
+    assert busy.token_s[1] > idle.token_s[1]
+
+    serve(made, 1, lambda n: n / 1_000, 1)
+    assert made.rates(decode_kv).token_s[1] > busy.token_s[1]
+
+
 def test_each_endpoint_keeps_its_own_speed():
     """Two alike by declaration, one half as fast: the plan's rates tell them apart."""
     made = predictor("a100", "a100")
