@@ -25,6 +25,12 @@ EVENT_BYTES = 16 * 2**20
 ANSWER_BYTES = 128 * 2**20
 "The longest answer that is kept: a million tokens with the log probabilities of each; Redis takes 512 MB in one field."
 
+OVERRUN_TOKENS = 16
+"""So many more than were asked for are taken: what comes in one piece with the last, and pieces that are no token.
+
+An engine that says more does not know its limit, and would go on to the end of its context.
+"""
+
 BLAMES_REQUEST = frozenset({400, 405, 413, 415, 422})
 "Statuses that would come from any engine for the same request; 404 is a model that another may serve."
 
@@ -36,8 +42,12 @@ REASON_CHARS = 1000
 class Answer:
     """What an engine has said so far. `feed` it the bytes as they come, then `check` and ask for the `response`."""
 
-    def __init__(self, *, keeps_news: bool = True) -> None:
+    def __init__(self, *, keeps_news: bool = True, max_tokens: int | None = None) -> None:
+        """`max_tokens` is what each choice may have; None: what the engine thinks right."""
         self._keeps_news = keeps_news
+        self._pieces_max = float("inf") if max_tokens is None else max_tokens + OVERRUN_TOKENS
+        self._pieces = 0
+        "Of the whole answer: no more than it has tokens, but for a few."
         self.is_done = False
         "[DONE] has come."
         self.usage: Usage | None = None
@@ -116,6 +126,19 @@ class Answer:
         self.fresh_text.clear()
         self.fresh_chunks.clear()
         self.fresh_pieces = self.fresh_bytes = 0
+
+    @property
+    def is_overrun(self) -> bool:
+        """Whether it goes on though it has had all the tokens that were asked for; at most a few too many are here."""
+        said = max(self._pieces, self.output_tokens)
+        return said > self._pieces_max * max(len(self._choices), 1) and not self.is_done
+
+    def cut(self, prompt_tokens: int) -> None:
+        """Nothing follows: it is as long as it may be. How long its prompt is the engine may not have said yet."""
+        for said in self._choices.values():
+            said.finish_reason = said.finish_reason or "length"
+        self.finish_reason = self.finish_reason or "length"
+        self.usage = self.usage or Usage(prompt_tokens, self._pieces)
 
     def check(self, written: Written = NOTHING) -> None:
         """Refuse whatever is no success.
@@ -209,6 +232,7 @@ class Answer:
             has_piece = has_piece or is_more or bool(text)
             is_rich = is_rich or is_more
         if has_piece:
+            self._pieces += 1
             self.fresh_pieces += 1
             self.fresh_bytes += len(payload)
         if is_rich:

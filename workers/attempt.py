@@ -31,11 +31,12 @@ Stage = Literal["held", "running", "ending", "gone"]
 class Stop(msgspec.Struct, frozen=True):
     """Why an attempt was ended from outside the engine."""
 
-    kind: Literal["fenced", "cancelled", "expired", "returned", "silent"]
+    kind: Literal["fenced", "cancelled", "expired", "returned", "silent", "overrun"]
     reason: str = ""
 
 
 FENCED = Stop("fenced")
+OVERRUN = Stop("overrun", "the engine went on past max_tokens")
 STALE = Stop("returned", "too late for its KV: the engine that keeps it may have forgotten it")
 
 
@@ -75,7 +76,7 @@ class Attempt:
         self.stage: Stage = "held"
         self.stop: Stop | None = None
         self.task: asyncio.Task[None] | None = None
-        self.answer = Answer(keeps_news=held.job.stream)
+        self.answer = Answer(keeps_news=held.job.stream, max_tokens=self._tokens_left)
         self.kv_params = b""
         "Where the KV is that a prefill leg has left with its engine."
         self.pieces = written.pieces
@@ -134,6 +135,12 @@ class Attempt:
         wanted = self.job.expected_tokens or usual_tokens
         bounded = wanted if limit is None else min(wanted, limit)
         self.expected_tokens = max(bounded - self.written.output_tokens, 1.0)
+
+    @property
+    def _tokens_left(self) -> int | None:
+        """What this attempt may say at most; None: the client set no limit."""
+        limit = max_tokens(self.body)
+        return None if limit is None else max(limit - self.written.output_tokens, 0)
 
     @property
     def kv_until_at(self) -> float | None:

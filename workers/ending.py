@@ -59,8 +59,10 @@ class Ending:
                 self.finish(attempt, "cancelled", stop.reason or "cancelled")
             case "expired":
                 self.finish(attempt, "expired", stop.reason)
-            case "silent":
-                raise AssertionError("an engine's silence is its failure")
+            case "silent" | "overrun":
+                raise AssertionError(
+                    "an engine's silence is its failure, and what it says too much an answer"
+                )
 
     def finish(
         self,

@@ -77,6 +77,9 @@ class Meter:
             "headgate_worker_prefilled", "Prefill legs that did their part.", **one
         )
         self.retries = Counter("headgate_worker_retries", "Attempts after the first.", **one)
+        self.overruns = Counter(
+            "headgate_worker_overruns", "Answers cut whose engine went on past max_tokens.", **one
+        )
         self.prompt_tokens = Counter("headgate_worker_prompt_tokens", "As engines count.", **one)
         self.cached_tokens = Counter(
             "headgate_worker_prompt_tokens_cached", "Of these, from the prefix cache.", **one

@@ -20,7 +20,8 @@ from scheduler.keys import Keys
 from scheduler.settings import EngineAddress
 from workers import body, halves
 from workers.answer import Answer
-from workers.attempt import FENCED, Attempt, Stop
+from workers.attempt import FENCED, OVERRUN, Attempt, Stop
+from workers.body import max_tokens
 from workers.ending import Ending
 from workers.engine import Engine
 from workers.hands import Hands
@@ -203,6 +204,8 @@ class Serving:
         self._health.heard(tick)
         if not more or attempt.stage != "running":
             return
+        if attempt.answer.is_overrun:
+            attempt.halt(OVERRUN)
         gap_s = tick - attempt.last_tick
         attempt.last_tick = tick
         if attempt.first_token_at is None:
@@ -228,6 +231,9 @@ class Serving:
             if error is not None and self._health.failed(error):
                 assert self.group is not None
                 self.group.create_task(self._turned(), name=f"{self._address.name} turned")
+        elif stop is not None and stop.kind == "overrun":
+            self._cut(attempt)
+            stop = None
         if stop is not None:
             self._ending.stopped(attempt, stop)
         elif error is None and attempt.job.leg == "prefill":
@@ -246,6 +252,19 @@ class Serving:
         self._rhythm.left(attempt, is_empty=not self._hands.running)
         if self._hands.held:
             self._changed.set()
+
+    def _cut(self, attempt: Attempt) -> None:
+        """What its engine would not end has ended: the client asked for no more, and has it."""
+        attempt.answer.cut(attempt.prompt_tokens)
+        self._meter.overruns.labels(self._address.name).inc()
+        log.warning(
+            "overrun",
+            request_id=attempt.job.id,
+            endpoint=self._address.name,
+            max_tokens=max_tokens(attempt.body),
+            output_tokens=attempt.output_tokens,
+            reason=OVERRUN.reason,
+        )
 
 
 def _silence(attempt: Attempt, reason: str) -> EngineError | None:

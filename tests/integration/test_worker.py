@@ -422,6 +422,38 @@ class TestMisbehaviour:
         assert (choice.get("text") or choice["message"]["content"]) == expected
         assert len(await hand.results("r1")) == 1
 
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+    async def test_an_engine_that_knows_no_limit_is_cut_off(
+        self, emulator, hand, rig, path, stream
+    ):
+        """The client asked for no more and has it, as an answer; the engine is told to stop, and operators hear of it."""
+        worker, _ = await rig.start(emulator.url)
+        beat = await hand.ready()
+        body = {"model": MODEL, "max_tokens": 24, "ignore_eos": True}
+        body |= {"messages": chat(1)["messages"]} if "chat" in path else {"prompt": "tell me"}
+        whole = (await ask(emulator, path, body))["choices"][0]
+        expected = whole.get("text") or whole["message"]["content"]
+        await fault(emulator, "endless", tokens=50_000)
+
+        with structlog.testing.capture_logs() as logs:
+            await hand.submit("r1", body, beat.epoch, stream=stream, path=path)
+            result = await hand.result("r1")
+            await until(lambda: _is_settled(hand))
+
+        assert (result.outcome, result.finish_reason, result.attempt) == ("completed", "length", 1)
+        assert 24 < result.output_tokens < 50_000
+        choice = msgspec.json.decode(result.body)["choices"][0]
+        text = choice.get("text") or choice["message"]["content"]
+        assert text.startswith(expected)
+        assert choice["finish_reason"] == "length"
+        assert await hand.text("r1") == (text if stream else "")
+        await until(lambda: emulator.service.engine.n_running == 0)
+        assert [one["max_tokens"] for one in logs if one["event"] == "overrun"] == [24]
+        [endpoint] = worker.endpoints
+        said = endpoint._meter.registry.get_sample_value
+        assert said("headgate_worker_overruns_total", {"endpoint": "e0"}) == 1
+
     async def test_token_ids_are_continued_by_their_ids(self, emulator, hand, rig):
         """A prompt of ids goes on with the ids that were generated, which the log keeps."""
         await rig.start(emulator.url)

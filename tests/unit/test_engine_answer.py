@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scheduler.errors import EngineError
 from scheduler.wire.dispatcher import Job
 from workers import answer as answers
-from workers.answer import Answer, fault_in, refusal
+from workers.answer import OVERRUN_TOKENS, Answer, fault_in, refusal
 from workers.body import Written
 from workers.halves import NO_KV
 
@@ -30,9 +30,9 @@ def event(**fields):
     )
 
 
-def said(content, finish=None, **more):
+def said(content, finish=None, index=0, **more):
     return event(
-        choices=[{"index": 0, "delta": {"content": content, **more}, "finish_reason": finish}]
+        choices=[{"index": index, "delta": {"content": content, **more}, "finish_reason": finish}]
     )
 
 
@@ -53,6 +53,50 @@ def fed(*parts):
     for part in parts:
         answer.feed(part)
     return answer
+
+
+class TestOverrun:
+    def fed(self, *parts, max_tokens=3):
+        answer = Answer(max_tokens=max_tokens)
+        for part in parts:
+            answer.feed(part)
+        return answer
+
+    def test_a_few_too_many_pass(self):
+        """What comes in one piece with the last token, and pieces that are no token; one more is an overrun."""
+        within = [said("x")] * (3 + OVERRUN_TOKENS)
+        assert not self.fed(*within).is_overrun
+        assert self.fed(*within, said("x")).is_overrun
+        assert not self.fed(*within, said("x"), max_tokens=None).is_overrun
+
+    def test_tokens_count_where_the_engine_counts_them(self):
+        """A piece may be several."""
+        assert not self.fed(said("xx"), usage(3 + OVERRUN_TOKENS)).is_overrun
+        assert self.fed(said("xx"), usage(4 + OVERRUN_TOKENS)).is_overrun
+
+    def test_each_choice_has_its_own(self):
+        """Of two there may be twice as many."""
+        both = [said("x"), said("y", index=1)]
+        assert not self.fed(*both * (3 + OVERRUN_TOKENS)).is_overrun
+        assert self.fed(*both * (4 + OVERRUN_TOKENS)).is_overrun
+
+    def test_what_has_ended_is_whole(self):
+        """It came in the same packet as what was too much."""
+        assert not self.fed(said("x") * (4 + OVERRUN_TOKENS) + said("", "stop") + DONE).is_overrun
+
+    def test_what_is_cut_is_an_answer_as_long_as_it_may_be(self):
+        """With the engine's own count where that has come, else with what was seen."""
+        answer = self.fed(said("x"), said("y", "stop", index=1), said("z"))
+        answer.cut(prompt_tokens=9)
+        answer.check()
+        response = msgspec.json.decode(answer.response(JOB))
+        assert [one["finish_reason"] for one in response["choices"]] == ["length", "stop"]
+        assert response["usage"]["completion_tokens"] == 3
+        assert response["usage"]["prompt_tokens"] == 9
+
+        counted = self.fed(said("x"), usage(30))
+        counted.cut(prompt_tokens=9)
+        assert (counted.output_tokens, counted.prompt_tokens()) == (30, 10)
 
 
 class TestSuccess:

@@ -55,6 +55,12 @@ class NoDone(_RequestFault, frozen=True, tag="no_done"):
     """The answer comes whole, but the stream ends without its finish reason and [DONE]."""
 
 
+class Endless(_RequestFault, frozen=True, tag="endless"):
+    """It says so many tokens, whatever limit it was given."""
+
+    tokens: int = 10_000
+
+
 class Slow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="slow"):
     """Every step takes `factor` times as long, until told otherwise."""
 
@@ -83,7 +89,9 @@ class Clear(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     """Forget the faults that have not struck yet."""
 
 
-RequestFault = HttpStatus | Garbage | Silence | Hang | Cut | ErrorChunk | Abort | NoTokens | NoDone
+RequestFault = (
+    HttpStatus | Garbage | Silence | Hang | Cut | ErrorChunk | Abort | NoTokens | NoDone | Endless
+)
 StreamFault = Hang | Cut | ErrorChunk | Abort
 "Those that strike after a number of tokens."
 EngineFault = Slow | Freeze | Thaw | Crash | Die | Clear

@@ -216,6 +216,11 @@ class Emulator:
             max_model_len=self.service.max_model_len,
             priority_header=request.headers.get("X-Vllm-Priority"),
         )
+        if isinstance(fault, faults.Endless):
+            ask = msgspec.structs.replace(
+                ask, max_tokens=fault.tokens, ignore_eos=True, output_tokens=None
+            )
+            fault = None
         if self.settings.enable_force_include_usage:
             ask = msgspec.structs.replace(ask, has_usage=True)
         if self.service.life == "dead":
