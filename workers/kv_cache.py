@@ -40,9 +40,9 @@ class KvCache:
 
     def account(self) -> Account:
         """What the next beat is to tell."""
-        return self._mirror.account()
+        return self._mirror.teller.account()
 
     def told(self, epoch: int, seq: int) -> bool:
         """That account has arrived; True where more should follow at once."""
-        self._mirror.told(epoch, seq)
-        return self._mirror.has_news
+        self._mirror.teller.told(epoch, seq)
+        return self._mirror.teller.has_news

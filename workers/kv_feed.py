@@ -144,7 +144,7 @@ class Feed:
                 async with asyncio.timeout_at(list_at):
                     frames = await socket.recv_multipart()
             except TimeoutError:
-                self._mirror.list_anew()
+                self._mirror.teller.list_anew()
                 list_at = loop.time() + LIST_S
                 continue
             message = self._read(frames)

@@ -16,11 +16,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import numpy as np
 
-from scheduler.prefix import BLOCK_TOKENS, HASH_BYTES, Account
+from scheduler.accounts import Teller
+from scheduler.prefix import BLOCK_TOKENS, HASH_BYTES
 from workers.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Hash, KvEvent
-
-TOLD_MAX = 512
-"Blocks in one account; the rest ride on the next."
 
 NODES_MAX = 262_144
 "Engine blocks that are followed: four million tokens at 16 a block. Beyond it nothing is told."
@@ -52,34 +50,15 @@ class _Node(msgspec.Struct):
 
 
 class Mirror:
-    """Facts of the engine in, accounts for the dispatcher out."""
+    """Facts of the engine in; its `teller` has what they come to, for the dispatcher."""
 
     def __init__(self) -> None:
-        """Nothing is known and nothing told."""
+        """Nothing is known."""
+        self.teller = Teller()
         self._nodes: dict[Hash, _Node] = {}
         self._by_content: dict[tuple[Hash | None, bytes], Hash] = {}
         self._block_tokens = 1
         "Of the engine's blocks."
-        self._counts: dict[str, int] = {}
-        "How many of the engine's blocks end each block of the wire: two requests may have computed the same."
-        self._epoch = self._seq = 0
-        self._was_empty = False
-        self._changes: dict[str, bool] = {}
-        "What is to be told: True is stored, False removed."
-        self._listing: dict[str, None] = {}
-        "Which of it belongs to the listing."
-        self._account: Account | None = None
-        "The last one, until it is known to have arrived."
-
-    @property
-    def blocks(self) -> frozenset[str]:
-        """The wire's blocks that are there."""
-        return frozenset(self._counts)
-
-    @property
-    def has_news(self) -> bool:
-        """Whether a listing is under way, which is worth a beat of its own."""
-        return bool(self._listing)
 
     # From the engine.
 
@@ -99,24 +78,11 @@ class Mirror:
         """Begin anew. `is_empty`: the engine holds nothing; else it is only not known any more what it holds."""
         self._nodes.clear()
         self._by_content.clear()
-        self._counts.clear()
-        self.list_anew(was_empty=is_empty)
-
-    def list_anew(self, *, was_empty: bool = False) -> None:
-        """Tell all there is once more, for whoever missed a change."""
-        if not was_empty and not self._epoch and not self._counts:
-            return  # nothing was ever said
-        is_untold = self._epoch > 0 and self._seq == 0
-        self._was_empty = was_empty or (self._was_empty and is_untold)
-        self._epoch += 1
-        self._seq = 0
-        self._changes = dict.fromkeys(self._counts, True)
-        self._listing = dict.fromkeys(self._counts)
-        self._account = None
+        self.teller.clear(is_empty=is_empty)
 
     def knows(self, blocks: Sequence[str]) -> bool:
         """Whether every block is, but the last: that may end where none of the engine's does."""
-        return all(block in self._counts for block in blocks[:-1])
+        return all(map(self.teller.holds, blocks[:-1]))
 
     def bind(self, blocks: Sequence[str], tokens: Sequence[int], *, prompt_tokens: int) -> None:
         """These tokens are what the engine made of a prompt whose blocks on the wire are these.
@@ -141,34 +107,6 @@ class Mirror:
             while at < len(blocks) and (at + 1) * share <= node.depth:
                 self._name(node, blocks[at])
                 at += 1
-
-    # To the dispatcher.
-
-    def account(self) -> Account:
-        """What is to be told next; the same one until `told`. Epoch 0: nothing."""
-        if self._account is None:
-            chosen = list(self._changes)[:TOLD_MAX]
-            if chosen or (self._epoch and not self._seq):
-                self._seq += 1
-            stored = tuple(block for block in chosen if self._changes[block])
-            removed = tuple(block for block in chosen if not self._changes[block])
-            for block in chosen:
-                del self._changes[block]
-                self._listing.pop(block, None)
-            self._account = Account(
-                epoch=self._epoch,
-                seq=self._seq,
-                stored=stored,
-                removed=removed,
-                rest=len(self._listing),
-                was_empty=self._was_empty,
-            )
-        return self._account
-
-    def told(self, epoch: int, seq: int) -> None:
-        """That account has arrived."""
-        if self._account is not None and (epoch, seq) == (self._account.epoch, self._account.seq):
-            self._account = None
 
     # The engine's blocks.
 
@@ -207,9 +145,7 @@ class Mirror:
         if block in node.names:
             return
         node.names[block] = None
-        self._counts[block] = self._counts.get(block, 0) + 1
-        if self._counts[block] == 1:
-            self._change(block, is_stored=True)
+        self.teller.store(block)
 
     def _remove(self, name: Hash) -> None:
         node = self._nodes.pop(name, None)
@@ -218,17 +154,7 @@ class Mirror:
         if self._by_content.get(node.content) == name:
             del self._by_content[node.content]
         for block in node.names:
-            self._counts[block] -= 1
-            if not self._counts[block]:
-                del self._counts[block]
-                self._change(block, is_stored=False)
-
-    def _change(self, block: str, *, is_stored: bool) -> None:
-        if not self._epoch:
-            self._epoch = 1
-        self._changes.pop(block, None)
-        self._changes[block] = is_stored
-        self._listing.pop(block, None)
+            self.teller.remove(block)
 
 
 _ROOT = _Node(b"", b"", 0, {}, (None, b""))

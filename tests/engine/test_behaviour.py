@@ -423,12 +423,12 @@ class TestKvEvents:
 
             mirror.bind(names, said["tokens"], prompt_tokens=len(text.encode()) // 4)
             assert mirror.knows(names)
-            assert mirror.blocks.issuperset(names[:-1])
+            assert mirror.teller.blocks.issuperset(names[:-1])
 
             for n in range(8):
                 await server.ask(prompt=prompt_of(40 + n, 1000), max_tokens=1)
             await self.until_held(mirror, said["tokens"], 0)
-            assert mirror.blocks.isdisjoint(names)
+            assert mirror.teller.blocks.isdisjoint(names)
 
     async def test_a_reset_is_told(self, server):
         """With the next step: nothing is there any more."""
@@ -441,13 +441,15 @@ class TestKvEvents:
             await server.ask(prompt=[1], max_tokens=1)
 
             await self.until_held(mirror, prompt, 0)
-            assert not mirror.blocks
+            assert not mirror.teller.blocks
 
 
 def held(mirror, prompt):
     """How many blocks of a prompt it is said to hold, from the start."""
     chain = blocks(prompt)
-    return next((n for n, block in enumerate(chain) if block not in mirror.blocks), len(chain))
+    return next(
+        (n for n, block in enumerate(chain) if block not in mirror.teller.blocks), len(chain)
+    )
 
 
 class TestOrder:

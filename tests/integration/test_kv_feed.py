@@ -90,7 +90,7 @@ async def follows(publisher, mirror):
 
     async def is_there():
         await publisher.news.send_multipart([b"", (0).to_bytes(8, "big"), publisher.kept[0][1]])
-        return block(0) in mirror.blocks
+        return block(0) in mirror.teller.blocks
 
     await publisher.say(0, stored(0), is_lost=True)
     await until(is_there)
@@ -104,9 +104,9 @@ async def test_what_was_lost_is_asked_for():
         await publisher.say(1, stored(1), is_lost=True)
         await publisher.say(2, stored(2))
 
-        await until(lambda: block(2) in mirror.blocks)
+        await until(lambda: block(2) in mirror.teller.blocks)
 
-        assert mirror.blocks == {block(0), block(1), block(2)}
+        assert mirror.teller.blocks == {block(0), block(1), block(2)}
 
 
 async def test_a_flood_leaves_the_others_their_turns(monkeypatch):
@@ -119,7 +119,7 @@ async def test_a_flood_leaves_the_others_their_turns(monkeypatch):
         await publisher.say(number, stored(number), is_lost=True)
 
     async with heard(publisher) as mirror:
-        while block(299) not in mirror.blocks:
+        while block(299) not in mirror.teller.blocks:
             turns += 1
             await asyncio.sleep(0)
 
@@ -135,10 +135,10 @@ async def test_what_cannot_be_had_begins_anew(replays):
         publisher.kept.clear()
         await publisher.say(5, stored(5))
 
-        await until(lambda: block(5) in mirror.blocks)
+        await until(lambda: block(5) in mirror.teller.blocks)
 
-        assert mirror.blocks == {block(5)}
-        assert not mirror.account().was_empty
+        assert mirror.teller.blocks == {block(5)}
+        assert not mirror.teller.account().was_empty
 
 
 async def test_a_repetition_changes_nothing():
@@ -147,13 +147,13 @@ async def test_a_repetition_changes_nothing():
     async with heard(publisher) as mirror:
         await follows(publisher, mirror)
         await publisher.say(1, ["BlockRemoved", [0]])
-        await until(lambda: block(0) not in mirror.blocks)
+        await until(lambda: block(0) not in mirror.teller.blocks)
         await publisher.say(0, stored(0), at=100.0)
         await publisher.say(2, stored(2))
 
-        await until(lambda: block(2) in mirror.blocks)
+        await until(lambda: block(2) in mirror.teller.blocks)
 
-        assert mirror.blocks == {block(2)}
+        assert mirror.teller.blocks == {block(2)}
 
 
 async def test_another_engine_had_an_empty_cache():
@@ -164,10 +164,10 @@ async def test_another_engine_had_an_empty_cache():
         publisher.kept.clear()
         await publisher.say(0, stored(7), at=500.0)
 
-        await until(lambda: block(7) in mirror.blocks)
+        await until(lambda: block(7) in mirror.teller.blocks)
 
-        assert mirror.blocks == {block(7)}
-        assert mirror.account().was_empty
+        assert mirror.teller.blocks == {block(7)}
+        assert mirror.teller.account().was_empty
 
 
 async def test_an_engine_that_comes_back_is_asked_whether_it_is_the_same():
@@ -179,8 +179,8 @@ async def test_an_engine_that_comes_back_is_asked_whether_it_is_the_same():
 
         mirror.feed.turn_to(publisher.source)
 
-        await until(lambda: not mirror.blocks)
-        assert mirror.account().was_empty
+        await until(lambda: not mirror.teller.blocks)
+        assert mirror.teller.account().was_empty
 
 
 async def test_a_failure_of_zeromq_does_not_end_the_listening(monkeypatch):
@@ -197,7 +197,7 @@ async def test_a_failure_of_zeromq_does_not_end_the_listening(monkeypatch):
             for one in taken:
                 one.close()
 
-            await until(lambda: block(0) in mirror.blocks)
+            await until(lambda: block(0) in mirror.teller.blocks)
     few.term()
 
 
@@ -209,9 +209,9 @@ async def test_a_message_that_cannot_be_read_is_a_lost_one():
         await publisher.say(1, payload=b"\xc1")
         await publisher.say(2, stored(2))
 
-        await until(lambda: block(2) in mirror.blocks)
+        await until(lambda: block(2) in mirror.teller.blocks)
 
-        assert mirror.blocks == {block(2)}
+        assert mirror.teller.blocks == {block(2)}
 
 
 @pytest.mark.parametrize(

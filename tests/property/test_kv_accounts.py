@@ -4,8 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from scheduler import accounts
 from scheduler.prefix import BLOCK_TOKENS, Account, Index, blocks
-from workers import kv_mirror
 from workers.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from workers.kv_mirror import Mirror
 
@@ -43,10 +43,10 @@ class Machine(RuleBasedStateMachine):
             index.open(1, 0)
         self.channel: list[Account] = []
         self.past: list[Account] = []
-        kv_mirror.TOLD_MAX = 3
+        accounts.TOLD_MAX = 3
 
     def teardown(self):
-        kv_mirror.TOLD_MAX = 512
+        accounts.TOLD_MAX = 512
 
     # The engine
 
@@ -88,7 +88,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def beat(self):
         """The worker's next account is under way; a lost reply makes it come again."""
-        account = self.mirror.account()
+        account = self.mirror.teller.account()
         if account.epoch:
             self.channel.append(account)
 
@@ -96,7 +96,7 @@ class Machine(RuleBasedStateMachine):
     def confirm(self, is_heard):
         """Redis says that it has the last one."""
         if self.channel and is_heard:
-            self.mirror.told(self.channel[-1].epoch, self.channel[-1].seq)
+            self.mirror.teller.told(self.channel[-1].epoch, self.channel[-1].seq)
 
     @precondition(lambda self: self.channel)
     @rule(data=st.data(), fate=st.sampled_from(["heard", "heard", "heard", "lost", "late"]))
@@ -125,12 +125,12 @@ class Machine(RuleBasedStateMachine):
     def listed(self):
         """Once all is told anew and nothing of that is lost, the index holds what the engine holds, and no more."""
         self.channel.clear()
-        self.mirror.list_anew()
+        self.mirror.teller.list_anew()
         while True:
-            account = self.mirror.account()
+            account = self.mirror.teller.account()
             self.hear(account)
             self.hear(account)
-            self.mirror.told(account.epoch, account.seq)
+            self.mirror.teller.told(account.epoch, account.seq)
             if not account.rest:
                 break
         for path in self.seen:
@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def mirror_is_true(self):
         """The worker's own picture is the engine's at every moment."""
-        assert self.mirror.blocks == self.truth()
+        assert self.mirror.teller.blocks == self.truth()
 
     @invariant()
     def others_are_not_touched(self):
@@ -167,9 +167,9 @@ def test_without_losses_every_account_is_followed():
     index.open(0, 0)
 
     def say():
-        account = mirror.account()
+        account = mirror.teller.account()
         index.hear(0, account)
-        mirror.told(account.epoch, account.seq)
+        mirror.teller.told(account.epoch, account.seq)
 
     mirror.hear([BlockStored((1, 2, 3, 4), None, tuple(tokens([0, 1, 0, 1])), SIZE)])
     say()
