@@ -78,7 +78,7 @@ class Scheduler:
         changes no later command.
         """
         self._planning.settle()
-        self._memory.refresh()
+        self._memory.predictor.refresh(self._memory.book.ledger.decode_kv)
 
     def wakeup_at(self) -> float | None:
         """When `decide` could give other commands without a new event, unix seconds; None: not before one."""

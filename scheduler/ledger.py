@@ -36,6 +36,9 @@ As an array it is multiplied, and compared, in half the time that numpy takes wi
 LEAST_S = 1e-9
 "No head and no step is shorter, so that an age can be divided by it."
 
+HEAD_MIN_S = np.array(LEAST_S)
+"As an array, likewise."
+
 
 class Rates(msgspec.Struct, frozen=True):
     """What prefilling costs on every endpoint at this moment; float64[n_slots] each."""
@@ -111,9 +114,7 @@ class Ledger:
         self._n_prefilling = 0
         self.bound = 0
         "Requests anywhere with a promise per token."
-        self._sums = np.zeros((11, 0))
-        self._heads: tuple[Rates, Floats] | None = None
-        "Seconds that each head takes at these rates, float64[n_slots]; `inf` where there is none. None: not known yet."
+        self._sums = np.zeros((12, 0))
         self._name_rows()
 
     def _name_rows(self) -> None:
@@ -121,13 +122,13 @@ class Ledger:
 
         `tokens`, `pairs`: to prefill, of requests without first token. `seats`: requests. `kv`: KV tokens, blocks that
         several hold once. `read_kv`: the same, each request's in full, which a decode step reads. `decode_kv`: that of
-        those who decode. `head_*`: of the request that is being prefilled, its tokens (0 where there is none), pairs, and
-        since when in unix seconds. `tightest_s`: the least seconds per token promised, `inf` where none is.
+        those who decode. `head_*`: of the request that is being prefilled, its tokens, pairs, since when in unix
+        seconds, and 1 where there is one. `tightest_s`: the least seconds per token promised, `inf` where none is.
         `promised`: the weights of those promises together.
         """
         self.tokens, self.pairs, self.seats, self.kv, self.decode_kv = self._sums[:5]
-        self.head_tokens, self.head_pairs, self.head_since = self._sums[5:8]
-        self.read_kv, self.tightest_s, self.promised = self._sums[8:]
+        self.head_tokens, self.head_pairs, self.head_since, self.head_is = self._sums[5:9]
+        self.read_kv, self.tightest_s, self.promised = self._sums[9:]
 
     def open(self, slot: int) -> None:
         """Give a new endpoint an empty column."""
@@ -138,7 +139,6 @@ class Ledger:
             self._sums = np.column_stack([self._sums, np.zeros(len(self._sums))])
             self._name_rows()
             self.tightest_s[slot] = math.inf
-            self._heads = None
         assert not self.prefilling[slot], f"slot {slot} still has prefill on it"
         assert not self.decoding[slot], f"slot {slot} still has decode on it"
         self.pins.open(slot)
@@ -197,9 +197,9 @@ class Ledger:
         if not self._n_prefilling:
             return Backlog(tokens=np.zeros(len(self.tokens)), pairs=np.zeros(len(self.pairs)))
         tokens, pairs = self.head_tokens, self.head_pairs
-        head_s = self._head_s(rates)
-        age_s = now - self.head_since
-        passed = age_s / head_s
+        head_s = tokens * rates.token_s + pairs * rates.pair_s
+        age_s = self.head_is * (now - self.head_since)
+        passed = age_s / np.maximum(head_s, HEAD_MIN_S)
         done = np.minimum(passed, PROGRESS_MAX)
         overdue_s = None
         if passed[passed.argmax()] > OVERDUE_FACTOR:  # in a third of the time of numpy's reductions
@@ -210,11 +210,6 @@ class Ledger:
             pairs=self.pairs - done * pairs,
             overdue_s=overdue_s,
         )
-
-    def refresh(self, rates: Rates) -> None:
-        """Make out what `backlog` will ask for, where it is known already."""
-        if self._n_prefilling:
-            self._head_s(rates)
 
     def unbegun(self, step_s: Floats, now: float) -> Floats:
         """How many on each slot are still to begin, whom whoever comes now would keep waiting; float64[n_slots].
@@ -232,20 +227,12 @@ class Ledger:
                         found[slot] += min(1.0, left_s / longest_s)
         return found
 
-    def _head_s(self, rates: Rates) -> Floats:
-        if self._heads is None or self._heads[0] is not rates:
-            head_s = self.head_tokens * rates.token_s + self.head_pairs * rates.pair_s
-            head_s = np.maximum(head_s, LEAST_S)
-            head_s[self.head_tokens == 0.0] = math.inf
-            self._heads = rates, head_s
-        return self._heads[1]
-
     def _find_head(self, slot: int, now: float) -> None:
         head = next(iter(self.prefilling[slot].values()), None)
         self.head_tokens[slot] = 0.0 if head is None else head.tokens
         self.head_pairs[slot] = 0.0 if head is None else head.pairs
         self.head_since[slot] = now
-        self._heads = None
+        self.head_is[slot] = head is not None
 
     def _end_prefill(self, slot: int, request_id: str, now: float) -> Line | None:
         lines = self.prefilling[slot]

@@ -88,12 +88,6 @@ class Memory:
         self.token_s = cost.UNKNOWN.token_s
         "Predicted seconds of one prompt token on a usual endpoint, as of the last step."
 
-    def refresh(self) -> None:
-        """Make out what the next step will ask for, where it is known already."""
-        ledger = self.book.ledger
-        self.predictor.refresh(ledger.decode_kv)
-        ledger.refresh(self.predictor.rates(ledger.decode_kv))
-
     def backlog_s(self) -> float:
         """Predicted seconds of prefill that wait."""
         return view.backlog_s(self.book, self.predictor)

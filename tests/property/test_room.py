@@ -2,7 +2,6 @@
 
 import math
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -68,28 +67,6 @@ def test_a_head_progresses_in_tokens_and_in_pairs(tokens, part):
     left = ledger.backlog(rates, NOW + part * work_s)
 
     assert left.seconds(rates) == pytest.approx([(1 - part) * work_s, 0.0])
-
-
-@given(before=given_to, ended=st.lists(st.booleans(), max_size=6), is_slower=st.booleans())
-def test_what_was_asked_before_changes_no_backlog(before, ended, is_slower):
-    """Heads' seconds are kept from one question to the next, until a head or the rates are others."""
-    asked, unasked = Ledger(), Ledger()
-    rates = Rates(overhead_s=np.full(N, 0.01), token_s=np.full(N, 1e-4), pair_s=np.full(N, 1e-9))
-    slower = msgspec.structs.replace(rates, token_s=2 * rates.token_s) if is_slower else rates
-    for ledger in (asked, unasked):
-        for slot in range(N):
-            ledger.open(slot)
-        for at, (slot, tokens, tpot_s, weight) in enumerate(before):
-            ledger.commit(slot, f"r{at}", line(tokens, tpot_s, weight), NOW + at)
-        if ledger is asked:
-            ledger.refresh(rates)
-        for at, ((slot, *_), is_over) in enumerate(zip(before, ended, strict=False)):
-            if is_over:
-                ledger.first_token(slot, f"r{at}", NOW + 7)
-
-    found, expected = (ledger.backlog(slower, NOW + 8) for ledger in (asked, unasked))
-
-    assert found.seconds(slower).tolist() == expected.seconds(slower).tolist()
 
 
 @given(before=given_to, chosen=given_to, is_asked=st.booleans())
