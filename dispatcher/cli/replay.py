@@ -1,5 +1,6 @@
 """`headgate replay`: yesterday again, exactly as it was or under other policies."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from scheduler import recording
 from scheduler.errors import SettingsError
 from scheduler.sim import recorded, replay, story, workload
 from scheduler.sim.replay import Outcome
+from scheduler.sim.report import Report
 
 app = typer.Typer()
 
@@ -144,10 +146,21 @@ def _ask(
         with download.replacing(out) as file:
             file.write(msgspec.json.format(msgspec.json.encode(reports), indent=1) + b"\n")
     simulate.show(reports)
+    for line in _cancelled(reports):
+        output.console().print(line)
     was = recorded.served(told)
     shown = "-" if was.ttft_mean_s is None else f"{was.ttft_mean_s:.3f}"
     late = "-" if was.ttft_p99_s is None else f"{was.ttft_p99_s:.3f}"
     output.console().print(
-        f"as it was: {was.n_completed} of {was.n} completed, {was.on_time:.1%} on time, "
+        f"as it was: {was.n_completed} of {was.n} completed, {was.n_cancelled} cancelled, {was.on_time:.1%} on time, "
         f"TTFT mean {shown} s, P99 {late} s, hit {was.cache_hit:.1%}"
     )
+
+
+def _cancelled(reports: list[Report]) -> Iterator[str]:
+    """What of each policy's requests was taken away before it had ended, the mean over its seeds."""
+    for name in dict.fromkeys(one.policy for one in reports):
+        own = [one for one in reports if one.policy == name]
+        count = sum(one.n_cancelled for one in own) / len(own)
+        if count:
+            yield f"{name}: {count:.3g} of {own[0].n} cancelled, and in no other figure"

@@ -149,7 +149,7 @@ def _lab(window: int) -> Lab:
 
 
 @lru_cache(maxsize=8)
-def _bounds_of(window: int, seed: int, rate_rps: float) -> tuple[float, float | None]:
+def _bounds_of(window: int, seed: int, rate_rps: float) -> tuple[float | None, float | None]:
     found = _lab(window).bounds(seed, rate_rps)
     return found.ttft_mean_s, found.on_time
 

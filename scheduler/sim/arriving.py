@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import structs
 
+from scheduler.prefix import BLOCK_TOKENS
 from scheduler.sim import chain
 from scheduler.sim.workload import Arrival
 from scheduler.wire.client import Request
@@ -19,6 +20,10 @@ class Row(msgspec.Struct, frozen=True):
     arrival: Arrival
     request: Request
     weight: float = 1.0
+    cancel_s: float | None = None
+    "Seconds after its enqueue at which its client gives up; None: it waits."
+    block_tokens: int = BLOCK_TOKENS
+    "The engine's tokens in each of the request's blocks."
 
 
 def rows(
@@ -26,6 +31,7 @@ def rows(
     weights: Sequence[float] = (),
     objectives: Sequence[str] = (),
     asked: Sequence[Request] = (),
+    cancels_s: Sequence[float | None] = (),
 ) -> tuple[Row, ...]:
     """A workload as requests.
 
@@ -34,6 +40,7 @@ def rows(
         weights: of each one's promise; absent: all alike.
         objectives: those whose weight the dispatcher should know, by name.
         asked: how each one's client wrote it, for all that an arrival does not say; absent: it knows the prompt.
+        cancels_s: how long after its enqueue each one's client gives up, None where it waits; absent: all wait.
     """
     return tuple(
         Row(
@@ -50,6 +57,8 @@ def rows(
                 expected_tokens=arrival.expected_tokens,
             ),
             weights[at] if weights else 1.0,
+            cancels_s[at] if cancels_s else None,
+            arrival.block_tokens if asked else BLOCK_TOKENS,
         )
         for at, arrival in enumerate(arrivals)
     )

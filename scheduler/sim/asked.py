@@ -34,6 +34,7 @@ def work(found: Story, objectives: dict[str, Objective], start_at: float) -> Pro
     rows: list[Arrival] = []
     asked: list[Request] = []
     weights: list[float] = []
+    cancels_s: list[float | None] = []
     for one in sorted(found.requests.values(), key=lambda one: one.enqueued_at):
         try:
             promise = slo.promise(one.request, one.enqueued_at, objectives)
@@ -60,18 +61,26 @@ def work(found: Story, objectives: dict[str, Objective], start_at: float) -> Pro
         rows.append(row)
         asked.append(_said(one, promise, prompt_tokens))
         weights.append(promise.weight)
+        cancels_s.append(_left_s(found.cancelled.get(one.request.id), one.enqueued_at))
     names = ["" if weight == 1.0 else f"weight-{weight:g}" for weight in weights]
     known = {
         name: Objective(weight=weight) for name, weight in zip(names, weights, strict=True) if name
     }
-    return Promised(tuple(rows), tuple(weights), tuple(names), known, asked=tuple(asked))
+    return Promised(
+        tuple(rows),
+        tuple(weights),
+        tuple(names),
+        known,
+        asked=tuple(asked),
+        cancels_s=tuple(cancels_s),
+    )
 
 
 class _Lengths:
-    """True lengths; where one never finished, the median of its model."""
+    """True lengths; where one never finished, the median of its model, of an answer broken off as much again."""
 
     def __init__(self, found: Story) -> None:
-        self._rewards = found.rewards
+        self._rewards, self._broken_off = found.rewards, found.broken_off
         ended = [(request.model, reward) for request, reward in found.ended]
         models = {request.request.model for request in found.requests.values()}
         self._prompt = {
@@ -87,12 +96,15 @@ class _Lengths:
     def of(self, request: Request) -> tuple[int, int]:
         """Of its prompt and its answer, in tokens."""
         reward = self._rewards.get(request.id)
-        prompt_tokens = reward.prompt_tokens if reward else 0
+        cut = self._broken_off.get(request.id)
+        found = reward or cut
+        prompt_tokens = found.prompt_tokens if found else 0
         output_tokens = reward.output_tokens if reward else 0
+        said = cut.output_tokens if cut else 0
         usual = self._prompt[request.model]
         return (
             prompt_tokens or max(1, slo.prompt_tokens(request, usual)),
-            output_tokens or self._output[request.model],
+            output_tokens or said + self._output[request.model],
         )
 
 

@@ -82,6 +82,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     run_in_s: float
     seeds: int
     closed: bool = False
+    foreign: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    "Share of conversations that others send to the same engines by chance, past the dispatcher."
     lengths: Lengths = "unknown"
     zero_delay: bool = False
     burst: Burst | None = None
@@ -188,6 +190,7 @@ def lab(name: str, cell: Cell, window: int, read: Read) -> Lab:
         trace=name,
         cut=n_before / max(1, len(arrivals)),
         closed=cell.closed,
+        foreign=cell.foreign,
         window=f"{begin_s:g}",
     )
     made.check()
@@ -207,6 +210,8 @@ def _complete(cell: Cell, groups: dict[str, tuple[str, ...]], where: str) -> Cel
         raise SettingsError(f"{where}: wanted either fleet or endpoints")
     if bool(cell.loads) == bool(cell.keeps):
         raise SettingsError(f"{where}: wanted either loads or keeps")
+    if cell.foreign and cell.closed:
+        raise SettingsError(f"{where}: foreign is {cell.foreign:g} in a closed loop, wanted 0")
     if not (cell.parts and cell.windows and cell.metrics):
         raise SettingsError(f"{where}: wanted at least one of parts, windows and metrics")
     return structs.replace(cell, policies=policies)

@@ -16,12 +16,13 @@ UNKNOWN = "a100"
 STEP_NOISE = Chance().step_noise
 
 
-def beat(machine: Machine, models: tuple[str, ...]) -> Beat:
+def beat(machine: Machine, models: tuple[str, ...], *, publishes: bool = False) -> Beat:
     """All that does not change while it lives.
 
     Args:
         machine: what it is.
         models: what it serves.
+        publishes: whether the engine says what it caches.
     """
     settings = machine.settings
     return Beat(
@@ -37,6 +38,7 @@ def beat(machine: Machine, models: tuple[str, ...]) -> Beat:
         roles=(machine.role,),
         link_gbps=machine.link_gbps,
         kv_token_bytes=machine.nominal.kv_bytes_per_token,
+        features=("kv_events",) if publishes else (),
     )
 
 

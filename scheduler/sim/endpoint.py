@@ -11,6 +11,7 @@ from heapq import heappop, heappush
 
 from msgspec import structs
 
+from scheduler.prefix import Account
 from scheduler.sim import declared, truth
 from scheduler.sim.admission import Admission
 from scheduler.sim.attempt import Attempt
@@ -19,6 +20,7 @@ from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays, Machine
 from scheduler.sim.handover import Handover, Party
 from scheduler.sim.leases import Leases
+from scheduler.sim.mirror import Mirror, Text
 from scheduler.sim.news import News
 from scheduler.sim.sequence import Sequence
 from scheduler.sim.step import Step
@@ -55,6 +57,7 @@ class Endpoint(Party):
         fence: Callable[[str, int], bool],
         models: tuple[str, ...],
         kv_lease_s: float = math.inf,
+        text_of: Callable[[str], Text] | None = None,
     ) -> None:
         """Start empty.
 
@@ -66,6 +69,7 @@ class Endpoint(Party):
             fence: whether an id's attempt is still the one that counts.
             models: what it serves.
             kv_lease_s: how long it keeps KV that nobody claims.
+            text_of: every prompt by its id, where the engine publishes what it caches; absent: it does not.
         """
         self.machine = machine
         self.name = machine.name
@@ -78,7 +82,9 @@ class Endpoint(Party):
         self._delays = delays
         self._report = report
         self._fence = fence
-        self._declared = declared.beat(machine, models)
+        self._text_of = text_of
+        self._mirror = self._listening()
+        self._declared = declared.beat(machine, models, publishes=text_of is not None)
         self.handover: Handover | None = None
         "Set by the world, where KV is handed over."
         self._frontend_s = machine.actual.frontend_s
@@ -95,6 +101,8 @@ class Endpoint(Party):
         self._course = Course(self.engine, self._fetch)
         self._news = News(self._delays.news_s)
         self._tend_at = math.inf
+        self._unread: list[tuple[str, int]] = []
+        "Words to abort, not read while it was frozen."
         self._leases.clear()
         self._admission.restart()
         self._tempo = Tempo()
@@ -120,14 +128,26 @@ class Endpoint(Party):
             heappush(self._deadlines, (job.deadline_at, job.id, job.attempt))
         self.turn(now)
 
-    def abort(self, request_id: str, attempt: int, now: float) -> bool:
-        """End an attempt and say nothing of it; False where it is not here."""
+    def visit(self, sequence: Sequence, now: float) -> None:
+        """Somebody else's request reaches the engine, past the worker."""
+        if not (self.is_dead or self.is_frozen):
+            self._catch_up(now)
+            sequence.arrived_at = now
+            self.engine.add(sequence)
+            self.turn(now)
+
+    def abort(self, request_id: str, attempt: int, now: float) -> None:
+        """Its client gave up: end this attempt, if it is here."""
+        if self.is_frozen:
+            self._unread.append((request_id, attempt))
+            return
+        self.turn(now)  # it may have ended meanwhile
         found = self._held.get(request_id) or self._running.get(request_id)
-        if found is None or found.job.attempt != attempt:
-            return False
-        self._drop(found, now)
-        self.turn(now)
-        return True
+        if found is not None and found.job.attempt == attempt:
+            self._drop(found, now)
+            found.fate.end = "cancelled"
+            self._report(now, self._reward(found, "cancelled", now))
+            self.turn(now)
 
     def slow(self, factor: float, now: float) -> None:
         self.turn(now)
@@ -146,6 +166,9 @@ class Endpoint(Party):
         for attempt in [*self._held.values(), *self._running.values()]:
             if not self._fence(attempt.job.id, attempt.job.attempt):
                 self._drop(attempt, now)
+        unread, self._unread = self._unread, []
+        for request_id, number in unread:
+            self.abort(request_id, number, now)
         self.turn(now)
 
     def die(self) -> None:
@@ -158,6 +181,7 @@ class Endpoint(Party):
     def join(self) -> None:
         """Begin a new life, with an empty engine."""
         self.engine = self.machine.engine()
+        self._mirror = self._listening()
         self.epoch += 1
         self.is_dead = self.is_frozen = False
         self._clear()
@@ -296,6 +320,8 @@ class Endpoint(Party):
             attempt = self._running.get(sequence.id)
             if attempt is not None:
                 self._finish(attempt, now)
+            else:
+                self._tempo.forget(sequence.id)
 
     def _first_token(self, attempt: Attempt, now: float) -> None:
         attempt.first_at = now
@@ -368,6 +394,7 @@ class Endpoint(Party):
         """A heartbeat, with the news so far."""
         started, first_tokens = self._news.take()
         engine = self.engine
+        kv = self._mirror.account() if self._mirror else Account(epoch=0, seq=0)
         return structs.replace(
             self._declared,
             epoch=self.epoch,
@@ -379,7 +406,16 @@ class Endpoint(Party):
             scraped_at=now,
             started=started,
             first_tokens=first_tokens,
+            kv_epoch=kv.epoch,
+            kv_seq=kv.seq,
+            kv_stored=kv.stored,
+            kv_removed=kv.removed,
+            kv_rest=kv.rest,
+            kv_was_empty=kv.was_empty,
         )
+
+    def _listening(self) -> Mirror | None:
+        return None if self._text_of is None else Mirror(self.engine, self._text_of)
 
     def _reward(self, attempt: Attempt, outcome: str, now: float) -> Reward:
         return attempt.reward(self.machine, self.epoch, outcome, now)

@@ -8,7 +8,7 @@ from scheduler.sim import tempo
 from scheduler.sim.workload import Arrival
 from scheduler.state import Floats
 
-End = Literal["completed", "expired", "rejected", "failed", "unfinished"]
+End = Literal["completed", "expired", "rejected", "cancelled", "failed", "unfinished"]
 
 
 class Fate:
@@ -17,6 +17,8 @@ class Fate:
     __slots__ = (
         "arrival",
         "attempts",
+        "believed_tokens",
+        "best_tokens",
         "cached_tokens",
         "end",
         "endpoint",
@@ -46,6 +48,10 @@ class Fate:
         self.finished_at: float | None = None
         self.output_tokens = 0
         self.cached_tokens = 0
+        self.best_tokens = 0
+        "Of its prompt, what stood in the fullest cache for it when it was assigned."
+        self.believed_tokens = 0
+        "Of its prompt, what whoever decided thought to be in that endpoint's cache."
         self.wasted_tokens = 0
         "Computed for nobody: before a preemption, an abort or a death."
         self.gap_max_s: float | None = None

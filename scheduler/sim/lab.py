@@ -5,6 +5,7 @@ results are paired by seed.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -12,13 +13,14 @@ from msgspec import structs
 
 from scheduler.core import CoreSettings
 from scheduler.errors import SettingsError
-from scheduler.sim import arriving, bounds, fleet, policy, report, workload
+from scheduler.sim import arriving, bounds, fleet, policy, report, visits, workload
 from scheduler.sim.arriving import Row
 from scheduler.sim.fleet import Fleet, Machine
 from scheduler.sim.policies.base import LabPolicy, Stage
 from scheduler.sim.policies.routers import EarliestFinish, Oracle
 from scheduler.sim.promise import Promised
 from scheduler.sim.report import Report
+from scheduler.sim.visits import Visit
 from scheduler.sim.workload import Arrival
 from scheduler.sim.world import Timer, World
 
@@ -35,7 +37,7 @@ BUSY_FROM, BUSY_TO = 0.15, 0.85
 class Bounds(msgspec.Struct, frozen=True):
     """What no policy can beat on one seed's machines at one rate."""
 
-    ttft_mean_s: float
+    ttft_mean_s: float | None
     on_time: float | None
 
 
@@ -55,6 +57,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
     """
     window: str = ""
     "Which part of the trace this is, where several are run."
+    foreign: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    "Share of conversations that others send to engines by chance: the dispatcher never hears of them."
     machines: tuple[Machine, ...] = ()
     "These, whatever the seed, in place of those that the fleet and a seed would make."
     core: CoreSettings | None = None
@@ -137,8 +141,11 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         self.admit(chosen)
         made = _seated(self._made(seed), chosen.seats)
         work = self.work
-        rows = arriving.rows(self._arriving(rate_rps), work.weights, work.objectives, work.asked)
-        run = self._world(rows, made, chosen, timer)
+        rows = arriving.rows(
+            self._arriving(rate_rps), work.weights, work.objectives, work.asked, work.cancels_s
+        )
+        own, others = self._parted(rows, made, seed)
+        run = self._world(own, made, chosen, timer, others)
         stage = self._stage(seed)
         begun = timer() if timer else 0
         if isinstance(chosen, Oracle):
@@ -150,7 +157,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             run,
             policy=label,
             load=load,
-            rate_rps=rate_rps,
+            rate_rps=rate_rps * len(own) / len(rows),
             seed=seed,
             wall_s=wall_s,
             cut=self.cut,
@@ -161,6 +168,8 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
 
     def bounds(self, seed: int, rate_rps: float) -> Bounds:
         """The bounds of this seed's machines at this rate, of those arrivals that figures are of."""
+        if not self._is_bounded:
+            return Bounds(None, None)
         made = self._made(seed)
         first = self._first
         if self.closed:  # when turns come is the policy's own doing: only each alone can be said
@@ -177,7 +186,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
     def on_time_bound(self, seed: int, rate_rps: float) -> float | None:
         """A closer bound on the share on time than that of `bounds`, in seconds; None where there is none."""
         ttft_s = self._same_ttft_s()
-        if ttft_s is None or self.closed:
+        if ttft_s is None or self.closed or not self._is_bounded:
             return None
         arrivals, first = _at_rate(self.work.arrivals, rate_rps), self._first
         return bounds.on_time_apart_share(arrivals, self._made(seed), ttft_s=ttft_s, first=first)
@@ -186,6 +195,11 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
     def _first(self) -> int:
         """The place of the first arrival that figures are of."""
         return int(self.cut * len(self.work.arrivals))
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether all figures are of the arrivals that bounds are of, and nobody else is there."""
+        return not self.foreign and not any(at is not None for at in self.work.cancels_s)
 
     def _same_ttft_s(self) -> float | None:
         """What all that figures are of are promised, if that is a first token after the same time and nothing else."""
@@ -227,6 +241,7 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
         made: Sequence[Machine],
         chosen: LabPolicy,
         timer: Timer | None,
+        others: Sequence[Visit] = (),
     ) -> World:
         return World(
             rows,
@@ -235,10 +250,22 @@ class Lab(msgspec.Struct, frozen=True, kw_only=True):
             is_open=chosen.is_open,
             links=self.fleet.network,
             scrapes=chosen.scrapes,
+            publishes=chosen.hears,
+            is_told=not chosen.is_peer,
+            others=others,
             faults=self.fleet.faults,
             closed=self.closed,
             timer=timer,
         )
+
+    def _parted(
+        self, rows: tuple[Row, ...], made: Sequence[Machine], seed: int
+    ) -> tuple[tuple[Row, ...], tuple[Visit, ...]]:
+        """What the dispatcher is asked, and what others ask of the same engines."""
+        if not self.foreign:
+            return rows, ()
+        rng = np.random.default_rng([seed, 3])
+        return visits.parted(rows, self.foreign, [one.name for one in made], rng)
 
     def _stage(self, seed: int) -> Stage:
         return Stage(

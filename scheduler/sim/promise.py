@@ -70,6 +70,8 @@ class Promised(msgspec.Struct, frozen=True):
     "Shares by tenant."
     asked: tuple[Request, ...] = ()
     "As their clients wrote them; empty: they say what arrivals do."
+    cancels_s: tuple[float | None, ...] = ()
+    "How long after its enqueue each one's client gives up; None where it waits, empty where all do."
 
 
 def parse(text: str, name: str) -> Promises:

@@ -31,8 +31,10 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
     n: int
     n_completed: int
+    n_cancelled: int
+    "Whose clients gave up before they were completed; of these nothing else is said, as in the lab's reports."
     on_time: float
-    "Of all, by the workers' own word; those without promise count where they completed."
+    "Of all others, by the workers' own word; those without promise count where they completed."
     ttft_mean_s: float | None
     ttft_p99_s: float | None
     cache_hit: float
@@ -98,11 +100,14 @@ def machines(found: Story) -> tuple[Machine, ...]:
 def served(found: Story) -> Served:
     """What the recording's own requests got."""
     ends = [reward for _, reward in found.ended]
+    n_cancelled = sum(one in found.requests and one not in found.rewards for one in found.cancelled)
     ttft = [reward.ttft_s for reward in ends if reward.ttft_s is not None]
     return Served(
         n=len(found.requests),
         n_completed=len(ends),
-        on_time=sum(reward.on_time is not False for reward in ends) / max(1, len(found.requests)),
+        n_cancelled=n_cancelled,
+        on_time=sum(reward.on_time is not False for reward in ends)
+        / max(1, len(found.requests) - n_cancelled),
         ttft_mean_s=float(np.mean(ttft)) if ttft else None,
         ttft_p99_s=float(np.quantile(ttft, 0.99)) if ttft else None,
         cache_hit=_cache_hit(found),
@@ -116,9 +121,12 @@ def cautions(found: Story, made: Sequence[Machine]) -> Iterator[str]:
         found: the recording.
         made: the endpoints of its stage.
     """
-    n_gave_up = sum(one in found.requests for one in found.cancelled)
+    n_gave_up = sum(one in found.requests and one not in found.rewards for one in found.cancelled)
     if n_gave_up:
-        yield f"{n_gave_up} requests were cancelled; here nobody gives up, and they get answers of the usual length"
+        yield (
+            f"{n_gave_up} requests were cancelled; here they are as long after their enqueue, and how long their "
+            "answers would have been is a guess"
+        )
     n_cold = alike.n_cold(found)
     if n_cold:
         yield f"{n_cold} requests found a prefix in a cache, and name neither blocks nor a session: here they find none"

@@ -1,4 +1,8 @@
-"""One run in figures: the JSON object of a cell and a seed. Rates are over all arrivals that were measured."""
+"""One run in figures: the JSON object of a cell and a seed.
+
+Rates are over all arrivals that were measured, but for those whose clients took them away: whether they would have been
+in time nobody knows.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -58,6 +62,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     n_completed: int
     n_expired: int
     n_rejected: int
+    n_cancelled: int = 0
+    "Taken away by their clients before they had ended: in no other figure but `n` and `wasted_tokens`."
     n_failed: int
     n_unfinished: int
     on_time: float
@@ -97,6 +103,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     decide_us_p50: float | None
     decide_us_p99: float | None
     wall_s: float
+    cache_best: float | None = None
+    "Share of the same tokens that the fullest cache for them held when they were assigned; null in older files, as the next."
+    cache_believed: float | None = None
+    "Share that was believed to be where they went."
+    cache_error: float | None = None
+    "Mean, over the completed, of how far that was from what was found there, as a share of the prompt."
     on_time_by_decile: tuple[float, ...]
     "From the shortest prompts to the longest."
     by_tenant: dict[str, Tenant] = {}
@@ -138,7 +150,8 @@ def of(
         cut: the share of first arrivals that is left out.
         shares: the tenants' weights; 1 for who is not named.
     """
-    fates = world.fates[int(cut * len(world.fates)) :]
+    measured = world.fates[int(cut * len(world.fates)) :]
+    fates = [fate for fate in measured if fate.end != "cancelled"]
     on_time = np.array([fate.is_on_time for fate in fates], dtype=np.float64)
     weights = np.array([fate.weight for fate in fates])
     ttft = np.array([fate.ttft_s for fate in fates if fate.ttft_s is not None])
@@ -149,21 +162,22 @@ def of(
     prompts = sum(fate.arrival.prompt_tokens for fate in completed)
     first_s = fates[0].enqueued_at if fates else 0.0
     last_s = max((fate.finished_at or 0.0 for fate in completed), default=first_s)
-    span_s = len(fates) / rate_rps
+    span_s = len(measured) / rate_rps
     engines = [endpoint.engine for endpoint in world.endpoints.values()]
     return Report(
         policy=policy,
         load=load,
         rate_rps=rate_rps,
         seed=seed,
-        n=len(fates),
+        n=len(measured),
         n_completed=len(completed),
         n_expired=ends.count("expired"),
         n_rejected=ends.count("rejected"),
+        n_cancelled=len(measured) - len(fates),
         n_failed=ends.count("failed"),
         n_unfinished=ends.count("unfinished"),
         on_time=_mean(on_time),
-        on_time_weighted=float((on_time * weights).sum() / weights.sum()) if len(fates) else 0.0,
+        on_time_weighted=float((on_time * weights).sum() / weights.sum()) if fates else 0.0,
         ttft_attainment=_mean(np.array([fate.keeps_ttft for fate in fates], dtype=np.float64)),
         tpot_attainment=_mean(np.array([fate.keeps_tpot for fate in fates], dtype=np.float64)),
         e2e_attainment=_mean(np.array([fate.keeps_e2e for fate in fates], dtype=np.float64)),
@@ -181,9 +195,12 @@ def of(
         decode_tokens_per_s=sum(fate.output_tokens for fate in completed)
         / max(1e-9, last_s - first_s),
         cache_hit=sum(fate.cached_tokens for fate in completed) / prompts if prompts else 0.0,
+        cache_best=sum(fate.best_tokens for fate in completed) / max(1, prompts),
+        cache_believed=sum(fate.believed_tokens for fate in completed) / max(1, prompts),
+        cache_error=_mean(np.array([_cache_error(fate) for fate in completed])),
         preemptions=sum(engine.counters.preemptions for engine in engines),
         aborts=world.aborts,
-        wasted_tokens=sum(fate.wasted_tokens for fate in fates),
+        wasted_tokens=sum(fate.wasted_tokens for fate in measured),
         fairness_jain=jain(_groups(fates)),
         max_wait_s=max((_waited_s(fate, world.now) for fate in fates), default=0.0),
         decide_us_p50=_quantile(np.array(world.decide_ns) / 1e3, 0.5),
@@ -256,6 +273,10 @@ def _by_decile(fates: Sequence[Fate]) -> list[float]:
     by_length = sorted(fates, key=lambda fate: (fate.arrival.prompt_tokens, fate.row))
     parts = np.array_split(np.array([fate.is_on_time for fate in by_length]), GROUPS)
     return [float(part.mean()) for part in parts if len(part)]
+
+
+def _cache_error(fate: Fate) -> float:
+    return abs(fate.believed_tokens - fate.cached_tokens) / fate.arrival.prompt_tokens
 
 
 def _waited_s(fate: Fate, now: float) -> float:

@@ -23,11 +23,14 @@ class Story(msgspec.Struct, kw_only=True):
     requests: dict[str, Asked] = {}
     "By id, without bodies."
 
-    cancelled: dict[str, None] = {}
-    "Of these, those whose clients gave up."
+    cancelled: dict[str, float] = {}
+    "When the clients of some of these gave up, unix seconds."
 
     rewards: dict[str, Reward] = {}
     "By request: the attempt that completed it."
+
+    broken_off: dict[str, Reward] = {}
+    "By request: the attempt that was cancelled, as far as it had come."
 
     prefills: dict[str, Reward] = {}
     "By request: the leg that computed its prompt for another endpoint."
@@ -99,8 +102,10 @@ def _take(found: Story, event: Event, now: float) -> None:
             _reward(found, event, now)
         case Arrived() | Recovered():
             found.requests.setdefault(event.request.id, _slim(event))
+            if isinstance(event, Recovered) and event.cancelled:
+                found.cancelled.setdefault(event.request.id, now)
         case Control(action="cancel"):
-            found.cancelled[event.id] = None
+            found.cancelled.setdefault(event.id, now)
         case Control():
             found.drains.append((now, event.endpoint, event.action == "drain"))
         case Refused():
@@ -126,6 +131,8 @@ def _reward(found: Story, reward: Reward, now: float) -> None:
     elif reward.outcome == "prefilled":
         found.prefills[reward.id] = reward
     else:
+        if reward.outcome == "cancelled":
+            found.broken_off[reward.id] = reward
         return
     at = min(now, reward.finished_at or now)  # at a takeover it is told late
     answers = found.answers.setdefault(reward.endpoint, [])

@@ -12,19 +12,23 @@ reads from Redis and nothing else; true lengths stay in `Fate` and in the engine
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from heapq import heappop, heappush
-from typing import Protocol
+from typing import Literal, Protocol
 
 from scheduler.events import Abort, Arrived, Assign, Command, Event, Finish, Reclaim
-from scheduler.sim import chain
+from scheduler.sim import chain, truth, visits
 from scheduler.sim.arriving import MODEL, Row
 from scheduler.sim.endpoint import Endpoint
 from scheduler.sim.fate import Fate
 from scheduler.sim.fleet import Delays, Fault, Links, Machine
 from scheduler.sim.handover import Handover
+from scheduler.sim.mirror import Text
 from scheduler.sim.network import Network
 from scheduler.sim.sequence import Sequence as Prompt
+from scheduler.sim.visits import Visit
+from scheduler.wire.client import Control
 from scheduler.wire.dispatcher import Job
 from scheduler.wire.worker import Beat, Reward
 
@@ -32,6 +36,9 @@ DRAIN_LEAST_S = 300.0
 "After the last arrival a run goes on for three times its span, and at least for so long."
 
 DRAIN_SPANS = 3.0
+
+VISIT = "visit-"
+"Begins the ids of others' requests."
 
 Timer = Callable[[], int]
 "Nanoseconds of a real clock, handed in by whoever has one: how long deciding took."
@@ -63,6 +70,9 @@ class World:
         is_open: bool,
         links: Links | None = None,
         scrapes: bool = False,
+        publishes: bool = False,
+        is_told: bool = True,
+        others: Sequence[Visit] = (),
         faults: Sequence[Fault] = (),
         closed: bool = False,
         timer: Timer | None = None,
@@ -76,6 +86,10 @@ class World:
             is_open: endpoints take everything into the engine at once; otherwise their workers admit.
             links: between endpoints, where KV is handed over; absent: as a fleet has them by default.
             scrapes: beats come as often as engines are scraped, for a dispatcher that reads engines' figures.
+            publishes: engines say what they cache, and beats carry it on.
+            is_told: clients that give up tell the dispatcher; otherwise their connections close, as before the
+                field's routers, and who waits there is found gone when its turn comes.
+            others: requests that go to engines past the dispatcher, in order of time.
             faults: what befalls whom.
             closed: a turn of a conversation comes when the turn before has ended and its pause is over.
             timer: for `decide_ns`; absent: not measured.
@@ -96,12 +110,17 @@ class World:
                 fence=self._counts,
                 models=machine.models or (MODEL,),
                 kv_lease_s=links.kv_lease_s,
+                text_of=self._text if publishes else None,
             )
             for machine in machines
         }
         self._handover = self._open_links(machines, links)
         self._first = self.endpoints[machines[0].name]
         self._rows = rows
+        self._others = others
+        self._is_told = is_told
+        self._gone: set[str] = set()
+        "Whose clients gave up, where the dispatcher is not told."
         self._delays = delays
         self._beat_s = min(delays.beat_s, delays.scrape_s) if scrapes else delays.beat_s
         self._faults = faults
@@ -180,23 +199,65 @@ class World:
             if self._closed and parent is not None:
                 self._waiting_turns.setdefault(parent, []).append(at)
         held_back = {at for turns in self._waiting_turns.values() for at in turns}
-        self._coming = iter([at for at in range(len(self._rows)) if at not in held_back])
-        self._expect_next()
+        self._expect(
+            (row.arrival.at_s, partial(self._arrive, at))
+            for at, row in enumerate(self._rows)
+            if at not in held_back
+        )
+        self._expect(
+            (visit.row.arrival.at_s, partial(self._visit, at))
+            for at, visit in enumerate(self._others)
+        )
 
-    def _expect_next(self) -> None:
-        """Arrivals come in order, so only the next of them stands in the heap."""
-        row = next(self._coming, None)
-        if row is not None:
-            self._at(self._rows[row].arrival.at_s, self._arrive_in_order, row)
+    def _expect(self, series: Iterator[tuple[float, Callable[[], None]]]) -> None:
+        """Of what comes in order of time only the next stands in the heap."""
+        following = next(series, None)
+        if following is not None:
+            at_s, act = following
+            self._at(at_s, self._go_on, act, series)
 
-    def _arrive_in_order(self, row: int) -> None:
-        self._arrive(row)
-        self._expect_next()
+    def _go_on(
+        self, act: Callable[[], None], series: Iterator[tuple[float, Callable[[], None]]]
+    ) -> None:
+        act()
+        self._expect(series)
 
     def _arrive(self, row: int) -> None:
         self.fates[row].enqueued_at = self.now
         event = Arrived(request=self._rows[row].request, entry=f"{row}-0", enqueued_at=self.now)
         self._at(self.now + self._delays.hop_s, self._hear, event)
+        cancel_s = self._rows[row].cancel_s
+        if cancel_s is not None:
+            self._at(self.now + cancel_s, self._give_up, row)
+
+    def _give_up(self, row: int) -> None:
+        """A client wants its answer no more, if that has not ended."""
+        request_id = str(row)
+        if self.fates[row].end != "unfinished":
+            return
+        if self._is_told:
+            self._hear(Control(action="cancel", id=request_id))
+            return
+        self._gone.add(request_id)
+        held = self._holders.get(request_id)
+        if held is not None:
+            endpoint = self.endpoints[held[0]]
+            self._at(self.now + self._delays.hop_s, self._abort, endpoint, request_id, held[1])
+
+    def _visit(self, at: int) -> None:
+        endpoint = self.endpoints[self._others[at].endpoint]
+        prompt = visits.prompt(self._others[at], f"{VISIT}{at}", endpoint.machine)
+        if prompt is not None:
+            endpoint.visit(prompt, self.now)
+            self._attend(endpoint)
+
+    def _text(self, sequence_id: str) -> Text:
+        """A prompt as requests on the wire name it."""
+        if sequence_id.startswith(VISIT):
+            row = self._others[int(sequence_id.removeprefix(VISIT))].row
+        else:
+            row = self._rows[int(sequence_id)]
+        return row.request.blocks, row.block_tokens
 
     # The dispatcher.
 
@@ -232,19 +293,23 @@ class World:
                 self._holders.pop(command.id, None)
             case Finish():
                 fate = self.fates[int(command.result.id)]
-                outcome = command.result.outcome
-                fate.end = outcome if outcome in ("expired", "rejected") else "failed"
+                outcome = "cancelled" if command.result.id in self._gone else command.result.outcome
+                fate.end = outcome if outcome in ("expired", "rejected", "cancelled") else "failed"
                 self._ended(fate)
             case Abort():
                 self.aborts += 1
-                endpoint = self.endpoints[command.endpoint]
-                self._at(self.now + self._delays.hop_s, self._abort, endpoint, command)
+                endpoint, moment = self.endpoints[command.endpoint], self.now + self._delays.hop_s
+                self._at(moment, self._abort, endpoint, command.id, command.attempt)
             case _:
                 pass  # notes and duplicates move nothing
 
     def _assign(self, job: Job, name: str) -> None:
         fate = self.fates[int(job.id)]
         fate.attempts += 1
+        if job.leg != "decode":
+            engines = [one.engine for one in self.endpoints.values() if not one.is_dead]
+            fate.believed_tokens = job.cached_tokens
+            fate.best_tokens = truth.best_cached_tokens(engines, fate.arrival)
         self._holders[job.id] = (name, job.attempt)
         self._at(self.now + self._delays.hop_s, self._deliver, self.endpoints[name], job, fate)
 
@@ -253,8 +318,11 @@ class World:
     def _deliver(self, endpoint: Endpoint, job: Job, fate: Fate) -> None:
         arrival, machine = fate.arrival, endpoint.machine
         room = machine.tokens_max - arrival.prompt_tokens
-        if room < 1:
-            self._refuse(endpoint, job, fate)
+        if job.id in self._gone:
+            self._end(endpoint, job, fate, "cancelled")
+            return
+        if room < 1:  # the engine answers 400: the prompt alone is longer than all it has room for
+            self._end(endpoint, job, fate, "failed")
             return
         prompt = Prompt(
             job.id,
@@ -269,16 +337,17 @@ class World:
         endpoint.receive(job, prompt, fate, self.now)
         self._attend(endpoint)
 
-    def _refuse(self, endpoint: Endpoint, job: Job, fate: Fate) -> None:
-        """The engine answers 400: the prompt alone is longer than all it has room for."""
-        fate.end = "failed"
+    def _end(
+        self, endpoint: Endpoint, job: Job, fate: Fate, outcome: Literal["failed", "cancelled"]
+    ) -> None:
+        """It ends before it has begun."""
+        fate.end = outcome
         reward = Reward(
             id=job.id,
             endpoint=endpoint.name,
             epoch=endpoint.epoch,
             attempt=job.attempt,
-            outcome="failed",
-            reason="longer than the context",
+            outcome=outcome,
         )
         self._report(self.now, reward)
 
@@ -307,8 +376,8 @@ class World:
                     (self.now, beat.running, beat.queued, beat.held, beat.kv_usage)
                 )
 
-    def _abort(self, endpoint: Endpoint, command: Abort) -> None:
-        endpoint.abort(command.id, command.attempt, self.now)
+    def _abort(self, endpoint: Endpoint, request_id: str, attempt: int) -> None:
+        endpoint.abort(request_id, attempt, self.now)
         self._attend(endpoint)
 
     def _befall(self, fault: Fault) -> None:

@@ -64,6 +64,11 @@ class LabPolicy(
         return False
 
     @property
+    def hears(self) -> bool:
+        """Whether engines publish what they cache, for it to hear."""
+        return False
+
+    @property
     def parts(self) -> bool:
         """Whether it has a form for fleets that part prefill from decode."""
         return False

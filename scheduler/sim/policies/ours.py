@@ -49,8 +49,14 @@ class _Core(_Ours, frozen=True):
     explore_paid: float = PlanSettings().explore_paid
     quantum_tokens: int = 0
     over_worth: float = FairnessSettings().over_worth
+    kv_events: bool = False
+    "Whether engines publish what they cache, as vLLM does where it is told to."
     profile: Profile | None = None
     "How it chooses an endpoint; None: by seconds."
+
+    @property
+    def hears(self) -> bool:
+        return self.kv_events
 
     def order(self) -> CorePolicy:
         raise NotImplementedError
