@@ -46,8 +46,6 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
     "The tokens' ids, where the log knows them all."
     is_plain: bool = True
     "Whether it is text and nothing else."
-    is_whole: bool = True
-    "Whether all of it is known: Redis may have lost some, or hold what cannot be read."
 
 
 NOTHING = Written()
@@ -134,7 +132,7 @@ def is_ids(prompt: object) -> bool:
 
 
 def _continue(ready: Body, job: Job, written: Written) -> None:
-    obstacle = _obstacle(ready, written) if written.is_whole else "some of them are lost"
+    obstacle = _obstacle(ready, written)
     if obstacle:
         raise EngineError(
             f"{written.pieces} pieces were already written and cannot be continued: {obstacle}",

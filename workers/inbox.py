@@ -247,7 +247,7 @@ class Inbox:
         for one in jobs:
             job = one.job
             pieces = int(found.get(self._keys.request(job.id)) or 0)
-            written = await self._written(job, pieces) if pieces else NOTHING
+            written = await self._written(one, pieces) if pieces else NOTHING
             raw = job.body or found[self._keys.body(job.id)] or b""
             trouble = ""
             if job.kv_params == CLAIM:
@@ -258,16 +258,25 @@ class Inbox:
             arrivals.append(Arrival(ours, raw, written, trouble, unwanted.get(job.id)))
         return arrivals
 
-    async def _written(self, job: Job, pieces: int) -> Written:
-        """What earlier attempts left in the token log, so many pieces; all of them are fenced, so it stands still."""
-        entries = await whole(self._connection, self._keys.tokens(job.id))
+    async def _written(self, held: Held, pieces: int) -> Written:
+        """What earlier attempts left in the token log, so many pieces; all of them are fenced, so it stands still.
+
+        Of a log with a hole nothing: it is emptied, and this attempt begins it anew.
+        """
+        entries = await whole(self._connection, self._keys.tokens(held.job.id))
         parts = codec.readable(Tokens, entries)
-        return _joined(
-            parts,
-            pieces,
-            first_at=_moment(entries[0][0]) if entries else None,
-            is_whole=len(parts) == len(entries) and _is_whole(parts),
+        if len(parts) == len(entries) and _is_whole(parts):
+            return _joined(parts, pieces, first_at=_moment(entries[0][0]))
+        call = sidecar.rewind(self._keys, held)
+        await self._connection.call(call.function, call.keys, call.args)
+        log.warning(
+            "begun_anew",
+            request_id=held.job.id,
+            endpoint=self._endpoint,
+            attempt=held.job.attempt,
+            reason=f"redis has lost some of the {pieces} pieces that were written",
         )
+        return NOTHING
 
     async def _dismiss(self, epoch: int, entries: list[str]) -> None:
         if not entries:
@@ -294,7 +303,7 @@ def _is_whole(parts: list[Tokens]) -> bool:
     return bool(parts) and parts[0].index == 0 and not any(part.lost for part in parts)
 
 
-def _joined(parts: list[Tokens], pieces: int, *, first_at: float | None, is_whole: bool) -> Written:
+def _joined(parts: list[Tokens], pieces: int, *, first_at: float) -> Written:
     ids: list[int] = []
     is_known = True
     for part in parts:
@@ -308,7 +317,6 @@ def _joined(parts: list[Tokens], pieces: int, *, first_at: float | None, is_whol
         first_token_at=first_at,
         ids=tuple(ids) if is_known else (),
         is_plain=not any(part.chunks for part in parts),
-        is_whole=is_whole,
     )
 
 

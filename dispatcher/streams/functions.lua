@@ -293,6 +293,16 @@ local function tokens(keys, args)
   return 1
 end
 
+-- Behind a hole nothing can be said that goes on from what was: the attempt says all of it anew, in a log of its own.
+-- KEYS request tokens / ARGV endpoint attempt -> 1; 0 no longer yours
+local function rewind(keys, args)
+  local held = redis.call('HMGET', keys[1], 'state', 'endpoint', 'attempt')
+  if not holds(held[1], held[2], held[3], args[1], args[2]) then return 0 end
+  redis.call('DEL', keys[2])
+  redis.call('HDEL', keys[1], 'tokens')
+  return 1
+end
+
 -- What is told of a death, and behind it the request as its client wrote it: a worker knows only what its job says.
 local function buried(requests, entry, packed)
   local own = redis.call('XRANGE', requests, entry, entry)[1]
@@ -358,7 +368,7 @@ local function hand_back(keys, args)
   return 1
 end
 
--- Who leads cuts the logs: a Redis that is full must not stand without anybody.
+-- Who leads cuts the logs: a Redis that is full must not stand without anybody. Who rewinds one frees memory.
 redis.register_function{function_name = 'hg7_lead', callback = lead, flags = {'allow-oom'}}
 redis.register_function{function_name = 'hg7_resign', callback = resign, flags = {'allow-oom'}}
 redis.register_function('hg7_save', save)
@@ -376,6 +386,7 @@ redis.register_function('hg7_beat', beat)
 redis.register_function('hg7_dismiss', dismiss)
 redis.register_function('hg7_start', start)
 redis.register_function('hg7_tokens', tokens)
+redis.register_function{function_name = 'hg7_rewind', callback = rewind, flags = {'allow-oom'}}
 redis.register_function('hg7_finish', finish)
 redis.register_function('hg7_settle', settle)
 redis.register_function('hg7_hand_back', hand_back)

@@ -87,6 +87,12 @@ def tokens(keys: Keys, held: Held, message: Tokens, *, ttl_s: float) -> Call:
     )
 
 
+def rewind(keys: Keys, held: Held) -> Call:
+    """Empty a token log that cannot be gone on from, before anything is said. The reply is 1; 0: not ours."""
+    job = held.job
+    return Call("rewind", (keys.request(job.id), keys.tokens(job.id)), (held.endpoint, job.attempt))
+
+
 def finish(
     keys: Keys, held: Held, result: Result, *, pieces: int, ttl_s: float, is_dead: bool = False
 ) -> Call:

@@ -1,4 +1,4 @@
-"""Redis' master killed under load: Sentinel names its replica, and everything accepted and copied ends once."""
+"""Redis' master killed under load: Sentinel names its replica, what was copied ends once, what was not is said to be lost."""
 
 import asyncio
 import contextlib
@@ -19,6 +19,8 @@ from scheduler.wire.worker import Result
 pytestmark = pytest.mark.chaos
 
 REQUESTS = 30
+COPIED = 12
+PATH = "/v1/completions"
 PATIENCE_S = 60
 
 WATCHED = ("sentinel down-after-milliseconds main 2000", "sentinel failover-timeout main 6000")
@@ -60,24 +62,46 @@ async def accepted(client, body, request_id):
     async with asyncio.timeout(PATIENCE_S):
         while True:
             with contextlib.suppress(StreamError):
-                return await client.submit(body, path="/v1/completions", id=request_id, stream=True)
+                return await client.submit(body, path=PATH, id=request_id, stream=True)
             await asyncio.sleep(0.2)
+
+
+def cut_off(master):
+    """The replica, as by a broken link: its connection ends and no other is taken. The master goes on."""
+    ask(master, "ACL", "SETUSER", "default", "-psync", "-sync")
+    assert ask(master, "CLIENT", "KILL", "TYPE", "replica") == 1
+
+
+def body(tokens):
+    """Of a request that is answered with so many."""
+    engine = {"output_tokens": tokens}
+    return {"model": "emulated", "prompt": "far", "max_tokens": 2 * tokens, "vllm_xargs": engine}
+
+
+class Stream:
+    """What was read of an answer, and why no more."""
+
+    def __init__(self, handle):
+        self.handle, self.text, self.error = handle, "", None
+
+    async def read(self):
+        try:
+            async for text in self.handle:
+                self.text += text
+        except StreamError as error:
+            self.error = error
+
+
+def records_at(port, stream):
+    """Whose records lie in this stream of this server."""
+    found = ask(port, "XRANGE", stream, "-", "+")
+    return [codec.decode(Result, dict(zip(f[::2], f[1::2], strict=True))).id for _, f in found]
 
 
 async def test_a_new_master_goes_on_where_the_old_one_died(redis, system, pool):
     """Streams under way and all that waits end completed, one record each, and so does what is asked meanwhile."""
     master, replica, url = redis
     async with Client(redis=url, pool=pool) as client:
-
-        def body(tokens):
-            engine = {"output_tokens": tokens}
-            return {
-                "model": "emulated",
-                "prompt": "far",
-                "max_tokens": 2 * tokens,
-                "vllm_xargs": engine,
-            }
-
         handles = [await accepted(client, body(200 + 20 * n), f"r{n}") for n in range(REQUESTS)]
         await until(lambda: len(ask(replica, "XRANGE", client.keys.requests, "-", "+")) == REQUESTS)
         await handles[0].record()
@@ -88,6 +112,48 @@ async def test_a_new_master_goes_on_where_the_old_one_died(redis, system, pool):
         async with asyncio.timeout(PATIENCE_S):
             ended = [await handle.record() for handle in handles]
     assert {one.outcome for one in ended} == {"completed"}
-    records = ask(replica, "XRANGE", client.keys.reply(client.name), "-", "+")
-    told = [codec.decode(Result, dict(zip(f[::2], f[1::2], strict=True))).id for _, f in records]
+    told = records_at(replica, client.keys.reply(client.name))
     assert sorted(told) == sorted(handle.id for handle in handles)
+
+
+async def test_what_the_heir_had_not_got_is_said_to_be_lost(redis, system, pool):
+    """Writes of the master's last moments die with it: what was copied ends once all the same, what was not can be sent again.
+
+    What a client has read of lost pieces is followed by the rest or by an error, never by other text.
+    """
+    master, replica, url = redis
+    async with Client(redis=url, pool=pool) as client:
+        copied = [
+            await client.submit(body(400 + 20 * n), id=f"c{n}", stream=True, path=PATH)
+            for n in range(COPIED)
+        ]
+        await until(lambda: len(ask(replica, "XRANGE", client.keys.requests, "-", "+")) == COPIED)
+        streams = [Stream(handle) for handle in copied]
+        reading = [asyncio.create_task(one.read()) for one in streams]
+        await until(lambda: all(one.text for one in streams))
+
+        cut_off(master)
+        lost = [
+            await client.submit(body(2000), id=f"l{n}", stream=True, path=PATH) for n in range(4)
+        ]
+        answered = [await client.submit(body(5), id=f"a{n}", path=PATH) for n in range(4)]
+        for handle in answered:
+            assert (await handle.record()).outcome == "completed"
+        kill(master)
+
+        async with asyncio.timeout(PATIENCE_S):
+            for handle in copied:
+                record = await handle.record()
+                assert (record.outcome, record.reason) == ("completed", ""), record
+            for handle in lost:
+                with pytest.raises(StreamError, match="lost"):
+                    await handle.record()
+            again = [await accepted(client, body(5), handle.id) for handle in lost]
+            for handle in again:
+                assert (await handle.record()).outcome == "completed"
+            await asyncio.gather(*reading)
+        for handle, stream in zip(copied, streams, strict=True):
+            whole = (await handle).text
+            assert whole.startswith(stream.text) if stream.error else whole == stream.text
+    told = records_at(replica, client.keys.reply(client.name))
+    assert sorted(told) == sorted(handle.id for handle in (*copied, *again))

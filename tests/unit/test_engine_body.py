@@ -160,12 +160,6 @@ class TestContinued:
             body.post(job(), client, WRITTEN)
         assert not caught.value.retryable
 
-    def test_a_log_with_a_hole_is_not_continued(self):
-        """What Redis has lost of it nobody knows; after a hole everything would be something else."""
-        with pytest.raises(EngineError, match="some of them are lost") as caught:
-            body.post(job(), hello(), Written(text="He", pieces=2, is_whole=False))
-        assert not caught.value.retryable
-
     def test_without_text_everything_may_start_again(self):
         """Nothing was written: there is nothing to continue."""
         assert posted(hello(n=2))["n"] == 2

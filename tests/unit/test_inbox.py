@@ -499,7 +499,6 @@ class TestResumed:
         assert (written.text, written.pieces, written.output_tokens) == ("Hello", 2, 3)
         assert written.first_token_at == int(entries[0].partition("-")[0]) / 1e3
         assert written.is_plain
-        assert written.is_whole
 
     async def test_who_has_written_nothing_begins_at_the_beginning(self, box):
         """The log is not even looked at."""
@@ -525,7 +524,6 @@ class TestResumed:
 
         assert written.ids == (5, 6, 7)
         assert not written.is_plain
-        assert written.is_whole
 
     @pytest.mark.parametrize(
         "chunks",
@@ -553,9 +551,23 @@ class TestResumed:
             pytest.param([piece(0, "a"), {"by": "hand"}], id="one cannot be read"),
         ],
     )
-    async def test_a_log_with_a_hole_is_known_to_have_one(self, box, parts):
+    async def test_a_log_with_a_hole_is_begun_anew(self, box, parts):
         """Nothing may go on from there; and no entry that cannot be read ends the worker."""
+        request = box.keys.request("j1")
+        fence = ("state", "assigned", "endpoint", "e0", "attempt", 2)
+        await box.redis.command("HSET", request, *fence)
+
         written, _ = await self._resumed(box, *parts)
 
-        assert not written.is_whole
-        assert written.pieces == 2
+        assert written is NOTHING
+        assert await box.redis.entries(box.keys.tokens("j1")) == []
+        assert await box.redis.command("HGET", request, "tokens") is None
+
+    async def test_a_log_that_is_another_attempts_by_now_stays(self, box):
+        """This one is over, and its worker has not heard of it."""
+        request = box.keys.request("j1")
+        await box.redis.command("HSET", request, "state", "running", "endpoint", "e0", "attempt", 3)
+
+        await self._resumed(box, piece(1, "lo"))
+
+        assert len(await box.redis.entries(box.keys.tokens("j1"))) == 1
