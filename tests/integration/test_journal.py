@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hand import until
 from stacks import HEADGATE, up
 
 from dispatcher.cli import recordings
@@ -49,6 +50,11 @@ def running(directory, *words):
         yield ready
 
 
+def journalled(directory):
+    """All that is written by now."""
+    return b"".join(path.read_bytes() for path in directory.rglob("*.jsonl"))
+
+
 async def lived(ready, config):
     """Sixty requests; one is cancelled, then a worker and the leader are killed under load."""
     async with Client(redis=ready["redis"], pool=ready["pool"]) as client:
@@ -66,10 +72,14 @@ async def lived(ready, config):
             )
             for n in range(REQUESTS)
         ]
-        await handles[-1].cancel()
+        longest = handles[54]  # 314 tokens: it cannot have ended yet
+        assert await longest.cancel()
         await handles[0].record()
         os.kill(ready["pids"]["worker-1"], signal.SIGKILL)
         await handles[1].record()
+        # What has happened but is not written yet goes down with the leader.
+        await until(lambda: b'"control":' in journalled(config.with_name("journal")))
+        await until(lambda: client.connection.command("EXISTS", client.keys.snapshot))
         os.kill(ready["pids"]["dispatcher"], signal.SIGKILL)
         ends = await asyncio.gather(
             *(handle.record() for handle in handles), return_exceptions=True
@@ -95,6 +105,29 @@ async def drained(ready, config):
                 found = await asyncio.to_thread(headgate, "drain", "a100-2", *words)
                 assert found.returncode == 0, found.stderr
         await asyncio.gather(*(handle.record() for handle in handles))
+        copy = config.with_name("streams.jsonl")
+        found = await asyncio.to_thread(headgate, "record", copy, *words)
+        assert found.returncode == 0, found.stderr
+    return copy
+
+
+async def given_up(ready, config):
+    """Twenty requests, of which three are taken away in the midst of long answers. The copy of the pool's streams."""
+    words = ("--redis", ready["redis"], "--config", config)
+    async with Client(redis=ready["redis"], pool=ready["pool"]) as client:
+        handles = []
+        for n in range(20):
+            body = {
+                "model": "emulated",
+                "prompt": f"a prompt {n} " * 100,
+                "max_tokens": 4000,
+                "vllm_xargs": {"output_tokens": 3000 if n % 8 == 0 else 300},
+            }
+            handles.append(await client.submit(body, path="/v1/completions", stream=True))
+        for handle in handles[::8]:
+            await anext(aiter(handle))
+            assert await handle.cancel()
+        await asyncio.gather(*(handle.record() for handle in handles), return_exceptions=True)
         copy = config.with_name("streams.jsonl")
         found = await asyncio.to_thread(headgate, "record", copy, *words)
         assert found.returncode == 0, found.stderr
@@ -204,6 +237,21 @@ class TestPolicies:
                 lives = story.read(told.lines, is_copy=told.head.seed is None)
             assert lives.prefills
             assert [(who, how) for _, who, how in lives.drains] == [("a100-2", True)]
+
+    def test_who_gave_up_gives_up_again(self, tmp_path):
+        """Under every policy, from the journal and from the streams, after the same time."""
+        with running(tmp_path, "--emulate", "2") as ready:
+            copy = asyncio.run(given_up(ready, tmp_path / "settings.toml"))
+
+        out = tmp_path / "out.json"
+        for path in (*(tmp_path / "journal").rglob("*.jsonl"), copy):
+            words = ("--policy", "recorded,round-robin,fcfs", "--json", out, "--jobs", 1)
+            found = headgate("replay", path, *words)
+            assert found.returncode == 0, found.stderr
+            assert "as it was: 17 of 20 completed, 3 cancelled, 100.0% on time" in found.stdout
+            assert "3 requests were cancelled" in found.stderr
+            for cell in json.loads(out.read_text()):
+                assert (cell["n"], cell["n_cancelled"]) == (20, 3)
 
     def test_a_copy_of_the_streams_cannot_be_repeated(self, life):
         """It says what is missing and which setting brings it."""
