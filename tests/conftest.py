@@ -5,6 +5,7 @@ runs once on each kind of server this machine has: the embedded Valkey always, D
 """
 
 import secrets
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import hypothesis
@@ -18,6 +19,10 @@ from dispatcher.resp import Connection
 # By itself it would fail what takes 200 ms once: a busy machine is no bug.
 hypothesis.settings.register_profile("house", deadline=None)
 hypothesis.settings.load_profile("house")
+
+# In the background of a script Ctrl-C is ignored, and whatever we start would ignore it too: some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
