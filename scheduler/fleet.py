@@ -4,9 +4,9 @@ Each has a slot: its column in every array of the core. A slot is given again af
 arrays are as long as the fleet ever was at once.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Collection, Iterable
 
+import msgspec
 import numpy as np
 
 from scheduler.state import Bools, Endpoint, Floats
@@ -16,7 +16,7 @@ EPOCHS_MAX = 10_000
 "Names of endpoints whose last epoch, and that they were drained, is remembered after they left."
 
 
-class Capacities(NamedTuple):
+class Capacities(msgspec.Struct, frozen=True, eq=False):
     """What engines can hold, as long as no endpoint comes, goes or says otherwise."""
 
     kv: Floats
@@ -38,6 +38,26 @@ class Capacities(NamedTuple):
         return cls(kv, length, float(length.min()), is_kv_known)
 
 
+class Eligible(msgspec.Struct, frozen=True, eq=False):
+    """Where something of what waits may go."""
+
+    barrier_s: Floats
+    "float64[n_slots]: 0 there, `inf` elsewhere. Not to be written to."
+
+    slots: Bools | None
+    "bool[n_slots], the same; None: everywhere."
+
+    count: int
+    "How many slots those are."
+
+    @classmethod
+    def by(cls, barrier_s: Floats) -> "Eligible":
+        """By the seconds that a slot adds."""
+        slots = barrier_s < np.inf
+        count = int(np.count_nonzero(slots))
+        return cls(barrier_s, slots if count < len(slots) else None, count)
+
+
 class Fleet:
     """Endpoints by name, their capacities by slot."""
 
@@ -49,6 +69,7 @@ class Fleet:
         self._limits: Floats = np.zeros((5, 0))
         self._name_rows()
         self._barriers: dict[str, Floats] = {}
+        self._eligible: dict[str, Eligible] = {}
         self._longest: dict[str, float | None] = {}
         self._capacities: Capacities | None = None
         self.epochs: dict[str, int] = {}
@@ -163,16 +184,15 @@ class Fleet:
             self._longest[model] = float(self.length_max[serving].max()) if serving else None
         return self._longest[model]
 
-    def wanted(self, models: Iterable[str]) -> Floats:
-        """0 for each slot where a request for any of these models may go, `inf` for the others; there must be one.
-
-        Not to be written to.
-        """
-        barriers = [self.barrier(model) for model in models]
-        if len(barriers) == 1:
-            return barriers[0]
-        least: Floats = np.minimum.reduce(barriers)
-        return least
+    def eligible(self, models: Collection[str]) -> Eligible:
+        """Where a request for any of these models may go; there must be one."""
+        if len(models) > 1:
+            return Eligible.by(np.minimum.reduce([self.barrier(model) for model in models]))
+        [model] = models
+        found = self._eligible.get(model)
+        if found is None:
+            found = self._eligible[model] = Eligible.by(self.barrier(model))
+        return found
 
     def _seat(self, slot: int, endpoint: Endpoint | None) -> None:
         self.by_slot[slot] = endpoint
@@ -204,6 +224,7 @@ class Fleet:
         """Eligibility may have changed: make it out anew when next asked for."""
         self._roles = self._capacities = None
         self._barriers.clear()
+        self._eligible.clear()
         self._longest.clear()
 
 

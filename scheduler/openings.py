@@ -59,7 +59,7 @@ class Openings:
         last = self._line[end]
         if not room.is_tight(room.asked_kv(last)):
             open_s = room.open_s + self._barrier(last.request.model)
-            if open_s[open_s.argmin()] <= self._within_s:
+            if open_s.item(open_s.argmin()) <= self._within_s:
                 return end
         found = -1
         for slot in (room.open_s <= self._within_s).nonzero()[0].tolist():

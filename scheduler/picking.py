@@ -1,5 +1,6 @@
 """Which of the endpoints a request takes: soon is good, KV to spare is good, and chance decides between equals."""
 
+import functools
 import math
 
 import numpy as np
@@ -38,8 +39,7 @@ class Picker:
         self._room = room
         self._now = now
         self._settings = settings
-        self._fill = np.array(settings.fill)
-        "As an array: numpy takes as long again to make one of a number."
+        self._fill = _array(settings.fill)
         self._near = 1.0 + settings.tie
         self._rng = rng
         self._onward = onward
@@ -61,7 +61,7 @@ class Picker:
         if left_s < math.inf:
             # Who is promised a first token pays for others only out of its slack.
             limit_s = max(left_s, total_s.item(best))
-            if total_s[total_s.argmax()] > limit_s:
+            if total_s.item(total_s.argmax()) > limit_s:
                 score_s[total_s > limit_s] = math.inf
         cheapest = int(score_s.argmin())
         why = "earliest first token" if cheapest == best else "a little later, where more is free"
@@ -146,7 +146,7 @@ class Picker:
         ticket = offer.ticket
         tpot_s = ticket.promise.tpot_s
         is_promised = ticket.due_at < math.inf or tpot_s is not None
-        near = self._room.pressed(tpot_s)
+        near = 1.0 if tpot_s is None else self._room.pressed(tpot_s)
         new = None if is_promised else offer.work.new
         pressed = pressure(used, new, is_promised=is_promised, near=near)
         if self._onward is not None and not offer.is_second:
@@ -161,6 +161,12 @@ def nearest(total_s: Floats) -> list[int]:
     """The slots with the earliest first tokens, best first."""
     found: list[int] = total_s.argsort(kind="stable")[:CANDIDATES].tolist()
     return found
+
+
+@functools.lru_cache(maxsize=16)
+def _array(number: float) -> Floats:
+    """As an array: numpy takes as long again to make one of a number."""
+    return np.array(number)
 
 
 def _of_named(chances: Floats, slot: int) -> Floats | None:

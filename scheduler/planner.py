@@ -197,7 +197,8 @@ class Planner:
         for ticket in self._passed_over:
             self._keep_place(self.offers.of(ticket))
         for ticket in aside:
-            idle = (self.room.open_s <= IDLE_S) & ~self.room.reserved
+            idle = self.room.open_s <= IDLE_S
+            idle[list(self.room.reserved)] = False
             if self.onward is not None:
                 idle &= self.onward.is_idle()
             if not idle.any():
@@ -251,7 +252,7 @@ class Planner:
     def _place(self, offer: Offer) -> None:
         total_s = self.offers.total_s(offer)
         best = int(total_s.argmin())
-        if total_s[best] == math.inf:
+        if total_s.item(best) == math.inf:
             self._wait_for_room(offer)
             return
         until_at = affinity.waits_until(
@@ -340,7 +341,7 @@ class Planner:
         total_s = self.offers.total_s(offer)
         slot = int(total_s.argmin())
         if total_s[slot] < math.inf:
-            self.room.reserved[slot] = True
+            self.room.reserved[slot] = None
         else:
             self._wait_for_room(offer)
 
@@ -394,4 +395,4 @@ class Planner:
         )
 
     def _starts_now(self, slot: int) -> bool:
-        return bool(self.room.start_s[slot] <= self._settings.commit_window_s)
+        return self.room.start_s.item(slot) <= self._settings.commit_window_s

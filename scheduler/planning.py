@@ -1,10 +1,13 @@
 """One step: make a plan for who waits, and carry out in the book what the plan chose."""
 
+from collections.abc import Collection
+
 import numpy as np
 from msgspec import structs
 
 from scheduler import assign
 from scheduler.demand import Demands
+from scheduler.fleet import Eligible
 from scheduler.memory import Memory
 from scheduler.onward import Onward
 from scheduler.plan import Choice
@@ -79,11 +82,10 @@ class Planning:
         # Every request that waits stands in `by_model`.
         if not self._fleet.by_slot or not (lines.by_model or prefilled):
             return
-        asked = dict.fromkeys([*lines.by_model, *[ticket.request.model for ticket in prefilled]])
-        wanted_s = self._without_resting(self._fleet.wanted(asked))
-        if wanted_s[wanted_s.argmin()] == np.inf:
+        eligible = self._without_resting(self._fleet.eligible(self._asked(prefilled)))
+        if not eligible.count:
             return
-        planner = self._planner(wanted_s)
+        planner = self._planner(eligible)
         if planner.onward is not None:
             self._serve_prefilled(planner, planner.onward, prefilled)
         self._serve_aged(planner)
@@ -137,21 +139,28 @@ class Planning:
             planner.serve(line)
         return line
 
-    def _without_resting(self, wanted_s: Floats) -> Floats:
+    def _asked(self, prefilled: list[Ticket]) -> Collection[str]:
+        """The models that those who wait ask for."""
+        waiting = self._book.lines.by_model
+        if not prefilled:
+            return waiting
+        return dict.fromkeys([*waiting, *[ticket.request.model for ticket in prefilled]])
+
+    def _without_resting(self, eligible: Eligible) -> Eligible:
         """The same, but nothing new for endpoints that have just handed something back."""
         if not self._fleet.resting:
-            return wanted_s
-        wanted_s = wanted_s.copy()
+            return eligible
+        barrier_s = eligible.barrier_s.copy()
         now, by_slot = self._memory.now, self._fleet.by_slot
         resting = [e for e in self._fleet.resting if e.rests_until > now and by_slot[e.slot] is e]
         self._fleet.resting = resting
         for endpoint in resting:
-            if wanted_s[endpoint.slot] == 0:
-                wanted_s[endpoint.slot] = np.inf
+            if barrier_s[endpoint.slot] == 0:
+                barrier_s[endpoint.slot] = np.inf
                 self._rested_at = min(endpoint.rests_until, self._rested_at or np.inf)
-        return wanted_s
+        return Eligible.by(barrier_s)
 
-    def _planner(self, wanted_s: Floats) -> Planner:
+    def _planner(self, eligible: Eligible) -> Planner:
         ledger, fleet, now = self._book.ledger, self._fleet, self._memory.now
         rates = self._memory.predictor.rates(ledger.decode_kv)
         # Answers longer than expected take more than the ledger gave away: then the engine knows better what is left,
@@ -171,7 +180,7 @@ class Planning:
                 promised=ledger.promised,
                 is_bound=ledger.bound > 0,
             ),
-            wanted_s=wanted_s,
+            eligible=eligible,
             answer_part=self._settings.answer_part,
             unbegun=lambda step_s: ledger.unbegun(step_s, now),
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from scheduler.fleet import Capacities
+from scheduler.fleet import Capacities, Eligible
 from scheduler.ledger import Backlog, Line, Rates, asked_kv
 from scheduler.pace import WHOLE, Load
 from scheduler.pins import Pins
@@ -100,14 +100,14 @@ class Room:
         capacities: Capacities,
         pins: Pins,
         decodes: Decodes,
-        wanted_s: Floats,
+        eligible: Eligible,
         answer_part: float = 1.0,
         unbegun: Callable[[Floats], Floats] | None = None,
     ) -> None:
         """Start from the ledger; `seats` and `kv` are what is free, `inf` where unknown.
 
-        `wanted_s` is 0 for endpoints that may take something of what waits, and `inf` for the others. `answer_part`
-        is of `PlanSettings`. `unbegun` says how many on each slot are still to begin, by the seconds of its steps; None: nobody.
+        `eligible` are those who may take something of what waits, at least one. `answer_part` is of `PlanSettings`.
+        `unbegun` says how many on each slot are still to begin, by the seconds of its steps; None: nobody.
         """
         self.rates = rates
         self.backlog_s = backlog.seconds(rates)
@@ -118,13 +118,13 @@ class Room:
             self.queued_s = self.backlog_s - backlog.overdue_s
         self.start_s = self.backlog_s.copy()
         "The same now, with the places kept for the more urgent."
-        self.open_s = self.start_s + wanted_s
+        self.open_s = self.start_s + eligible.barrier_s
         "The same; `inf` where nothing more may go."
         if _least(seats) <= 0:
             self.open_s[seats <= 0] = math.inf
-        self.usable = None if _most(wanted_s) < math.inf else wanted_s < math.inf
+        self.usable = eligible.slots
         "Which may take something of what waits, once there is room; None: all."
-        self.count = len(seats) if self.usable is None else int(np.count_nonzero(self.usable))
+        self.count = eligible.count
         "How many those are; at least one."
         self.tokens = backlog.tokens
         self.pairs = backlog.pairs
@@ -135,7 +135,7 @@ class Room:
         self.decodes = decodes
         self.length_max = capacities.length
         self.length_least = capacities.length_least
-        self.reserved = np.zeros(len(seats), dtype=bool)
+        self.reserved: dict[int, None] = {}
         "Slots that somebody more urgent waits for."
         self.only_prefills: Bools | None = None
         "Slots that hold the KV of prompts alone; None: nobody does."
@@ -256,7 +256,7 @@ class Room:
         """Keep a seat and KV for one that will decode there, whose prompt is computed elsewhere."""
         self.version += 1
         self.kv[slot] -= kv
-        self._kv_least = min(self._kv_least, float(self.kv[slot]))
+        self._kv_least = min(self._kv_least, self.kv.item(slot))
         self._used = None
         self.decodes.expect(slot, kv)
         self.seats[slot] -= 1
@@ -269,7 +269,7 @@ class Room:
         self.open_s[slot] += work_s
         self.tokens[slot] += tokens
         self.pairs[slot] += pairs
-        self.reserved[slot] = True
+        self.reserved[slot] = None
 
     def take(self, slot: int, work_s: float, line: Line) -> None:
         """Hand it over: it also takes a seat and its KV."""
@@ -281,7 +281,7 @@ class Room:
         if self._unbegun is not None:
             self._unbegun[slot] += 1.0
         self.kv[slot] -= line.kv
-        self._kv_least = min(self._kv_least, float(self.kv[slot]))
+        self._kv_least = min(self._kv_least, self.kv.item(slot))
         if self._used is not None:
             self._used[slot] += line.kv / self.kv_max[slot]
         self.decodes.take(slot, line)
@@ -292,8 +292,4 @@ class Room:
 
 def _least(values: Floats) -> float:
     """The smallest, of some; in a third of the time of numpy's reductions."""
-    return float(values[values.argmin()])
-
-
-def _most(values: Floats) -> float:
-    return float(values[values.argmax()])
+    return values.item(values.argmin())

@@ -70,7 +70,7 @@ class Offer(msgspec.Struct, frozen=True):
         if cached is None:
             return 0.0, 0.0
         most = cached.argmax()
-        if self.service_s[most] < math.inf:
+        if self.service_s.item(most) < math.inf:
             return cached.item(slot), cached.item(most)
         may_go = self.service_s < math.inf
         return cached.item(slot), float(np.maximum.reduce(cached, where=may_go, initial=0.0))
@@ -146,7 +146,7 @@ def left(ticket: Ticket, cached: Floats | None) -> Work:
     prompt = float(max(1, ticket.prompt_tokens))
     if cached is None:
         return Work(prompt, None, prompt, cost.pairs(prompt, prompt))
-    if cached[cached.argmax()] > prompt - 1.0:
+    if cached.item(cached.argmax()) > prompt - 1.0:
         cached = np.minimum(cached, prompt - 1.0)
     tokens = prompt - cached
     return Work(prompt, cached, tokens, cost.pairs(tokens, prompt))

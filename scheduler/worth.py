@@ -67,12 +67,15 @@ class Worth:
         self._onward = onward
         self._casting = casting
         self._seen = -1
-        "The version of the room that the next two were made of."
-        self._tightest_s = np.empty((2, len(room.seats)))
+        "The version of the room that `_tightest_s` and `_promised` were made of."
         self._promised = room.decodes.promised
         if casting is not None:
             this = weakref.proxy(self)  # else both would wait for the garbage collector
             casting.worth = lambda offer: this.of(offer)  # noqa: PLW0108  its method would hold it
+
+    @functools.cached_property
+    def _tightest_s(self) -> Floats:
+        return np.empty((2, len(self._room.seats)))
 
     def weight(self, ticket: Ticket) -> float:
         """What keeping its promises counts, its tenant's standing included."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.cost import CLASSES
-from scheduler.fleet import Capacities
+from scheduler.fleet import Capacities, Eligible
 from scheduler.ledger import Ledger, Line, Rates
 from scheduler.pace import Pace
 from scheduler.room import Decodes, Room
@@ -50,7 +50,7 @@ def room(ledger: Ledger, pace: Pace) -> Room:
             promised=ledger.promised,
             is_bound=ledger.bound > 0,
         ),
-        wanted_s=np.zeros(N),
+        eligible=Eligible.by(np.zeros(N)),
     )
 
 

@@ -9,6 +9,7 @@ from scheduler.core import CoreSettings, Scheduler
 from scheduler.endpoints import PATIENCE_S
 from scheduler.events import Arrived, Assign, Note, Recovered
 from scheduler.fairness import FairnessSettings
+from scheduler.fleet import Eligible
 from scheduler.plan import PlanSettings
 from scheduler.planner import Planner
 from scheduler.state import Ticket
@@ -255,7 +256,8 @@ def decoding(count: int, tpot_s: float) -> Pool:
 def offered(pool: Pool, slots: int = 2, **fields: object) -> tuple[Planner, Ticket]:
     """The plan of the next step, and whom it is asked for."""
     pool.ask("r", **fields)
-    return pool.core._planning._planner(np.zeros(slots)), pool.core._memory.book.tickets["r"]
+    eligible = Eligible.by(np.zeros(slots))
+    return pool.core._planning._planner(eligible), pool.core._memory.book.tickets["r"]
 
 
 @pytest.mark.parametrize(("tpot_s", "is_open"), [(0.04, True), (0.022, False)])
@@ -280,7 +282,7 @@ def test_an_answer_is_planned_where_its_pace_is_kept(has_promise, slot):
     """Over a slower link, if it must be; to whom no pace was promised the first token counts alone."""
     pool = decoding(16, 0.05)
     pool.core.receive(beat("d1", "decode", link_gbps=8.0), pool.now)
-    decodes = pool.core._planning._planner(np.zeros(3)).room.decodes
+    decodes = pool.core._planning._planner(Eligible.by(np.zeros(3))).room.decodes
     _, crowded_s, empty_s = decodes.pace_s(np.full(3, 8200.0)).tolist()
     assert empty_s < crowded_s
     tpot_s = 0.5 * (empty_s + crowded_s) if has_promise else None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.externality import STEP_TOKENS, others_s
-from scheduler.fleet import Capacities
+from scheduler.fleet import Capacities, Eligible
 from scheduler.ledger import Backlog, Ledger, Line, Rates, uncached
 from scheduler.pace import Load, Noise
 from scheduler.pins import Pins
@@ -82,7 +82,7 @@ def planner(
             promised=np.zeros(n),
             is_bound=False,
         ),
-        wanted_s=np.zeros(n),
+        eligible=Eligible.by(np.zeros(n)),
         answer_part=answer_part,
     )
     held = None if cached is None else np.array(cached)
