@@ -127,6 +127,10 @@ class Serving:
         if reply == 0:
             self._meter.fenced.inc()
             attempt.halt(FENCED)
+            # Whoever took the request took its job away as well, unless Redis lost one of the two.
+            held = attempt.held
+            call = sidecar.dismiss(self._keys, held.endpoint, held.job.epoch, [held.job_entry])
+            self._writer.send(None, call, lambda _: None)
         elif reply == 2:
             attempt.halt(Stop("cancelled", "cancelled before it started"))
 

@@ -4,6 +4,7 @@ import asyncio
 import socket
 
 import aiohttp
+import attempts
 import msgspec
 import pytest
 import structlog
@@ -814,6 +815,21 @@ class TestLease:
         assert heard, "or nothing was tried"
         await until(lambda: _is_settled(hand))
         assert await hand.redis.entries(stream) == []
+
+    async def test_a_job_whose_request_is_gone_does_not_stay(self, emulator, hand, rig):
+        """Redis lost the request and not its job: nobody else would ever take that away, and a drain wait for ever."""
+        await rig.start(emulator.url)
+        beat = await hand.ready()
+        stream = hand.keys.jobs("e0")
+        lost = attempts.job("r1", epoch=beat.epoch, path="/v1/completions", body=b'{"prompt": "x"}')
+        await hand.redis.add(stream, codec.encode(lost))
+
+        async def empty():
+            return await hand.redis.command("XLEN", stream) == 0
+
+        await until(empty)
+        assert (await hand.redis.command("XPENDING", stream, WORKER_GROUP))["pending"] == 0
+        assert await hand.results("r1") == []
 
     async def test_a_word_that_comes_with_its_job_ends_it(self, emulator, hand, rig):
         """By hand, so that no tombstone says the same; the worker was away, and reads both at once."""
