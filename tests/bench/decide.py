@@ -1,5 +1,5 @@
 # ruff: noqa: T201 - a bench prints
-"""How long a decision takes: microseconds a request at 16 endpoints, and a full pool's steps at 100 x 1,000.
+"""How long a decision takes: microseconds a request at 16 endpoints, all of a life in the core, and a full pool's steps.
 
     python tests/bench/decide.py [--passes 5]
 
@@ -9,6 +9,8 @@ and what a step itself takes longer stays in. Wall-clock figures of this machine
 
 import argparse
 import gc
+import heapq
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import numpy as np
 
 from dispatcher.cli.root import COLLECT_EVERY
 from scheduler.core import CoreSettings, Scheduler
-from scheduler.events import Arrived, Assign
+from scheduler.events import Arrived, Assign, Event
 from scheduler.wire.client import Request
 from scheduler.wire.worker import Beat, Reward
 
@@ -26,25 +28,31 @@ TRUE_RATES = (50_000, 14_000, 13_000, 9_000)
 "Tokens a second: never a function of the prediction, or the bench would chase its own tail."
 
 
+ANSWER_S = 2.0
+"From a first token to the last."
+
+
+def beat(endpoint: str, *first_tokens: str) -> Beat:
+    """Of one that has begun these since its last."""
+    return Beat(
+        endpoint=endpoint,
+        epoch=1,
+        models=("m",),
+        hardware=("h100", "a100", "l40s", "a30")[int(endpoint[1:]) % 4],
+        kv_tokens=400_000,
+        max_model_len=131_072,
+        first_tokens=first_tokens,
+    )
+
+
 def pool(endpoints: int) -> Scheduler:
     core = Scheduler(CoreSettings(lease_s=1e9), np.random.default_rng(0))
     for i in range(endpoints):
-        hardware = ("h100", "a100", "l40s", "a30")[i % 4]
-        core.receive(
-            Beat(
-                endpoint=f"e{i}",
-                epoch=1,
-                models=("m",),
-                hardware=hardware,
-                kv_tokens=400_000,
-                max_model_len=131_072,
-            ),
-            0.0,
-        )
+        core.receive(beat(f"e{i}"), 0.0)
     return core
 
 
-def arrive(core: Scheduler, number: int, now: float, rng: np.random.Generator) -> None:
+def arrived(number: int, now: float, rng: np.random.Generator) -> Arrived:
     group = int(rng.integers(50))
     request = Request(
         id=f"r{number}",
@@ -53,7 +61,31 @@ def arrive(core: Scheduler, number: int, now: float, rng: np.random.Generator) -
         ttft_s=float(rng.choice([0.5, 1.0, 5.0])),
         blocks=tuple(f"{group}.{i}" for i in range(12)),
     )
-    core.receive(Arrived(request=request, entry=f"{number}-0", enqueued_at=now), now)
+    return Arrived(request=request, entry=f"{number}-0", enqueued_at=now)
+
+
+def reward(assign: Assign, prefill_s: float) -> Reward:
+    job = assign.job
+    return Reward(
+        id=job.id,
+        endpoint=assign.endpoint,
+        epoch=1,
+        attempt=1,
+        outcome="completed",
+        prefill_s=prefill_s,
+        predicted_s=job.prefill_s,
+        cached_tokens=job.cached_tokens,
+        output_tokens=100,
+        prompt_tokens=job.prompt_tokens,
+        model="m",
+        features=job.features,
+    )
+
+
+def prefill_s(assign: Assign, rng: np.random.Generator) -> float:
+    """What its prompt really takes."""
+    job, speed = assign.job, TRUE_RATES[int(assign.endpoint[1:]) % 4]
+    return (job.prompt_tokens - job.cached_tokens) / speed * float(rng.lognormal(0, 0.1))
 
 
 Took = dict[str, list[float]]
@@ -72,29 +104,14 @@ def flow(endpoints: int, rate: float, requests: int) -> Took:
         done.sort(key=lambda item: item[0])
         while done and done[0][0] <= now:
             at, assign = done.pop(0)
-            job = assign.job
+            end = reward(assign, at - assign.job.decided_at)
             started = time.perf_counter()
-            core.receive(
-                Reward(
-                    id=job.id,
-                    endpoint=assign.endpoint,
-                    epoch=1,
-                    attempt=1,
-                    outcome="completed",
-                    prefill_s=at - job.decided_at,
-                    predicted_s=job.prefill_s,
-                    cached_tokens=job.cached_tokens,
-                    output_tokens=100,
-                    prompt_tokens=job.prompt_tokens,
-                    model="m",
-                    features=job.features,
-                ),
-                now,
-            )
+            core.receive(end, now)
             core.settle()
             took["learn"].append(time.perf_counter() - started)
+        newcomer = arrived(number, now, rng)
         started = time.perf_counter()
-        arrive(core, number, now, rng)
+        core.receive(newcomer, now)
         took["receive"].append(time.perf_counter() - started)
         started = time.perf_counter()
         commands = core.decide(now)
@@ -104,11 +121,42 @@ def flow(endpoints: int, rate: float, requests: int) -> Took:
         took["settle"].append(time.perf_counter() - started)
         for command in commands:
             if isinstance(command, Assign):
-                job = command.job
-                speed = TRUE_RATES[int(command.endpoint[1:]) % 4]
-                work_s = (job.prompt_tokens - job.cached_tokens) / speed * rng.lognormal(0, 0.1)
-                free_at[command.endpoint] = max(now, free_at[command.endpoint]) + work_s
+                begun_at = max(now, free_at[command.endpoint])
+                free_at[command.endpoint] = begun_at + prefill_s(command, rng)
                 done.append((free_at[command.endpoint], command))
+    return took
+
+
+def lives(endpoints: int, rate: float, requests: int) -> Took:
+    """The same with first tokens and answers: each event is a turn of its own, which decides and settles."""
+    rng = np.random.default_rng(1)
+    core, number = pool(endpoints), itertools.count()
+    took: Took = {"arrived": [], "decide": [], "first token": [], "reward": [], "settle": []}
+    free_at = dict.fromkeys((f"e{i}" for i in range(endpoints)), 0.0)
+    at = np.cumsum(rng.exponential(1 / rate, requests)).tolist()
+    turns: list[tuple[float, int, str, Event]] = [
+        (now, next(number), "arrived", arrived(i, now, rng)) for i, now in enumerate(at)
+    ]
+    while turns:
+        now, _, kind, event = heapq.heappop(turns)
+        started = time.perf_counter()
+        core.receive(event, now)
+        received = time.perf_counter()
+        commands = core.decide(now)
+        decided = time.perf_counter()
+        core.settle()
+        settled = time.perf_counter()
+        took[kind].append(received - started)
+        took["decide"].append(decided - received)
+        took["settle"].append(settled - decided)
+        for command in commands:
+            if isinstance(command, Assign):
+                name, job = command.endpoint, command.job
+                free_at[name] = first_at = max(now, free_at[name]) + prefill_s(command, rng)
+                told = beat(name, f"{job.id}:1:{1e3 * (first_at - job.decided_at):.0f}")
+                end = reward(command, first_at - job.decided_at)
+                heapq.heappush(turns, (first_at, next(number), "first token", told))
+                heapq.heappush(turns, (first_at + ANSWER_S, next(number), "reward", end))
     return took
 
 
@@ -120,7 +168,7 @@ def full(endpoints: int, waiting: int, steps: int) -> Took:
         while (
             (view := core._memory.book.lines) and len(view.waiting) < waiting
         ) or number < waiting:
-            arrive(core, number, now, rng)
+            core.receive(arrived(number, now, rng), now)
             number += 1
         started = time.perf_counter()
         commands = core.decide(now)
@@ -151,7 +199,7 @@ def at_once(endpoints: int, waiting: int) -> Took:
     rng = np.random.default_rng(2)
     core = pool(endpoints)
     for number in range(waiting):
-        arrive(core, number, 0.0, rng)
+        core.receive(arrived(number, 0.0, rng), 0.0)
     started = time.perf_counter()
     core.decide(0.0)
     return {"decide": [time.perf_counter() - started]}
@@ -174,6 +222,12 @@ def say(name: str, seconds: list[float]) -> None:
     )
 
 
+def say_lives(took: Took, requests: int) -> None:
+    spent = {name: 1e6 * sum(seconds) / requests for name, seconds in took.items()}
+    for name, us in {**spent, "all of it": sum(spent.values())}.items():
+        print(f"  {name:12s} {us:7.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--passes", type=int, default=5)
@@ -183,6 +237,9 @@ def main() -> None:
         print(f"{endpoints} endpoints, {rate:.0f} requests/s")
         for name, seconds in quickest(partial(flow, endpoints, rate, 2000), passes).items():
             say(name, seconds)
+    for rate in (60.0, 320.0):
+        print(f"16 endpoints, {rate:.0f} requests/s, all of a life: us a request")
+        say_lives(quickest(partial(lives, 16, rate, 2000), passes), 2000)
     print("100 endpoints, 1,000 waiting")
     say("decide", quickest(partial(full, 100, 1000, 1000), passes)["decide"])
     for endpoints in (16, 64):
