@@ -23,8 +23,8 @@ SETTINGS = """
 ttft_ms = 3000
 
 [lease]
-leader_s = 1.0
-worker_s = 1.0
+leader_s = {lease_s}
+worker_s = {lease_s}
 beat_s = 0.2
 
 [loop]
@@ -32,6 +32,8 @@ snapshot_every_s = 0.5
 journal = "{journal}"
 """
 REQUESTS = 60
+LONG_S = 20.0
+"A lease that no busy machine lets run out: one leader, one journal, nobody lost."
 
 
 def headgate(*words):
@@ -42,10 +44,10 @@ def headgate(*words):
 
 
 @contextlib.contextmanager
-def running(directory, *words):
+def running(directory, *words, lease_s=1.0):
     """A pool of these engines whose dispatchers keep a journal."""
     config = directory / "settings.toml"
-    config.write_text(SETTINGS.format(journal=directory / "journal"))
+    config.write_text(SETTINGS.format(journal=directory / "journal", lease_s=lease_s))
     with up(directory, *words, "--config", config) as ready:
         yield ready
 
@@ -223,7 +225,7 @@ class TestPolicies:
     def test_a_parted_pool_is_asked_again_and_its_drain_too(self, tmp_path):
         """One prefills for two, of which one is drained meanwhile: its journal and its streams tell the lab all of it."""
         words = ("--emulate", "3", "--profiles", "a100", "--roles", "prefill,decode,decode")
-        with running(tmp_path, *words) as ready:
+        with running(tmp_path, *words, lease_s=LONG_S) as ready:
             copy = asyncio.run(drained(ready, tmp_path / "settings.toml"))
 
         for path in (*(tmp_path / "journal").rglob("*.jsonl"), copy):
@@ -240,7 +242,7 @@ class TestPolicies:
 
     def test_who_gave_up_gives_up_again(self, tmp_path):
         """Under every policy, from the journal and from the streams, after the same time."""
-        with running(tmp_path, "--emulate", "2") as ready:
+        with running(tmp_path, "--emulate", "2", lease_s=LONG_S) as ready:
             copy = asyncio.run(given_up(ready, tmp_path / "settings.toml"))
 
         out = tmp_path / "out.json"
