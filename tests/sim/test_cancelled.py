@@ -13,7 +13,7 @@ from scheduler.recording import Line
 from scheduler.sim import arriving, policy, recorded, story, workload
 from scheduler.sim.fleet import Chance, EndpointSpec, Fault, Fleet
 from scheduler.sim.lab import Bounds
-from scheduler.wire.client import Request
+from scheduler.wire.client import Control, Request
 
 SMOOTH = Chance(stall_probability=0.0)
 A100S = Fleet(name="three", endpoints=(EndpointSpec(profile="a100", count=3),), chance=SMOOTH)
@@ -241,6 +241,16 @@ class TestCounted:
         assert was.on_time == pytest.approx(sum(kept) / len(kept), abs=0.02)
         assert found.on_time == pytest.approx(was.on_time, abs=0.1)
         assert found.wasted_tokens > 0
+
+    def test_who_asked_too_late_has_its_answer(self):
+        """A word to cancel what is complete already takes nothing away, and nobody is said to have given up."""
+        told = [(4.0, Control(action="cancel", id="3"))]
+        run, data = recorded_run(where=A100S, rows=talk(span_s=5.0), told=told)
+        heard = told_by(data)
+
+        assert run.fates[3].finished_at < 4.0
+        assert recorded.served(heard).n_cancelled == report_of(data).n_cancelled == 0
+        assert "were cancelled" not in "".join(recorded.cautions(heard, ()))
 
     def test_no_bound_is_told_of_what_was_taken_away(self, whole):
         """Bounds are of all arrivals: shares without those who left could be above them."""

@@ -475,13 +475,6 @@ class TestPromises:
         for chosen in ("plan", "round-robin"):
             assert asked_again(data, chosen).fates[5].endpoint == "a100-2"
 
-    def test_who_gave_up_is_counted(self):
-        """The lab has no clients that leave: it says how many did."""
-        told = [(2.0, Control(action="cancel", id="3"))]
-        _, data = recorded_run(where=A100S, rows=talk(span_s=5.0), told=told)
-
-        assert "1 requests were cancelled" in "".join(recorded.cautions(told_by(data), ()))
-
     def test_a_repetition_that_was_refused_is_not_served(self):
         """Of a request that had ended before: nobody served it in this time."""
         bare = Arrived(request=Request(id="r", model="m"), entry="1-0", enqueued_at=1.0)
