@@ -71,7 +71,7 @@ class Worth:
         self._promised = room.decodes.promised
         if casting is not None:
             this = weakref.proxy(self)  # else both would wait for the garbage collector
-            casting.worth = lambda offer: this.of(offer)  # noqa: PLW0108  its method would hold it
+            casting.worth = lambda offer, part: this.of(offer, part)  # noqa: PLW0108  its method would hold it
 
     @functools.cached_property
     def _tightest_s(self) -> Floats:

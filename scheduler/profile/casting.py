@@ -29,8 +29,8 @@ T = TypeVar("T", bound=np.generic)
 SUM_ERROR_MAX = 1e-6
 "By how much a picker's chances may miss 1: the dust of as many divisions as there are slots."
 
-Worth = Callable[[Offer], Floats | None]
-"Promises kept less broken on each slot, as the plan reckons them; None: nobody was promised any."
+Worth = Callable[[Offer, float], Floats | None]
+"Promises kept less broken on each slot, as the plan reckons them, its own counting so much; None: nobody was promised any."
 
 
 class Assembly:
@@ -121,9 +121,11 @@ class Casting:
         self._scene = offer, scene
         return offer
 
-    def preferred(self, offer: Offer, candidates: Bools) -> Bools:
-        """Of these slots, where it is better put."""
-        return self._assembly.kept(self._assembly.soft, self._of(offer), candidates)
+    def preferred(self, offer: Offer, candidates: Bools, part: float) -> Bools:
+        """Of these slots, where it is better put, if its own promise counts so much, 0 to 1."""
+        is_whole = part == 1.0 or not self._assembly.needs_worth
+        scene = self._of(offer) if is_whole else self._seen(offer, part)
+        return self._assembly.kept(self._assembly.soft, scene, candidates)
 
     def chances(self, offer: Offer, candidates: Bools) -> tuple[Floats, Floats]:
         """With what chance each is taken, and the scores that say so; float64[n_slots] both."""
@@ -153,7 +155,7 @@ class Casting:
             self._scene = offer, self._seen(offer)
         return self._scene[1]
 
-    def _seen(self, offer: Offer) -> Scene:
+    def _seen(self, offer: Offer, part: float = 1.0) -> Scene:
         ticket, room, trail = offer.ticket, self._room, self._assembly.trail
         request, promise = ticket.request, ticket.promise
         running = self._decoding
@@ -188,16 +190,16 @@ class Casting:
             now=self._now,
             data=MappingProxyType({}),
         )
-        return fetched(self._assembly.fetchers, bare, self._columns(offer))
+        return fetched(self._assembly.fetchers, bare, self._columns(offer, part))
 
-    def _columns(self, offer: Offer) -> dict[str, Floats]:
+    def _columns(self, offer: Offer, part: float) -> dict[str, Floats]:
         if not self._assembly.needs_worth:
             return {}
-        value = self.worth(offer)
+        value = self.worth(offer, part)
         return {WORTH: read_only(np.ones(len(self._beats)) if value is None else value)}
 
 
-def nothing_promised(offer: Offer) -> Floats | None:  # noqa: ARG001
+def nothing_promised(offer: Offer, part: float) -> Floats | None:  # noqa: ARG001
     """What a request is worth where nobody was promised a pace."""
     return None
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import planned
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -301,8 +301,21 @@ rows = st.lists(
 )
 
 
+LATE_BESIDE_A_PACE = [
+    (0.0, 9000, None, None, 0, ""),
+    (0.0, 9000, 0.2, None, 0, ""),
+    (0.0, 50, None, None, 0, ""),
+    (0.0, 50, None, None, 0, ""),
+    (0.0, 9000, 0.2, None, 0, ""),
+    (0.0, 50, 0.2, 0.02, 0, ""),
+    (0.01, 9000, 0.2, None, 0, ""),
+]
+"The last two: a promised pace, and one that is late anyhow, whose own promise counts half."
+
+
 @settings(max_examples=300)
 @given(rows=rows)
+@example(rows=LATE_BESIDE_A_PACE)
 def test_the_plan_is_the_profile_of_its_parts(rows):
     """I10: its eligibility as filters, its seconds and fill as scorers, its tie as picker choose just as it does."""
     assert decided(AS_PLANNED, rows) == decided(None, rows)
