@@ -104,7 +104,7 @@ class Worth:
             part: what its own promise counts here, 0 to 1.
         """
         if self._casting is not None:
-            return self._casting.preferred(offer, total_s < math.inf)
+            return self._casting.preferred(offer, total_s < math.inf, part)
         value = self.of(offer, part)
         if value is None:
             return None
