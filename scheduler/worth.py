@@ -120,10 +120,12 @@ class Worth:
     def allows_late(self, offer: Offer, total_s: Floats) -> Bools | None:
         """As `allows`, for one that is late: only where it breaks less than it counts, also of requests to come."""
         part, clear = self._settings.late_worth, self._settings.keep_clear
-        worthy = self.allows(offer, total_s, part=part)
         if clear <= 0:
-            return worthy
-        spares = clear * self._broken(offer) <= part * self.weight(offer.ticket)
+            return self.allows(offer, total_s, part=part)
+        spares: Bools = clear * self._broken(offer) <= part * self.weight(offer.ticket)
+        if self._casting is not None:  # what is better put is better than what it may have
+            total_s = np.where(spares, total_s, math.inf)
+        worthy = self.allows(offer, total_s, part=part)
         return spares if worthy is None else worthy & spares
 
     def of(self, offer: Offer, part: float = 1.0) -> Floats | None:

@@ -68,9 +68,9 @@ class Assembly:
     def kept(self, filters: Sequence[Filter], scene: Scene, candidates: Bools) -> Bools:
         """What these leave, one after the other."""
         for part in filters:
-            candidates = candidates & part.keep(scene, read_only(candidates))
             if not candidates.any():
                 break
+            candidates = candidates & part.keep(scene, read_only(candidates))
         return candidates
 
 

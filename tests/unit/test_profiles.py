@@ -312,10 +312,20 @@ LATE_BESIDE_A_PACE = [
 ]
 "The last two: a promised pace, and one that is late anyhow, whose own promise counts half."
 
+LATE_WHERE_OTHERS_WILL_COME = [
+    (0.0, 11_000, None, None, 1, ""),
+    (0.0, 3000, 0.2, None, 0, ""),
+    (0.0, 9000, 1.0, None, 0, ""),
+    (0.0, 9000, 0.2, None, 0, ""),
+    (0.0, 9000, 0.2, None, 1, ""),
+]
+"The fastest of those that are idle is kept clear of the last."
+
 
 @settings(max_examples=300)
 @given(rows=rows)
 @example(rows=LATE_BESIDE_A_PACE)
+@example(rows=LATE_WHERE_OTHERS_WILL_COME)
 def test_the_plan_is_the_profile_of_its_parts(rows):
     """I10: its eligibility as filters, its seconds and fill as scorers, its tie as picker choose just as it does."""
     assert decided(AS_PLANNED, rows) == decided(None, rows)
