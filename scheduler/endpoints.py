@@ -155,6 +155,8 @@ class Endpoints:
             is_second = ticket.leg == "decode"
             computed = ticket.computed_tokens if is_second else _computed(reward)
             book.lines.charge(ticket, computed, reward.output_tokens)
+            if reward.on_time is not None:
+                book.lines.settle(ticket, is_kept=reward.on_time)
         book.finish(ticket, self._memory.now)
         if endpoint is not None and is_completed:
             endpoint.returns = 0

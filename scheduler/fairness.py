@@ -8,9 +8,13 @@ have had about the same, and none can buy a place with promises or priorities on
 leaves unused the others get, and it is no debt of theirs later: a tenant that comes back starts one quantum below the
 lowest who waited, no lower. So who asks for less than its share goes before all who ask for more.
 
+Who was promised a moment so far ahead that even at its tenant's share all that this one waits for is served before it
+(`order.TenantLines`) has nothing from its turn, and lets the others pass until then.
+
 That orders who waits, and keeps nothing free for who has not come yet: seats are not taken back, and where pace is short
 whoever waits takes the last one. So the promises of a tenant count the less the further its recent use is beyond its share
-(`standing`), and a place is only taken, or somebody's pace broken, by those whose promises count enough.
+(`standing`), and a place is only taken, or somebody's pace broken, by those whose promises count enough. But only as far as
+it is needed: while those within their share have theirs kept, everybody's count in full.
 
 After the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). We differ in
 four things: accounts are compared in bands, as wide as a quantum of deficit round robin (Shreedhar and Varghese,
@@ -35,6 +39,15 @@ RECENT = 100
 
 STEEP = 3
 "Twice its share, and a promise counts an eighth: a little beyond it hardly less."
+
+SHORT = 0.1
+"When so many promises of those within their share are missed, the others' count as little as that; of fewer, more."
+
+SETTLED = 50
+"Over so many of their latest."
+
+RATED_S = 60.0
+"Over how many seconds the pool's rate of service is taken."
 
 FADED_MAX = 10.0
 "Of one request, however large: what it makes the rest fade, in logs."
@@ -69,10 +82,11 @@ class FairnessSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     over_worth: Annotated[float, Meta(gt=0, le=1)] = 0.1
     """
-    What a promise of a tenant beyond its share counts beside one of a tenant within it; 1: the same.
+    What a promise of a tenant beyond its share counts at least beside one of a tenant within it; 1: the same.
 
     Seats cannot be taken back, so who goes first is not enough: below 1 those beyond their share also leave the
-    headroom in which the others, who come later, keep their pace.
+    headroom in which the others, who come later, keep theirs. Only as far as promises to those are missed: while
+    there is enough for everybody, all promises count in full.
     """
 
     weights: dict[str, Weight] = {}
@@ -95,9 +109,12 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
     recent: dict[str, float] = {}
     "By tenant, tokens of recent service, likewise."
 
+    missed: float = 0.0
+    "Of the latest promises to tenants within their share, the part that was not kept."
+
     def is_sound(self) -> bool:
         """Whether these are accounts, and no more than are ever kept."""
-        figures = self.floor, *self.had.values(), *self.recent.values()
+        figures = self.floor, self.missed, *self.had.values(), *self.recent.values()
         if max(len(self.had), len(self.recent)) > KEPT_MAX:
             return False
         return all(0 <= one < math.inf for one in figures)
@@ -119,6 +136,10 @@ class Accounts:
         "Of all of those: their service, and their shares."
         self._fresh = 1.0
         "What a token of service counts now in those units."
+        self._rate, self._rated_at = 0.0, -math.inf
+        "Tokens of service given a second of late, and until when that is counted."
+        self._missed = 0.0
+        "Of the latest promises to tenants within their share, the part that was not kept."
 
     def __len__(self) -> int:
         return len(self._had)
@@ -136,13 +157,36 @@ class Accounts:
         return int(had // self.settings.quantum_tokens)
 
     def standing(self, tenant: str) -> float:
-        """What its promises count: the less the further it is beyond its share of all recent service."""
-        used = self._recent.get(tenant, 0.0)
-        if used <= 0.0 or self.settings.over_worth == 1.0:
+        """What its promises count: the less the further it is beyond its share, as far as others come short by that."""
+        beyond = self._beyond(tenant)
+        if beyond <= 1.0 or not self._missed:
             return 1.0
-        own = used / self._weight(tenant)
-        level = self._recent_sum / self._recent_weight
-        return max(self.settings.over_worth, min(1.0, level / own) ** STEEP)
+        needed = min(1.0, self._missed / SHORT)
+        faded: float = beyond ** (-STEEP * needed)
+        return max(self.settings.over_worth, faded)
+
+    def settle(self, tenant: str, *, is_kept: bool) -> None:
+        """A promise to one of its requests was kept, or will not be."""
+        if self._beyond(tenant) <= 1.0:
+            self._missed += ((not is_kept) - self._missed) / SETTLED
+
+    def _beyond(self, tenant: str) -> float:
+        """Its recent use in units of its share of all recent use."""
+        used = self._recent.get(tenant, 0.0)
+        if used <= 0.0:
+            return 0.0
+        return used / self.weight(tenant) * self._recent_weight / max(used, self._recent_sum)
+
+    def pass_time(self, now: float) -> None:
+        """What was given counts as spread over the seconds until now, in unix seconds."""
+        passed_s = now - self._rated_at
+        if passed_s > 0:
+            self._rate *= math.exp(-passed_s / RATED_S)
+            self._rated_at = now
+
+    def drain_s(self, service: float, share: float) -> float:
+        """Seconds in which so many tokens of service are given to this share of the pool, as it has served of late."""
+        return service / (self._rate * share) if self._rate > 0 else math.inf
 
     def join(self, tenant: str) -> None:
         """It begins to wait: what it did not use while it had nothing here is gone, but for a quantum."""
@@ -157,8 +201,9 @@ class Accounts:
     def charge(self, tenant: str, service: float) -> None:
         """It is given so much; less than nothing takes back what was charged too much."""
         highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
-        had = self.had(tenant) + service / self._weight(tenant)
+        had = self.had(tenant) + service / self.weight(tenant)
         self._had[tenant] = max(0.0, min(had, highest))
+        self._rate = max(0.0, self._rate + service / RATED_S)
         self._use(tenant, service)
 
     def export(self, charged: Iterable[tuple[str, float]]) -> Given:
@@ -177,10 +222,10 @@ class Accounts:
         recent = {tenant: service / self._fresh for tenant, service in used[:KEPT_MAX]}
         for tenant, service in charged:
             if tenant in had:
-                had[tenant] = max(0.0, had[tenant] - service / self._weight(tenant))
+                had[tenant] = max(0.0, had[tenant] - service / self.weight(tenant))
             if tenant in recent:
                 recent[tenant] = max(0.0, recent[tenant] - service)
-        return Given(floor=self._floor, had=had, recent=recent)
+        return Given(floor=self._floor, had=had, recent=recent, missed=self._missed)
 
     def restore(self, given: Given) -> None:
         """Take over the accounts of an earlier leader, before anybody waits here; they must be sound."""
@@ -188,6 +233,7 @@ class Accounts:
         highest = self._floor + LEAD_MAX * self.settings.quantum_tokens
         self._had = {tenant: min(had, highest) for tenant, had in given.had.items()}
         self._recent = dict(given.recent)
+        self._missed = given.missed
         self._fresh = 1.0
         self._sum_up()
 
@@ -198,7 +244,7 @@ class Accounts:
         before = self._recent.get(tenant, 0.0)
         after = max(0.0, before + service * self._fresh)
         if tenant not in self._recent:
-            self._recent_weight += self._weight(tenant)
+            self._recent_weight += self.weight(tenant)
         self._recent[tenant] = after
         self._recent_sum += after - before
         if self._fresh > FADED or len(self._recent) > IDLE_MAX:
@@ -214,9 +260,10 @@ class Accounts:
 
     def _sum_up(self) -> None:
         self._recent_sum = sum(self._recent.values())
-        self._recent_weight = sum(map(self._weight, self._recent))
+        self._recent_weight = sum(map(self.weight, self._recent))
 
-    def _weight(self, tenant: str) -> float:
+    def weight(self, tenant: str) -> float:
+        """Its share beside those of others; 1 where none is set."""
         return self.settings.weights.get(tenant, 1.0)
 
     @property

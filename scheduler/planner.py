@@ -371,7 +371,7 @@ class Planner:
         promised_s = ticket.due_at - ticket.enqueued_at
         others = self.waits - self._usual.share(ticket, self.room)
         asked = terms.price * others * offer.work_s.item(best) / promised_s
-        return odds * ticket.promise.weight >= asked
+        return odds * self.worth.weight(ticket) >= asked
 
     def _line(self, offer: Offer, slot: int, leg: Leg) -> Line:
         """What the ledger is to hold; a promise per token that cannot be kept there binds nobody."""

@@ -85,6 +85,7 @@ class Planning:
         eligible = self._without_resting(self._fleet.eligible(self._asked(prefilled)))
         if not eligible.count:
             return
+        lines.pass_time(self._memory.now)
         planner = self._planner(eligible)
         if planner.onward is not None:
             self._serve_prefilled(planner, planner.onward, prefilled)

@@ -27,6 +27,11 @@ def by_size(ticket: Ticket) -> Place:
     return float(ticket.prompt_tokens), ticket.enqueued_at, ticket.id
 
 
+def by_turn(ticket: Ticket) -> Place:
+    """Who needs its tenant's turn soonest first."""
+    return ticket.turn_at, ticket.enqueued_at, ticket.id
+
+
 def by_age(ticket: Ticket) -> Place:
     """Longest waiting first."""
     return ticket.enqueued_at, ticket.enqueued_at, ticket.id

@@ -170,6 +170,7 @@ class Requests:
         """End those whose deadline, or longest queue, has passed."""
         memory = self._memory
         for ticket in memory.book.ended(memory.now, memory.settings.step_max):
+            memory.book.lines.settle(ticket, is_kept=False)
             ending = intake.out_of_time(ticket, backlog_s=memory.backlog_s(), now=memory.now)
             self.finish(ticket, ending)
 

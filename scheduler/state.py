@@ -4,6 +4,7 @@ Both are plain records with one owner, the `Scheduler`. A ticket changes its sta
 table, so a transition that must not happen raises instead of happening.
 """
 
+import math
 from typing import TypeAlias
 
 import msgspec
@@ -127,6 +128,12 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
 
     charged: float = 0.0
     "Tokens of service for which its tenant was charged, where tenants share."
+
+    turn_at: float = -math.inf
+    "From when it needs its tenant's turn, where tenants share, unix seconds; until then it lets others pass."
+
+    is_settled: bool = False
+    "Its tenant's account was told whether its promise is kept."
 
     is_cancelled: bool = False
     "Somebody cancelled it while a worker held it: it must not be tried again."

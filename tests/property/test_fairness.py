@@ -6,14 +6,22 @@ from collections import Counter
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler import recording
 from scheduler.core import CoreSettings, Scheduler
 from scheduler.events import Arrived, Assign
-from scheduler.fairness import IDLE_MAX, Accounts, FairnessSettings
-from scheduler.order import Lines
+from scheduler.fairness import (
+    IDLE_MAX,
+    RATED_S,
+    SETTLED,
+    SHORT,
+    Accounts,
+    FairnessSettings,
+)
+from scheduler.order import SPARE_S, Lines
 from scheduler.queue import by_rank
 from scheduler.slo import Promise
 from scheduler.state import Ticket
@@ -243,6 +251,7 @@ def test_a_standing_is_lost_by_use_beyond_the_share_alone(weights, charges, over
     accounts = Accounts(settings)
     for tenant, service in charges:
         accounts.charge(tenant, service)
+    come_short(accounts)
 
     standings = {tenant: accounts.standing(tenant) for tenant in "abc"}
     assert all(over_worth <= one <= 1.0 for one in standings.values())
@@ -251,6 +260,99 @@ def test_a_standing_is_lost_by_use_beyond_the_share_alone(weights, charges, over
         accounts.charge(tenant, 3 * QUANTUM)
         assert accounts.standing(tenant) <= standings[tenant] + 1e-9
         accounts.charge(tenant, -3 * QUANTUM)
+
+
+@given(
+    kept=st.lists(st.booleans(), max_size=200),
+    others=st.lists(st.booleans(), max_size=200),
+)
+def test_who_is_beyond_its_share_counts_in_full_while_nobody_comes_short(kept, others):
+    """As far as promises to those within theirs are missed it counts less; what becomes of its own says nothing."""
+    accounts, worst = (
+        Accounts(FairnessSettings(quantum_tokens=QUANTUM, over_worth=0.1)) for _ in range(2)
+    )
+    for one in (accounts, worst):
+        for tenant in "aaab":
+            one.charge(tenant, 10 * QUANTUM)
+    come_short(worst)
+    before, missed = 1.0, 0.0
+
+    for is_kept in others:
+        accounts.settle("a", is_kept=is_kept)
+    assert accounts.standing("a") == before
+
+    for is_kept in kept:
+        accounts.settle("b", is_kept=is_kept)
+        missed += ((not is_kept) - missed) / SETTLED
+        standing = accounts.standing("a")
+        assert standing >= before if is_kept else standing <= before
+        before = standing
+    assert (before == 1.0) == (missed == 0.0)
+    assert (before == worst.standing("a")) == (missed >= SHORT)
+
+
+def test_a_promise_is_settled_once():
+    """Who is set aside comes short at once, whatever becomes of it; who makes it is said when that is known."""
+    lines = lines_of({})
+    late, kept = (ticket(number, "a", 0.0) for number in range(2))
+    for one in (late, kept):
+        lines.add(one)
+    told = []
+    lines.by_tenant.accounts.settle = lambda tenant, *, is_kept: told.append((tenant, is_kept))
+
+    lines.set_aside(late)
+    lines.take_up(late)
+    lines.settle(late, is_kept=True)
+    lines.settle(kept, is_kept=True)
+
+    assert told == [("a", False), ("a", True)]
+
+
+@given(
+    weights=weights,
+    dues=st.lists(st.floats(0, 600), min_size=1, max_size=20),
+    rate=st.floats(1, 1000),
+)
+def test_who_can_wait_needs_its_turn_when_its_line_just_fits_before_it_is_due(weights, dues, rate):
+    """All that its tenant waited for when it came, at its share of what the pool serves, and some seconds to spare."""
+    lines = lines_of(weights)
+    lines.pass_time(0.0)
+    lines.by_tenant.charge("c", rate * RATED_S)
+    lines.add(ticket(0, "b", 0.0))
+    own, other = (weights.get(tenant, 1.0) for tenant in "ab")
+    share = own / (own + other)
+
+    line = 0
+    for number, due_at in enumerate(dues, 1):
+        one = ticket(number, "a", 0.0)
+        one.due_at = due_at
+        lines.add(one)
+        line += one.prompt_tokens
+        assert one.turn_at == pytest.approx(due_at - SPARE_S - line / (rate * share))
+
+
+def test_who_can_wait_lets_others_pass_and_then_has_its_turn():
+    """Though its tenant has had less: their promises are near. Who was promised no moment has no time to spare."""
+    for due_at in (100.0, math.inf):
+        lines = lines_of({})
+        lines.pass_time(0.0)
+        lines.by_tenant.charge("chat", 100 * QUANTUM)
+        patient, urgent = ticket(0, "batch", 100.0), ticket(1, "chat", 1.0)
+        patient.due_at, urgent.due_at = due_at, 1.0
+        for one in (patient, urgent):
+            lines.add(one)
+        has_its_turn = [patient, urgent]
+
+        first = has_its_turn if due_at == math.inf else has_its_turn[::-1]
+        assert lines.waiting.head(2) == first == lines.waiting.joined([urgent], [patient])
+        lines.pass_time(max(0.0, patient.turn_at))
+        assert lines.waiting.head(2) == has_its_turn
+
+
+def come_short(accounts):
+    """Promises to one who has hardly had anything are missed."""
+    for _ in range(10 * SETTLED):
+        accounts.settle("nobody", is_kept=False)
 
 
 def test_a_standing_recovers_and_can_be_switched_off():
@@ -262,6 +364,7 @@ def test_a_standing_recovers_and_can_be_switched_off():
     for accounts in (strict, off):
         for tenant in "aaab":
             accounts.charge(tenant, 10 * QUANTUM)
+        come_short(accounts)
     assert strict.standing("a") < 0.5 < 1.0 == strict.standing("b")
     assert off.standing("a") == 1.0
 

@@ -192,6 +192,7 @@ def test_a_new_leader_goes_on_with_the_standings(work, later):
     old, new = Accounts(SHARED.fairness), Accounts(SHARED.fairness)
     for tenant, tokens, is_large in work:
         old.charge(tenant, tokens * (100.0 if is_large else 1.0))
+        old.settle(tenant, is_kept=is_large)
 
     new.restore(msgspec.json.decode(msgspec.json.encode(old.export([])), type=Given))
 

@@ -1,6 +1,7 @@
 """One step's plan: where the next ones go, and who must wait for what."""
 
 import math
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -61,6 +62,7 @@ def planner(
     answer_part: float = 1.0,
     broken: list[float] | None = None,
     now: float = 0.0,
+    standing: Callable[[str], float] | None = None,
     **terms: float,
 ) -> Planner:
     """Endpoints of these speeds, with nothing but tokens to cost anything."""
@@ -103,6 +105,7 @@ def planner(
         usual=usual(),
         noise=Noise,
         broken=lambda _: np.array(broken or [0.0] * n),
+        standing=standing,
         work=work,
         barrier=lambda _: np.zeros(n),
         rng=np.random.default_rng(0),
@@ -281,15 +284,19 @@ def test_the_usual_request_is_the_mean_of_those_so_far():
     assert made.work_s == pytest.approx(4.0, abs=0.01)
 
 
-def test_a_greater_worth_buys_dearer_time():
+@pytest.mark.parametrize(
+    ("weight", "standing", "is_aside"),
+    [(1.0, None, True), (10.0, None, False), (10.0, lambda _: 0.1, True)],
+    ids=["usual", "worth ten", "of a tenant whose promises count a tenth"],
+)
+def test_a_greater_worth_buys_dearer_time(weight, standing, is_aside):
     """Where the price sets the usual aside, who counts ten times as much is served."""
-    for weight, set_aside in ((1.0, True), (10.0, False)):
-        line = [ticket("r", 800, due_at=1.0), *(ticket(f"r{i}", 50, due_at=1.0) for i in range(8))]
-        line[0].promise = msgspec.structs.replace(FREE, weight=weight)
-        made = planner([0.001], odds_min=0.5, price=0.5)
-        made.serve(line)
+    line = [ticket("r", 800, due_at=1.0), *(ticket(f"r{i}", 50, due_at=1.0) for i in range(8))]
+    line[0].promise = msgspec.structs.replace(FREE, weight=weight)
+    made = planner([0.001], odds_min=0.5, price=0.5, standing=standing)
+    made.serve(line)
 
-        assert ("r" in [one.ticket.id for one in made.asides]) == set_aside
+    assert ("r" in [one.ticket.id for one in made.asides]) == is_aside
 
 
 def test_whoever_could_make_it_alone_gets_another_place_in_the_plan():
