@@ -156,6 +156,7 @@ def told(life):
 
 
 class TestExact:
+    @pytest.mark.timeout(300)
     def test_every_reign_is_lived_again(self, life, told):
         """I5: a cancel, a dead worker and a takeover among the facts, and every command of every reign the same."""
         journals, _ = life
