@@ -283,9 +283,8 @@ class Inbox:
             return
         call = sidecar.dismiss(self._keys, self._endpoint, epoch, entries)
         if await self._connection.call(call.function, call.keys, call.args) == 0:
-            self._is_sure = (
-                False  # they stay pending, and are ours again should Redis only have forgotten us
-            )
+            # They stay pending, and are ours again should Redis only have forgotten us.
+            self._is_sure = False
 
 
 def _is_resumed(job: Job) -> bool:
