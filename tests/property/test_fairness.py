@@ -403,6 +403,62 @@ def test_a_tenant_is_charged_for_what_was_computed():
     assert core._memory.book.lines.by_tenant.accounts.had("a") == 500 + 2.0 * 9
 
 
+def shared(max_num_seqs: int = 30) -> Scheduler:
+    """A core with one endpoint, where tenants share."""
+    settings = CoreSettings(fairness=FairnessSettings(quantum_tokens=QUANTUM))
+    core = Scheduler(settings, np.random.default_rng(0))
+    core.receive(Beat(endpoint="e", epoch=1, models=("m",), max_num_seqs=max_num_seqs), 0.0)
+    return core
+
+
+def asks(core: Scheduler, name: str, tenant: str, now: float, **promise: float) -> None:
+    request = Request(id=name, model="m", tenant=tenant, prompt_tokens=900, **promise)
+    core.receive(Arrived(request=request, entry=f"{now * 1000:.0f}-0", enqueued_at=now), now)
+
+
+def handed_over(core: Scheduler, now: float) -> list[Assign]:
+    return [one for one in core.decide(now) if isinstance(one, Assign)]
+
+
+def test_workers_say_whose_promises_were_kept():
+    """What an endpoint posts settles a promise; one that was never made says nothing."""
+    for on_time, missed in ((False, 1 / SETTLED), (True, 0.0), (None, 0.0)):
+        core = shared()
+        asks(core, "r", "a", 0.0, ttft_s=1.0)
+        [command] = handed_over(core, 0.0)
+        core.receive(msgspec.structs.replace(_served(command), on_time=on_time), 1.0)
+
+        assert core.snapshot().given.missed == missed
+
+
+def test_who_runs_out_of_time_in_line_has_come_short():
+    """Though nobody set it aside."""
+    core = Scheduler(
+        CoreSettings(fairness=FairnessSettings(quantum_tokens=QUANTUM)), np.random.default_rng(0)
+    )
+    asks(core, "r", "a", 0.0, deadline_s=1.0)
+    core.decide(2.0)
+
+    assert core.snapshot().given.missed == 1 / SETTLED
+
+
+def test_a_turn_comes_with_time():
+    """One seat: who can wait lets others pass, and goes first once it cannot, having had less."""
+    for later_s, first in ((0.0, "urgent"), (95.0, "patient")):
+        core = shared(max_num_seqs=1)
+        asks(core, "long", "chat", 0.0)
+        [running] = handed_over(core, 0.0)
+        asks(core, "patient", "batch", 1.0, ttft_s=100.0)
+        core.decide(1.0)
+        now = 1.0 + later_s
+        asks(core, "urgent", "chat", now, ttft_s=50.0)
+        core.receive(Beat(endpoint="e", epoch=1, models=("m",), max_num_seqs=1), now)
+        served = msgspec.structs.replace(_served(running), prompt_tokens=100 * QUANTUM)
+        core.receive(served, now)
+
+        assert [one.job.id for one in handed_over(core, now)] == [first]
+
+
 def commands(settings: CoreSettings, tenants: tuple[str, ...]) -> bytes:
     """What a core says to two hundred requests on two endpoints, as bytes."""
     core = Scheduler(settings, np.random.default_rng(0))
